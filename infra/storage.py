@@ -1,0 +1,374 @@
+"""The one door to objects: ``s3://bucket/key`` and ``file:///abs/path`` alike.
+
+S3 is configured by the environment at call time (``AWS_ENDPOINT_URL_S3``, ``AWS_ACCESS_KEY_ID``,
+``AWS_SECRET_ACCESS_KEY``, ``AWS_REGION``), so a driver and its workers need only share that.
+Writes are whole: an object is visible with all its bytes or not at all. Nothing here relies on
+conditional writes. Every failure is one of three one-line errors: ``ObjectMissing``,
+``DigestMismatch``, ``StorageUnavailable``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any, cast
+from urllib.parse import quote, unquote
+
+from infra import storage_s3 as s3
+from infra.digests import canonical_json
+from infra.errors import UserError
+from infra.storage_errors import (
+    DigestMismatch,
+    GuardedReader,
+    ObjectMissing,
+    StorageUnavailable,
+    local_errors,
+)
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+
+__all__ = [
+    "DigestMismatch",
+    "ObjectInfo",
+    "ObjectMissing",
+    "StorageUnavailable",
+    "StoredObject",
+    "arrow_filesystem",
+    "delete",
+    "delete_prefix",
+    "download",
+    "download_folder",
+    "exists",
+    "file_uri",
+    "join",
+    "list_objects",
+    "open_stream",
+    "read_bytes",
+    "read_json",
+    "stat",
+    "upload",
+    "upload_folder",
+    "write_bytes",
+    "write_json",
+]
+
+CHUNK_BYTES = 1 << 20
+READ_ATTEMPTS = 3
+FOLDER_THREADS = 4
+TEMPORARY_PREFIX = ".atelier-tmp-"
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """An object as a listing shows it."""
+
+    uri: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class StoredObject(ObjectInfo):
+    """An object as it was written, with the sha256 (64 hex digits) of the bytes sent."""
+
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Location:
+    """A parsed URI: ``bucket`` and ``key`` on S3, ``path`` on this machine."""
+
+    uri: str
+    bucket: str = ""
+    key: str = ""
+    path: Path | None = None
+
+
+def _parse(uri: str) -> _Location:
+    if uri.startswith("s3://"):
+        bucket, _, key = uri[len("s3://") :].partition("/")
+        key = key.rstrip("/")
+        if bucket and not _has_odd_segment(key):
+            return _Location(uri, bucket=bucket, key=key)
+    elif uri.startswith("file:///"):
+        path = unquote(uri[len("file://") :])
+        if ".." not in path.split("/") and "\0" not in path:
+            return _Location(uri, path=Path(path))
+    raise UserError(
+        expected="an address like s3://bucket/key or file:///absolute/path",
+        got=repr(uri),
+        remedy="write it without '..' or empty parts",
+    )
+
+
+def _has_odd_segment(key: str) -> bool:
+    return bool(key) and any(part in ("", ".", "..") or "\0" in part for part in key.split("/"))
+
+
+def _object_location(uri: str) -> _Location:
+    location = _parse(uri)
+    if location.path is None and not location.key:
+        raise UserError(expected="an object", got=f"the bucket {uri}", remedy="add a key")
+    return location
+
+
+def file_uri(path: str | Path) -> str:
+    """The ``file://`` address of a local path."""
+    return Path(path).absolute().as_uri()
+
+
+def join(uri: str, *parts: str) -> str:
+    """``uri`` with path parts appended; parts may hold slashes, never ``..``."""
+    segments = [segment for part in parts for segment in part.split("/") if segment]
+    if uri.startswith("file://"):
+        segments = [quote(segment) for segment in segments]
+    joined = "/".join([uri.rstrip("/"), *segments])
+    _parse(joined)
+    return joined
+
+
+@contextmanager
+def open_stream(uri: str) -> Iterator[IO[bytes]]:
+    """The object's bytes as a file to read once from start to end; raises ``ObjectMissing``."""
+    location = _object_location(uri)
+    if location.path is None:
+        with s3.open_stream(uri, location.bucket, location.key) as stream:
+            yield stream
+    else:
+        with local_errors("read", uri):
+            file = location.path.open("rb")
+        with file:
+            yield cast("IO[bytes]", GuardedReader(file, lambda: local_errors("read", uri)))
+
+
+def read_bytes(uri: str) -> bytes:
+    """All bytes of an object; raises ``ObjectMissing``."""
+    for attempt in range(READ_ATTEMPTS):
+        try:
+            with open_stream(uri) as stream:
+                return stream.read()
+        except StorageUnavailable as error:
+            _wait_or_raise(error, attempt)
+    raise AssertionError("unreachable")
+
+
+def _wait_or_raise(error: StorageUnavailable, attempt: int) -> None:
+    """A cut connection is worth another try; a server that is down or refuses is not."""
+    if not error.broken_off or attempt == READ_ATTEMPTS - 1:
+        raise error
+    time.sleep(0.2 * 2**attempt)
+
+
+def write_bytes(uri: str, data: bytes) -> StoredObject:
+    """Write a whole object, replacing what was there."""
+    location = _object_location(uri)
+    if location.path is None:
+        s3.put(uri, location.bucket, location.key, data)
+    else:
+        with _replacing(uri, location.path) as file:
+            file.write(data)
+    return StoredObject(uri, len(data), hashlib.sha256(data).hexdigest())
+
+
+@contextmanager
+def _replacing(uri: str, path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file beside ``path`` that becomes ``path``, synced, when the block ends well."""
+    with local_errors("write", uri):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def stat(uri: str) -> ObjectInfo:
+    """The object's size; raises ``ObjectMissing``."""
+    location = _object_location(uri)
+    if location.path is None:
+        return ObjectInfo(uri, s3.head(uri, location.bucket, location.key))
+    with local_errors("look at", uri):
+        if not location.path.is_file():
+            raise ObjectMissing(uri)
+        return ObjectInfo(uri, location.path.stat().st_size)
+
+
+def exists(uri: str) -> bool:
+    """Whether the object is there; raises ``StorageUnavailable`` when that cannot be known."""
+    try:
+        stat(uri)
+    except ObjectMissing:
+        return False
+    return True
+
+
+def list_objects(prefix_uri: str) -> Iterator[ObjectInfo]:
+    """The objects in the folder ``prefix_uri`` at any depth, sorted by key; none is no error."""
+    location = _parse(prefix_uri)
+    if location.path is None:
+        for key, num_bytes in s3.list_keys(prefix_uri, location.bucket, location.key):
+            if not _has_odd_segment(key):
+                yield ObjectInfo(f"s3://{location.bucket}/{key}", num_bytes)
+        return
+    with local_errors("list", prefix_uri):
+        files = [
+            Path(folder, name)
+            for folder, _, names in os.walk(location.path)
+            for name in names
+            if not name.startswith(TEMPORARY_PREFIX)
+        ]
+        found = [(file.as_posix(), file) for file in files if file.is_file()]
+    for _, file in sorted(found):
+        yield ObjectInfo(file.as_uri(), file.stat().st_size)
+
+
+def delete(uri: str) -> None:
+    """Remove an object; one that is not there is no error."""
+    location = _object_location(uri)
+    if location.path is None:
+        s3.delete_keys(uri, location.bucket, [location.key])
+    else:
+        with local_errors("delete", uri):
+            location.path.unlink(missing_ok=True)
+
+
+def delete_prefix(uri: str) -> int:
+    """Remove every object in the folder ``uri`` and say how many; refuses a bucket or ``/``."""
+    location = _parse(uri)
+    if location.path is None:
+        if not location.key:
+            raise UserError(f"refused to delete the whole bucket {uri}; name a folder in it")
+        listed = s3.list_keys(uri, location.bucket, location.key)
+        return s3.delete_keys(uri, location.bucket, [key for key, _ in listed])
+    if len(location.path.parts) < 3:
+        raise UserError(f"refused to delete {uri}; name a deeper folder")
+    num_deleted = 0
+    with local_errors("delete", uri):
+        for folder, _, names in os.walk(location.path, topdown=False):
+            for name in names:
+                Path(folder, name).unlink(missing_ok=True)
+                num_deleted += not name.startswith(TEMPORARY_PREFIX)
+            if not any(Path(folder).iterdir()):
+                Path(folder).rmdir()
+    return num_deleted
+
+
+def upload(path: str | Path, uri: str) -> StoredObject:
+    """Copy a local file to ``uri``; large ones travel in parts, aborted when one fails."""
+    location = _object_location(uri)
+    source = Path(path)
+    with local_errors("read", str(source)):
+        if not source.is_file():
+            raise ObjectMissing(str(source))
+    if location.path is None:
+        num_bytes, sha256 = s3.upload(uri, location.bucket, location.key, source)
+        return StoredObject(uri, num_bytes, sha256)
+    with open(source, "rb") as reader, _replacing(uri, location.path) as writer:
+        num_bytes, sha256 = _copy(reader, writer)
+    return StoredObject(uri, num_bytes, sha256)
+
+
+def _copy(reader: IO[bytes], writer: IO[bytes]) -> tuple[int, str]:
+    digest = hashlib.sha256()
+    num_bytes = 0
+    while chunk := reader.read(CHUNK_BYTES):
+        digest.update(chunk)
+        writer.write(chunk)
+        num_bytes += len(chunk)
+    return num_bytes, digest.hexdigest()
+
+
+def download(uri: str, path: str | Path, sha256: str | None = None) -> StoredObject:
+    """Copy an object to a local file that appears whole and, given ``sha256``, checked.
+
+    Raises ``ObjectMissing``, or ``DigestMismatch`` and leaves no file.
+    """
+    target = Path(path).absolute()
+    for attempt in range(READ_ATTEMPTS):
+        try:
+            with open_stream(uri) as reader, _replacing(file_uri(target), target) as writer:
+                num_bytes, found = _copy(reader, writer)
+                if sha256 is not None and found != sha256:
+                    raise DigestMismatch(uri, expected_sha256=sha256, got_sha256=found)
+            return StoredObject(uri, num_bytes, found)
+        except StorageUnavailable as error:
+            _wait_or_raise(error, attempt)
+    raise AssertionError("unreachable")
+
+
+def upload_folder(path: str | Path, uri: str) -> dict[str, StoredObject]:
+    """Upload every file under ``path``; returns relative path -> stored object."""
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(expected="a folder to upload", got=str(root))
+    names = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+    with ThreadPoolExecutor(FOLDER_THREADS) as pool:
+        stored = pool.map(lambda name: upload(root / name, join(uri, name)), names)
+        return dict(zip(names, stored, strict=True))
+
+
+def download_folder(uri: str, path: str | Path) -> dict[str, StoredObject]:
+    """Download every object under ``uri`` into ``path``; returns relative path -> object."""
+    root = Path(path)
+    prefix = _parse(uri).uri.rstrip("/") + "/"
+    objects = {info.uri[len(prefix) :]: info.uri for info in list_objects(uri)}
+    if prefix.startswith("file://"):
+        objects = {unquote(name): address for name, address in objects.items()}
+    if not objects:
+        raise ObjectMissing(uri)
+    for name in objects:
+        if PurePosixPath(name).is_absolute() or ".." in name.split("/"):
+            raise UserError(f"refused the object {name!r} under {uri}; its name leaves the folder")
+    with ThreadPoolExecutor(FOLDER_THREADS) as pool:
+        stored = pool.map(lambda item: download(item[1], root / item[0]), objects.items())
+        return dict(zip(objects, stored, strict=True))
+
+
+def read_json(uri: str) -> Any:
+    """The object parsed as JSON; a broken one is a ``UserError`` naming it."""
+    data = read_bytes(uri)
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise UserError(expected=f"JSON at {uri}", got=str(error)) from error
+
+
+def write_json(uri: str, obj: Any) -> StoredObject:
+    """Write ``obj`` as canonical JSON."""
+    return write_bytes(uri, canonical_json(obj))
+
+
+def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The pyarrow filesystem for ``uri`` and the path on it; make it in the process that uses it.
+
+    A file opened for writing on it appears when it is closed. Close it only when all went well:
+    on S3, closing publishes what was written so far.
+    """
+    location = _parse(uri)
+    if location.path is not None:
+        from pyarrow.fs import LocalFileSystem
+
+        return LocalFileSystem(), str(location.path)
+    return s3.arrow_filesystem(), f"{location.bucket}/{location.key}".rstrip("/")
