@@ -1,0 +1,39 @@
+"""The masked image transformer, its tokenizers and text encoder, and sampling.
+
+Needs torch, safetensors, tokenizers, numpy and pillow only. Folders are in the published Meissonic layout.
+"""
+
+from model.compression import insert_compression
+from model.errors import ModelError
+from model.loss import masked_token_loss
+from model.sampler import Condition, SamplingOptions, unmask
+from model.schedule import cosine_schedule, linear_schedule, sample_mask, training_timestep
+from model.text import CLIPTextConfig, CLIPTextEncoder, TextFeatures
+from model.text_to_image import PainterDefaults, TextToImage
+from model.text_tokenizer import CLIPTokenizer
+from model.transformer import MaskedImageTransformer, TransformerConfig
+from model.vq import Quantized, VQConfig, VQTokenizer
+
+__all__ = [
+    "CLIPTextConfig",
+    "CLIPTextEncoder",
+    "CLIPTokenizer",
+    "Condition",
+    "MaskedImageTransformer",
+    "ModelError",
+    "PainterDefaults",
+    "Quantized",
+    "SamplingOptions",
+    "TextFeatures",
+    "TextToImage",
+    "TransformerConfig",
+    "VQConfig",
+    "VQTokenizer",
+    "cosine_schedule",
+    "insert_compression",
+    "linear_schedule",
+    "masked_token_loss",
+    "sample_mask",
+    "training_timestep",
+    "unmask",
+]

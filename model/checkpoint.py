@@ -1,0 +1,212 @@
+"""Model folders: config.json and safetensors weights, read strictly and written whole.
+
+Weights are one `<stem>.safetensors`, or shards named by `<stem>.safetensors.index.json`.
+Pickled checkpoints are refused: reading them can run code.
+"""
+
+import difflib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model.errors import ModelError
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
+
+ConfigT = TypeVar("ConfigT")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; one line when the file is missing, broken or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: expected a model folder with this file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"{path} is not valid JSON ({error}): fetch or export the folder again"
+        ) from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}: expected a JSON object")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as the published files are written: sorted keys, two spaces, a final newline."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def parse_config(
+    cls: type[ConfigT], values: Mapping[str, Any], source: str, ignore_unknown: bool = False
+) -> ConfigT:
+    """Build the dataclass `cls` from a config.json; keys that start with `_` are notes and are skipped.
+
+    All unknown and missing keys are reported in one line, unknown ones with the nearest known name.
+    """
+    known: dict[str, Field[Any]] = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass type
+    given = {key: value for key, value in values.items() if not key.startswith("_")}
+    problems = []
+    for key in sorted(set(given) - set(known)):
+        if ignore_unknown:
+            del given[key]
+            continue
+        near = difflib.get_close_matches(key, known, n=1)
+        problems.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    for name, field in known.items():
+        if name not in given and field.default is MISSING and field.default_factory is MISSING:
+            problems.append(f"missing key {name!r}")
+    if problems:
+        raise ModelError(f"{source}: " + "; ".join(problems))
+    lists_as_tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    return cls(**lists_as_tuples)
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files that hold the weights of `folder`, in name order."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        bad = [name for name in names if Path(name).name != name]
+        absent = [name for name in names if not (folder / name).is_file()]
+        if bad or absent or not names:
+            raise ModelError(
+                f"{index} names no usable shards: missing {absent}, outside the folder {bad}"
+            )
+        return [folder / name for name in names]
+    pickles = (
+        sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
+        if folder.is_dir()
+        else []
+    )
+    if pickles:
+        raise ModelError(
+            f"{folder} holds pickled weights ({', '.join(pickles)}), which can run code when read: "
+            f"expected {single.name}; convert them with safetensors in a sandbox first"
+        )
+    raise ModelError(f"{folder} has no weights: expected {single.name} or {index.name}")
+
+
+def read_weights(folder: Path, stem: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor of the folder by name; floating ones as `dtype`. Refuses NaN and infinity."""
+    weights: dict[str, Tensor] = {}
+    broken = []
+    for path in weight_files(folder, stem):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
+                    tensor = file.get_tensor(key)
+                    if tensor.is_floating_point():
+                        if not torch.isfinite(tensor).all():
+                            broken.append(key)
+                        tensor = tensor.to(dtype)
+                    weights[key] = tensor
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is damaged ({error}): fetch or export it again") from None
+    if broken:
+        raise ModelError(
+            f"{folder} has NaN or infinite values in {len(broken)} tensors ({_some(broken)}): "
+            "the run diverged; take an earlier checkpoint"
+        )
+    return weights
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (
+        f", and {len(names) - limit} more" if len(names) > limit else ""
+    )
+
+
+def assign_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Put `weights` into `module` (which may be on the meta device).
+
+    Raises one ModelError that names all missing, unexpected and misshapen tensors.
+    """
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    problems = []
+    if missing := sorted(set(expected) - set(weights)):
+        problems.append(f"{len(missing)} missing: {', '.join(missing)}")
+    if extra := sorted(set(weights) - set(expected)):
+        problems.append(f"{len(extra)} unexpected: {', '.join(extra)}")
+    misshapen = [
+        f"{key} is {tuple(weights[key].shape)}, expected {shape}"
+        for key, shape in sorted(expected.items())
+        if key in weights and tuple(weights[key].shape) != shape
+    ]
+    if misshapen:
+        problems.append(f"{len(misshapen)} misshapen: {'; '.join(misshapen)}")
+    if problems:
+        raise ModelError(f"{source} does not fit its config.json: " + " | ".join(problems))
+    module.load_state_dict(dict(weights), strict=True, assign=True)
+
+
+def load_module(
+    build: Callable[[], ModuleT],
+    folder: Path,
+    stem: str,
+    dtype: torch.dtype,
+    ignore: Iterable[str] = (),
+) -> ModuleT:
+    """Build on the meta device, then take the folder's weights as they are: no second copy in memory."""
+    weights = read_weights(folder, stem, dtype)
+    for key in ignore:
+        weights.pop(key, None)
+    with torch.device("meta"):
+        module = build()
+    assign_weights(module, weights, str(folder))
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    return module.eval()
+
+
+def write_whole(folder: str | Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a fresh neighbour of `folder`, then rename it into place.
+
+    A crash leaves the old folder (or none), never half of a new one.
+    """
+    target = Path(folder).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        fill(staging)
+        staging.chmod(0o755)
+        _sync_tree(staging)
+        if target.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            target.rename(retired / "old")
+            staging.rename(target)
+            shutil.rmtree(retired)
+        else:
+            staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def write_module(folder: Path, module: nn.Module, config: Mapping[str, Any], stem: str) -> None:
+    """config.json and `<stem>.safetensors` into an existing folder; weights keep their dtype."""
+    write_json(folder / "config.json", config)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})

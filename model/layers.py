@@ -1,0 +1,126 @@
+"""Small layers shared by the transformer's blocks, with the published parameter names.
+
+Shape suffixes: B batch, S sequence, C channels. `...` stands for any leading axes.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+SINUSOID_CHANNELS = 256
+FLOAT16_MAX = 65504.0
+
+# Truncated-normal standard deviation is INIT_GAIN / sqrt(inputs): 0.02 at the published width of 1024,
+# and the same gain at any other width.
+INIT_GAIN = 0.64
+
+
+def init_linear(weight: Tensor, num_inputs: int) -> None:
+    """Fill `weight` from a truncated normal whose spread keeps the gain the same at every width."""
+    std = INIT_GAIN / math.sqrt(num_inputs)
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def sinusoid(values_N: Tensor, num_channels: int = SINUSOID_CHANNELS) -> Tensor:
+    """(N, num_channels) float32: cosines, then sines, of each value at geometric frequencies 1 … 1e-4."""
+    half = num_channels // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=values_N.device) / half
+    angles = values_N.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)[None, :]
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32.
+
+    Returns half precision only where the weight is half precision (so float32 under autocast).
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), self.weight.shape, None, NORM_EPS)
+        return normed.to(self.weight.dtype) * self.weight
+
+
+class PointwiseConv(nn.Module):
+    """A 1x1 convolution (weight (out, in, 1, 1), no bias) applied to channels-last input."""
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1))
+
+
+class TwoLayer(nn.Module):
+    """linear_1, SiLU, linear_2: the published embedder of timesteps, pooled text and conditions."""
+
+    def __init__(self, num_inputs: int, num_channels: int, bias: bool = True) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(num_inputs, num_channels, bias=bias)
+        self.linear_2 = nn.Linear(num_channels, num_channels, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return out
+
+
+class Modulation(nn.Module):
+    """adaLN: LayerNorm without weights, scaled and shifted by the condition; also gives the gates.
+
+    `num_chunks` is 3 (shift, scale, gate) or 6 (the same again for the feed-forward part).
+    """
+
+    def __init__(self, num_channels: int, num_chunks: int) -> None:
+        super().__init__()
+        self.num_chunks = num_chunks
+        self.linear = nn.Linear(num_channels, num_chunks * num_channels)
+
+    def forward(self, x_BSC: Tensor, condition_BC: Tensor) -> tuple[Tensor, ...]:
+        """(modulated x_BSC, gate_B1C) and, with six chunks, (shift, scale, gate)_B1C of the second part."""
+        chunks = self.linear(F.silu(condition_BC))[:, None].chunk(self.num_chunks, dim=-1)
+        return modulate(x_BSC, chunks[0], chunks[1]), *chunks[2:]
+
+
+def modulate(x_BSC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor) -> Tensor:
+    """LayerNorm (float32, no weights), then (1 + scale) and shift."""
+    normed = F.layer_norm(x_BSC.float(), x_BSC.shape[-1:], eps=NORM_EPS)
+    return torch.addcmul(shift_B1C, normed.to(shift_B1C.dtype), 1 + scale_B1C)
+
+
+class GeluProjection(nn.Module):
+    """Linear, then GELU in its tanh form."""
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(num_inputs, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Channels ×4, GELU, back. The middle entry is the published layout's dropout place."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            GeluProjection(num_channels, 4 * num_channels),
+            nn.Identity(),
+            nn.Linear(4 * num_channels, num_channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+def clip_half(x: Tensor) -> Tensor:
+    """Keep float16 residuals finite; other types pass untouched."""
+    return x.clamp(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x

@@ -1,0 +1,59 @@
+"""The training loss: cross-entropy on the masked tokens, and only there.
+
+Shape suffixes: B batch, H token rows, W token columns, T text tokens, D text channels, P pooled channels,
+5 micro-conditions, C channels, N masked tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from model.schedule import training_timestep
+from model.transformer import MaskedImageTransformer, TokenHead
+
+# Float32 logits of this many tokens exist at a time: 256 MB with 8192 codes.
+_CHUNK_TOKENS = 8192
+
+
+def masked_token_loss(
+    transformer: MaskedImageTransformer,
+    tokens_BHW: Tensor,
+    mask_BHW: Tensor,
+    text_states_BTD: Tensor,
+    pooled_BP: Tensor,
+    micro_conditions_B5: Tensor,
+    mask_ratio_B: Tensor,
+) -> Tensor:
+    """Mean cross-entropy in nats (scalar float32) over the tokens where mask_BHW (bool) is true.
+
+    `tokens_BHW` are the true tokens; the network sees the mask token in the masked places and
+    `mask_ratio_B` in [0, 1] in the form its `timestep_convention` asks for. The head runs on masked tokens
+    only, in chunks whose logits are recomputed on the way back. No masked token gives a loss of zero.
+    """
+    inputs_BHW = torch.where(mask_BHW, transformer.config.mask_token_id, tokens_BHW)
+    timestep_B = training_timestep(mask_ratio_B, transformer.config.timestep_convention)
+    features_BHWC = transformer.features(
+        inputs_BHW, text_states_BTD, pooled_BP, micro_conditions_B5, timestep_B
+    )
+    features_NC, targets_N = features_BHWC[mask_BHW], tokens_BHW[mask_BHW]
+    if len(targets_N) <= _CHUNK_TOKENS:
+        total = _sum_of_losses(transformer.mlm_layer, features_NC, targets_N)
+    else:
+        chunks = zip(
+            torch.split(features_NC, _CHUNK_TOKENS),
+            torch.split(targets_N, _CHUNK_TOKENS),
+            strict=True,
+        )
+        losses = [
+            checkpoint(
+                _sum_of_losses, transformer.mlm_layer, features, targets, use_reentrant=False
+            )
+            for features, targets in chunks
+        ]
+        total = torch.stack(losses).sum()
+    return total / max(len(targets_N), 1)
+
+
+def _sum_of_losses(head: TokenHead, features_NC: Tensor, targets_N: Tensor) -> Tensor:
+    return F.cross_entropy(head(features_NC).float(), targets_N, reduction="sum")
