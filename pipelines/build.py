@@ -1,0 +1,149 @@
+"""The folder of one build: what is done is what a marker says, and markers are written last.
+
+``work/<key12>/`` under the dataset's root holds per unit ``read-NNNNN.json``, per partition
+``staged-NNNNN.json`` (images fetched) and ``part-NNNNN.json`` (shards written), and at the end
+``result.json``. A marker names its files with size and sha256; one that is unreadable, or whose
+files are not there in full size, counts as not written. Files carry their digest in their name, so
+a second attempt at the same work can never tear the first one's apart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from infra import storage
+from infra.digests import sha256_file
+from infra.errors import UserError
+from infra.manifest import FileEntry, ShardEntry
+from pipelines.config import CurationConfig
+
+KEY_CHARS = 12
+
+
+@dataclass(frozen=True)
+class ReadMarker:
+    """A unit was read: ``num_kept`` rows went on, the others are in ``ledger``."""
+
+    num_rows: int
+    num_kept: int
+    rejected: dict[str, int]
+    ledger: FileEntry | None
+
+
+@dataclass(frozen=True)
+class StagedMarker:
+    """A partition was fetched: its rows, and the encoded images they point into."""
+
+    rows: FileEntry
+    images: FileEntry
+
+
+@dataclass(frozen=True)
+class PartMarker:
+    """A partition is done: its shards, and how each of its rows ended."""
+
+    shards: list[ShardEntry]
+    ledger: FileEntry | None
+    committed: int
+    rejected: dict[str, int]
+    failed: dict[str, int]
+
+    @property
+    def num_rows(self) -> int:
+        return self.committed + sum(self.rejected.values()) + sum(self.failed.values())
+
+
+Marker = ReadMarker | StagedMarker | PartMarker
+_Marker = TypeVar("_Marker", ReadMarker, StagedMarker, PartMarker)
+_NAMES: dict[type[Any], str] = {
+    ReadMarker: "read",
+    StagedMarker: "staged",
+    PartMarker: "part",
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One build; travels to the workers. ``environment`` is set in every task."""
+
+    dataset_root: str
+    key: str
+    config: CurationConfig
+    num_partitions: int
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def folder(self) -> str:
+        return storage.join(self.dataset_root, "work", self.key[:KEY_CHARS])
+
+    @property
+    def result_uri(self) -> str:
+        return storage.join(self.folder, "result.json")
+
+    def marker_uri(self, kind: type[Marker], index: int) -> str:
+        return storage.join(self.folder, f"{_NAMES[kind]}-{index:05d}.json")
+
+    def write(self, marker: Marker, index: int) -> None:
+        storage.write_json(self.marker_uri(type(marker), index), asdict(marker))
+
+    def read(self, kind: type[_Marker], index: int) -> _Marker | None:
+        """The marker, or None when it is missing or unreadable. Does not look at its files."""
+        uri = self.marker_uri(kind, index)
+        try:
+            return TypeAdapter(kind).validate_json(storage.read_bytes(uri), strict=True)
+        except (storage.ObjectMissing, ValidationError):
+            return None
+
+    def read_all(self, kind: type[_Marker], count: int) -> dict[int, _Marker]:
+        """Index -> marker for those of the first ``count`` that are written."""
+        prefix = storage.join(self.folder, f"{_NAMES[kind]}-")
+        listed = {info.uri for info in storage.list_objects(self.folder)}
+        indices = [index for index in range(count) if f"{prefix}{index:05d}.json" in listed]
+        markers = {index: self.read(kind, index) for index in indices}
+        return {index: marker for index, marker in markers.items() if marker is not None}
+
+    def stage(self, path: Path, kind: str, num_rows: int) -> FileEntry:
+        """Upload a working file under its digest."""
+        sha256 = sha256_file(path)
+        relative = f"work/{self.key[:KEY_CHARS]}/{kind}/{sha256[:32]}"
+        stored = storage.upload(path, storage.join(self.dataset_root, relative))
+        return FileEntry(relative, stored.num_bytes, sha256, num_rows)
+
+    def fetch_staged(self, entry: FileEntry, folder: Path) -> Path:
+        """Download a working file, digest checked."""
+        path = folder / entry.path.rpartition("/")[2]
+        storage.download(storage.join(self.dataset_root, entry.path), path, entry.sha256)
+        return path
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[Path]:
+        """A task's room: the environment set, a temporary folder, and user errors kept.
+
+        Spark reports a failed task as a Java stack trace; the line a person should read is left
+        in ``failures/`` for the driver.
+        """
+        os.environ.update(self.environment)
+        try:
+            with TemporaryDirectory(prefix="atelier-curation-") as folder:
+                yield Path(folder)
+        except UserError as error:
+            storage.write_json(storage.join(self.folder, "failures", f"{name}.json"), str(error))
+            raise
+
+    def failures(self) -> list[str]:
+        """The lines that failed tasks left."""
+        listed = storage.list_objects(storage.join(self.folder, "failures"))
+        return [str(storage.read_json(info.uri)) for info in listed]
+
+    def forget(self, *names: str) -> None:
+        """Remove folders of working files."""
+        for name in names:
+            storage.delete_prefix(storage.join(self.folder, name))

@@ -1,0 +1,174 @@
+"""What a curation is asked to do. ``None`` switches a threshold off; 0 is a threshold like any."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from infra.config import StrictModel, operational, semantic
+
+OnUnknown = Literal["keep", "drop"]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+MAX_QUALITY = {"jpg": 100, "webp": 100, "png": 9}
+
+
+class UnknownPolicy(StrictModel):
+    """What happens to a row whose value is NULL, NaN or out of range while its filter is on."""
+
+    size: OnUnknown = semantic("drop", "width or height unknown")
+    aesthetic_score: OnUnknown = semantic("drop", "aesthetic score unknown")
+    watermark_prob: OnUnknown = semantic("drop", "watermark probability unknown")
+    unsafe_prob: OnUnknown = semantic("drop", "unsafe probability unknown")
+    clip_similarity: OnUnknown = semantic("drop", "CLIP similarity unknown")
+
+
+class FilterConfig(StrictModel):
+    """Thresholds on the metadata, in the order in which they are asked."""
+
+    min_width_px: int | None = semantic(None, "smallest width, px", ge=1)
+    min_height_px: int | None = semantic(None, "smallest height, px", ge=1)
+    max_aspect_ratio: float | None = semantic(None, "longer side over shorter side, >= 1", ge=1)
+    min_aesthetic_score: float | None = semantic(None, "in [0, 10], on aesthetic_scale")
+    aesthetic_scale: Literal["v1", "v2"] = semantic(
+        "v2", "v1: LAION's linear predictor (column aesthetic); v2: its MLP (AESTHETIC_SCORE)"
+    )
+    max_watermark_prob: float | None = semantic(None, "in [0, 1]", ge=0, le=1)
+    max_unsafe_prob: float | None = semantic(None, "in [0, 1]", ge=0, le=1)
+    min_clip_similarity: float | None = semantic(None, "cosine, in [-1, 1]", ge=-1, le=1)
+    max_caption_chars: int | None = semantic(2_000, "longest caption taken, characters", ge=1)
+    min_caption_words: int | None = semantic(None, "fewest words of the caption to train on", ge=1)
+    unknown: UnknownPolicy = semantic(
+        default_factory=UnknownPolicy, description="what unknown values do"
+    )
+
+
+class CaptionConfig(StrictModel):
+    """Long synthetic captions to join to the rows by URL."""
+
+    files: list[str] = operational(
+        default_factory=list,
+        description="parquet files (url, caption[, model]): URIs, paths or globs",
+    )
+    train_on: Literal["synthetic", "alt"] = semantic(
+        "synthetic", "which origin `.txt` holds when a sample has both"
+    )
+
+
+class ResizeConfig(StrictModel):
+    """How an image is stored. It is never made larger."""
+
+    image_size_px: int = semantic(256, "shorter side after the resize, px", ge=8, le=8192)
+    crop: Literal["square", "none"] = semantic(
+        "square", "square: centre crop to a square first; none: keep the aspect ratio"
+    )
+    encode_format: Literal["jpg", "webp", "png"] = semantic("jpg", "format of the stored image")
+    encode_quality: int = semantic(
+        95, "jpg and webp: quality, 1..100; png: compression level, 0..9", ge=0, le=100
+    )
+
+    @model_validator(mode="after")
+    def _quality_fits_format(self) -> ResizeConfig:
+        highest = MAX_QUALITY[self.encode_format]
+        if self.encode_quality > highest:
+            raise ValueError(
+                f"encode_quality is {self.encode_quality}; "
+                f"for {self.encode_format} it ends at {highest}"
+            )
+        return self
+
+
+class FetchConfig(StrictModel):
+    """Bounds on one download from the open web."""
+
+    max_bytes: int = semantic(20_000_000, "largest body, bytes, as sent and as decoded", ge=1)
+    max_pixels: int = semantic(50_000_000, "largest width x height decoded", ge=1)
+    max_redirects: int = semantic(3, "redirect hops followed", ge=0, le=20)
+    allowed_ports: list[Port] = semantic(
+        default_factory=lambda: [80, 443], description="ports a URL may name"
+    )
+    total_deadline_seconds: float = operational(
+        15.0, "DNS, connect, headers and body of one attempt, all hops together, seconds", gt=0
+    )
+    retries: int = operational(2, "further attempts after a passing failure", ge=0, le=20)
+    backoff_seconds: float = operational(0.5, "wait before the first retry; doubles", ge=0)
+    num_threads: int = operational(16, "downloads at once per Spark task", ge=1, le=1024)
+    max_per_host: int = operational(8, "downloads at once per host and Spark task", ge=1)
+    max_transient_ratio: float = operational(
+        0.5,
+        "a partition with more passing failures than this is not committed, in [0, 1]",
+        ge=0,
+        le=1,
+    )
+    user_agent: str = operational(
+        "atelier-curation/0.1 (image-text dataset builder; honours X-Robots-Tag)",
+        "what we say we are; add a contact address",
+        min_length=1,
+        pattern=r"^[\x21-\x7e]+( [\x21-\x7e]+)*$",
+    )
+    robots_token: str = operational(
+        "atelier", "our name in an X-Robots-Tag rule meant for one agent", min_length=1
+    )
+    connect_to: dict[str, str] = operational(
+        default_factory=dict,
+        description='"host:port" of a URL -> "address:port" dialled instead, with no address check',
+    )
+
+    @field_validator("connect_to")
+    @classmethod
+    def _exact_pairs(cls, value: dict[str, str]) -> dict[str, str]:
+        for place in (*value, *value.values()):
+            host, colon, port = place.rpartition(":")
+            if not (host and colon and port.isascii() and port.isdigit() and int(port) < 65536):
+                raise ValueError(f"connect_to takes host:port, got {place!r}")
+        return {key.lower(): target for key, target in value.items()}
+
+
+class ShardConfig(StrictModel):
+    """How large a tar may grow: whichever bound is met first closes it."""
+
+    max_samples: int = semantic(10_000, "samples per shard", ge=1)
+    max_bytes: int = semantic(256_000_000, "image, text and json bytes per shard", ge=1)
+
+
+class DuplicateConfig(StrictModel):
+    """Which samples count as the same. The highest aesthetic score stays, then the smallest id."""
+
+    same_url: bool = semantic(True, "rows with the same URL")
+    same_bytes: bool = semantic(True, "images with the same sha256 as fetched")
+
+
+class PreferenceConfig(StrictModel):
+    """preference_score = offset + scale * aesthetic_score, or ``unknown`` without a score."""
+
+    scale: float = semantic(1.0, "factor on the aesthetic score")
+    offset: float = semantic(0.0, "added")
+    unknown: float | None = semantic(None, "the score of an image whose aesthetic score is unknown")
+
+
+class CurationConfig(StrictModel):
+    """One dataset: which rows, which images, stored how."""
+
+    metadata: list[str] = operational(
+        description="LAION-shaped parquet files: s3:// or file:// URIs, paths, or globs of these",
+        min_length=1,
+    )
+    source: str = semantic("laion", "name of the source, stored with every sample", min_length=1)
+    swapped_sizes: bool | None = semantic(
+        None, "WIDTH and HEIGHT are swapped; null: when the columns are those of raw LAION files"
+    )
+    partitions: int | None = semantic(
+        None, "work units the rows are spread over; null: one per 5000 rows, at least 8", ge=1
+    )
+    filters: FilterConfig = semantic(default_factory=FilterConfig, description="metadata filters")
+    captions: CaptionConfig = semantic(default_factory=CaptionConfig, description="long captions")
+    duplicates: DuplicateConfig = semantic(
+        default_factory=DuplicateConfig, description="which duplicates are dropped"
+    )
+    fetch: FetchConfig = semantic(default_factory=FetchConfig, description="download bounds")
+    resize: ResizeConfig = semantic(default_factory=ResizeConfig, description="stored images")
+    shards: ShardConfig = semantic(default_factory=ShardConfig, description="shard sizes")
+    preference: PreferenceConfig = semantic(
+        default_factory=PreferenceConfig, description="the preference score written per sample"
+    )

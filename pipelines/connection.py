@@ -1,0 +1,164 @@
+"""One HTTP/1.1 connection whose every wait ends at a deadline.
+
+``http.client`` parses the responses; the socket underneath is ours, so that the time left is set
+before *each* receive (a timeout per receive would let a server drip bytes for ever) and the
+bytes received are counted whatever they are: headers, chunk sizes, trailers or body.
+"""
+
+from __future__ import annotations
+
+import io
+import socket
+import ssl
+import time
+from http.client import HTTPResponse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+HEADER_ALLOWANCE_BYTES = 256 * 1024
+_READ_BUFFER_BYTES = 64 * 1024
+
+
+class Failed(Exception):
+    """The download did not work. ``retryable``: another run may fare better.
+
+    ``retry_now``: a further attempt in this run is worth it. A used-up deadline is not: it gave
+    the server all the time there was.
+    """
+
+    def __init__(
+        self,
+        cause: str,
+        detail: str = "",
+        *,
+        retryable: bool,
+        retry_now: bool | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(f"{cause}: {detail}" if detail else cause)
+        self.cause = cause
+        self.detail = detail
+        self.retryable = retryable
+        self.retry_now = retryable if retry_now is None else retry_now
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Deadline:
+    """A moment by which everything must have ended."""
+
+    def __init__(self, seconds: float) -> None:
+        self._ends_at = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Seconds left, > 0; raises ``TimeoutError`` when there are none."""
+        left = self._ends_at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("deadline passed")
+        return left
+
+
+class Connection:
+    """A connected socket that can carry one exchange after another."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._source = _DeadlineSource(sock)
+        self._reader = _KeptReader(self._source, _READ_BUFFER_BYTES)
+        self.num_exchanges = 0
+
+    def exchange(self, request: bytes, deadline: Deadline, max_bytes: int) -> HTTPResponse:
+        """Send ``request`` and read the response up to its body.
+
+        Everything received until the next exchange, headers included, may not pass
+        ``max_bytes`` plus an allowance for headers, nor the deadline.
+        """
+        self._source.begin(deadline, max_bytes + HEADER_ALLOWANCE_BYTES)
+        self.num_exchanges += 1
+        self._socket.settimeout(deadline.remaining())
+        self._socket.sendall(request)
+        response = HTTPResponse(_ResponseSource(self._reader), method="GET")  # type: ignore[arg-type]
+        response.begin()
+        return response
+
+    def is_clean(self) -> bool:
+        """Whether nothing is left over from the last exchange, and the server has not hung up."""
+        self._source.poll()
+        try:
+            leftover = self._reader.peek(1)
+        except (OSError, ValueError):
+            return False
+        return not leftover and not self._source.at_end
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def connect(
+    address: tuple[str, int], tls: ssl.SSLContext | None, host: str, deadline: Deadline
+) -> Connection:
+    """Dial exactly ``address`` (an IP and a port); TLS names and verifies ``host``."""
+    sock = socket.create_connection(address, timeout=deadline.remaining())
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls is not None:
+            sock.settimeout(deadline.remaining())
+            sock = tls.wrap_socket(sock, server_hostname=host)
+        return Connection(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+class _DeadlineSource(io.RawIOBase):
+    """The receiving half of a socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self._socket = sock
+        self._deadline: Deadline | None = None
+        self._num_bytes_left = 0
+        self.at_end = False
+
+    def begin(self, deadline: Deadline, max_bytes: int) -> None:
+        self._deadline = deadline
+        self._num_bytes_left = max_bytes
+
+    def poll(self) -> None:
+        """From here to the next exchange, take only what has already arrived."""
+        self._deadline = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int | None:
+        self._socket.settimeout(0 if self._deadline is None else self._deadline.remaining())
+        try:
+            num_bytes = self._socket.recv_into(buffer)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return None
+        self.at_end = num_bytes == 0
+        self._num_bytes_left -= num_bytes
+        if self._num_bytes_left < 0:
+            raise Failed(
+                "too_big", "more bytes than a body and its headers may have", retryable=False
+            )
+        return num_bytes
+
+
+class _KeptReader(io.BufferedReader):
+    """``HTTPResponse`` closes its file after each body; the connection lives on."""
+
+    def close(self) -> None:
+        pass
+
+
+class _ResponseSource:
+    """What ``HTTPResponse`` asks of a socket."""
+
+    def __init__(self, reader: io.BufferedReader) -> None:
+        self._reader = reader
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return self._reader

@@ -1,0 +1,77 @@
+"""A dataset from metadata, on one page: plan, fetch, write, publish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from infra import storage
+from infra.manifest import DatasetManifest, load_manifest, publish_manifest
+from pipelines import engine
+from pipelines.config import CurationConfig
+from pipelines.plan import CurationPlan, plan_curation
+from pipelines.publish import assemble_manifest, funnel_of
+from pipelines.report import write_report
+from pipelines.watch import ProgressCallback, watching
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+__all__ = ["CurationPlan", "CurationResult", "curate", "plan_curation"]
+
+
+@dataclass(frozen=True)
+class CurationResult:
+    """A published dataset. ``funnel``: ``rows_in``, what each reason took, ``committed``."""
+
+    manifest_uri: str
+    version: str
+    counts: dict[str, int]
+    funnel: dict[str, int]
+    decision: str
+    reason: str
+    build_key: str
+
+
+def curate(
+    name: str,
+    config: CurationConfig,
+    store_uri: str,
+    spark: Callable[[], SparkSession],
+    environment: Mapping[str, str] | None = None,
+    progress: ProgressCallback | None = None,
+) -> CurationResult:
+    """Curate ``config`` into ``<store_uri>/datasets/<name>/`` and return the published version.
+
+    ``spark`` is called when there is work to do, so a finished dataset costs no Spark. The caller
+    stops the session. ``environment`` is set in every task (storage credentials). ``progress`` is
+    called with (rows done, rows in all) from another thread. Killed at any moment, a second call
+    does what is missing and publishes the same bytes.
+    """
+    plan = plan_curation(name, config, store_uri, environment)
+    if plan.manifest_uri is not None:
+        return _result(plan, plan.manifest_uri, load_manifest(plan.manifest_uri))
+    with watching(plan, progress):
+        if plan.units:
+            engine.fetch_images(spark(), plan.build, plan.units, plan.partitions)
+        if plan.parts:
+            engine.write_shards(spark(), plan.build, plan.parts)
+    manifest = assemble_manifest(name, plan)
+    manifest_uri = publish_manifest(plan.build.dataset_root, manifest)
+    write_report(manifest_uri, manifest)
+    storage.write_json(plan.build.result_uri, {"version": manifest.version})
+    plan.build.forget("images", "failures")
+    return _result(plan, manifest_uri, manifest)
+
+
+def _result(plan: CurationPlan, manifest_uri: str, manifest: DatasetManifest) -> CurationResult:
+    return CurationResult(
+        manifest_uri=manifest_uri,
+        version=manifest.version,
+        counts=manifest.counts,
+        funnel=funnel_of(manifest),
+        decision=plan.decision,
+        reason=plan.reason,
+        build_key=plan.build_key,
+    )

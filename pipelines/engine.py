@@ -1,0 +1,139 @@
+"""Spark: spreads the tasks, retries them, and shuffles rows to where their copies are.
+
+Two jobs. The first reads units and sends each row to its partition's task, which fetches. The
+second compares the images of all partitions and writes the shards. Results are files behind
+markers; what comes back through Spark is only that a task ended. Tasks are idempotent, so a retry
+or a second attempt elsewhere changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from infra.errors import UserError
+from pipelines.build import Build
+from pipelines.inputs import Unit
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyspark.sql import DataFrame, SparkSession
+
+Batches = Iterator["pa.RecordBatch"]
+
+_DONE_SCHEMA = "partition int"
+_IMAGES_SCHEMA = "partition int, sample_id string, aesthetic_score double, sha256 string"
+
+
+def fetch_images(
+    spark: SparkSession, build: Build, units: Sequence[Unit], partitions: Sequence[int]
+) -> None:
+    """Read ``units`` and fetch ``partitions``; each leaves its marker."""
+    from pipelines import read_rows as task
+    from pipelines.stage_images import stage_images
+
+    slots = task.Slots(tuple(partitions), build.num_partitions)
+    pending = list(units)
+
+    def read(batches: Batches) -> Batches:
+        for batch in batches:
+            for index in batch.column(0).to_pylist():
+                if index == 0:
+                    yield task.seeds(slots)
+                yield from task.read_rows(build, pending[index], slots)
+
+    def fetch(slot: int, batches: Batches) -> int:
+        partition = slots.partitions[slot]
+        stage_images(build, partition, batches)
+        return partition
+
+    with _one_line_errors(build):
+        rows = _one_task_each(spark, len(pending)).mapInArrow(read, _ddl(task.TRAVEL_SCHEMA))
+        if partitions:
+            _run_by_slot(rows, len(partitions), fetch)
+        else:
+            rows.write.format("noop").mode("overwrite").save()
+
+
+def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -> None:
+    """Find images that several partitions have, and write the shards of ``partitions``."""
+    from pyspark.sql import functions as sf
+
+    from pipelines import write_shards as task
+    from pipelines.duplicates import image_duplicates
+
+    pending = list(partitions)
+    slot_of = {partition: slot for slot, partition in enumerate(pending)}
+
+    def index(batches: Batches) -> Batches:
+        for batch in batches:
+            for partition in batch.column(0).to_pylist():
+                yield from task.staged_images(build, partition).to_arrow().to_batches()
+
+    def write(slot: int, batches: Batches) -> int:
+        duplicates = {
+            sample_id for batch in batches for sample_id in batch["sample_id"].to_pylist()
+        }
+        task.write_shards(build, pending[slot], duplicates - {None})
+        return pending[slot]
+
+    with _one_line_errors(build):
+        # One row per slot that names no duplicate: every partition's task gets to run.
+        seeds = spark.range(len(pending)).select(
+            sf.col("id").cast("int").alias("slot"), sf.lit(None).cast("string").alias("sample_id")
+        )
+        if build.config.duplicates.same_bytes:
+            images = _one_task_each(spark, build.num_partitions).mapInArrow(index, _IMAGES_SCHEMA)
+            to_slot = sf.create_map(*(sf.lit(n) for pair in slot_of.items() for n in pair))
+            duplicates = image_duplicates(images).select(
+                to_slot[sf.col("partition")].alias("slot"), "sample_id"
+            )
+            seeds = seeds.union(duplicates.where("slot is not null"))
+        _run_by_slot(seeds, len(pending), write)
+
+
+def _one_task_each(spark: SparkSession, count: int) -> DataFrame:
+    """``id`` 0 .. count - 1, each in a task of its own."""
+    return spark.range(0, count, 1, numPartitions=count)
+
+
+def _run_by_slot(rows: DataFrame, num_slots: int, run: Callable[[int, Batches], int]) -> None:
+    """Send each row to the task of its ``slot`` and wait until all have run."""
+
+    def at_slot(batches: Batches) -> Batches:
+        import pyarrow as pa
+        from pyspark import TaskContext
+
+        context = TaskContext.get()
+        if context is None:
+            raise RuntimeError("not inside a Spark task")
+        yield pa.RecordBatch.from_pydict(
+            {"partition": pa.array([run(context.partitionId(), batches)], pa.int32())}
+        )
+
+    done = rows.repartitionById(num_slots, "slot").mapInArrow(at_slot, _DONE_SCHEMA).collect()
+    if len(done) != num_slots:
+        raise RuntimeError(f"{len(done)} tasks ran for {num_slots} partitions")
+
+
+def _ddl(schema: pa.Schema) -> str:
+    names = {"int32": "int", "bool": "boolean"}
+    return ", ".join(
+        f"`{field.name}` {names.get(str(field.type), str(field.type))}" for field in schema
+    )
+
+
+@contextmanager
+def _one_line_errors(build: Build) -> Iterator[None]:
+    """When a job fails because a task met a user error, raise that one line, not Spark's trace."""
+    from pyspark.errors import PySparkException
+
+    build.forget("failures")
+    try:
+        yield
+    except PySparkException:
+        lines = build.failures()
+        if not lines:
+            raise
+        raise UserError(lines[0]) from None

@@ -1,0 +1,105 @@
+"""Metadata filters. Each gives a row a reason to be rejected or none; the first reason counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+from pipelines.config import FilterConfig, OnUnknown
+
+
+@dataclass(frozen=True)
+class Filter:
+    """``reason`` is an expression over canonical columns: null keeps the row, text names why not.
+
+    ``reasons`` are the texts it can give, in the order of its questions.
+    """
+
+    reason: pl.Expr
+    reasons: tuple[str, ...]
+
+
+def metadata_filters(config: FilterConfig) -> list[Filter]:
+    """The filters that are on, in the order in which they are asked."""
+    found = [_reject(pl.col("url").str.strip_chars() == "", "no_url")]
+    found += _size_filters(config)
+    found += _threshold(
+        "aesthetic_score",
+        config.min_aesthetic_score,
+        None,
+        "low_aesthetic_score",
+        config.unknown.aesthetic_score,
+    )
+    found += _threshold(
+        "watermark_prob",
+        None,
+        config.max_watermark_prob,
+        "watermarked",
+        config.unknown.watermark_prob,
+    )
+    found += _threshold(
+        "unsafe_prob", None, config.max_unsafe_prob, "unsafe", config.unknown.unsafe_prob
+    )
+    found += _threshold(
+        "clip_similarity",
+        config.min_clip_similarity,
+        None,
+        "low_clip_similarity",
+        config.unknown.clip_similarity,
+    )
+    if config.max_caption_chars is not None:
+        too_long = pl.col("caption").str.len_chars() > config.max_caption_chars
+        found.append(_reject(too_long, "caption_too_long"))
+    return found
+
+
+def caption_filters(config: FilterConfig) -> list[Filter]:
+    """Asked of the caption to train on (column ``train_caption``), so after captions are joined."""
+    found = [_reject(pl.col("train_caption") == "", "no_caption")]
+    if config.min_caption_words is not None:
+        num_words = pl.col("train_caption").str.split(" ").list.len()
+        found.append(_reject(num_words < config.min_caption_words, "short_caption"))
+    return found
+
+
+def first_reason(filters: list[Filter]) -> pl.Expr:
+    """The reason of the first filter that rejects, or null."""
+    if not filters:
+        return pl.lit(None, dtype=pl.String).alias("reason")
+    return pl.coalesce(found.reason for found in filters).alias("reason")
+
+
+def _reject(when: pl.Expr, reason: str) -> Filter:
+    return Filter(pl.when(when).then(pl.lit(reason)), (reason,))
+
+
+def _size_filters(config: FilterConfig) -> list[Filter]:
+    width, height = pl.col("width_px"), pl.col("height_px")
+    bounds = (config.min_width_px, config.min_height_px, config.max_aspect_ratio)
+    found: list[Filter] = []
+    if any(bound is not None for bound in bounds) and config.unknown.size == "drop":
+        found.append(_reject(width.is_null() | height.is_null(), "unknown_size"))
+    if config.min_width_px is not None or config.min_height_px is not None:
+        too_small = (width < (config.min_width_px or 0)) | (height < (config.min_height_px or 0))
+        found.append(_reject(too_small, "too_small"))
+    if config.max_aspect_ratio is not None:
+        ratio = pl.max_horizontal(width, height) / pl.min_horizontal(width, height)
+        known = width.is_not_null() & height.is_not_null()
+        found.append(_reject(known & (ratio > config.max_aspect_ratio), "aspect_ratio"))
+    return found
+
+
+def _threshold(
+    column: str, minimum: float | None, maximum: float | None, reason: str, on_unknown: OnUnknown
+) -> list[Filter]:
+    """Nothing when both bounds are off; else the unknown values first, then the bound."""
+    if minimum is None and maximum is None:
+        return []
+    value = pl.col(column)
+    found = [_reject(value.is_null(), f"unknown_{column}")] if on_unknown == "drop" else []
+    if minimum is not None:
+        found.append(_reject(value < minimum, reason))
+    if maximum is not None:
+        found.append(_reject(value > maximum, reason))
+    return found

@@ -1,0 +1,122 @@
+"""How every input row ended: committed, rejected with a reason, or failed with a cause.
+
+One row per input row, with its scores, in content-named parquet files. Counts are derived from
+the very table that is written, and add up to the rows that went in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra import storage
+from infra.digests import sha256_file
+from infra.manifest import FileEntry, ledger_path
+from pipelines.columns import CANONICAL_SCHEMA
+
+COMMITTED, REJECTED, FAILED = "committed", "rejected", "failed"
+
+LEDGER_SCHEMA = pa.schema(
+    [field for field in CANONICAL_SCHEMA if field.name != "caption"]
+    + [
+        pa.field("disposition", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("retryable", pa.bool_()),
+        pa.field("detail", pa.string()),
+        pa.field("sha256", pa.string()),
+        pa.field("shard", pa.string()),
+    ]
+)
+
+# The order in which rows are asked, for reports. Causes of failures follow, by name.
+REASONS = (
+    "no_url",
+    "unknown_size",
+    "too_small",
+    "aspect_ratio",
+    "unknown_aesthetic_score",
+    "low_aesthetic_score",
+    "unknown_watermark_prob",
+    "watermarked",
+    "unknown_unsafe_prob",
+    "unsafe",
+    "unknown_clip_similarity",
+    "low_clip_similarity",
+    "caption_too_long",
+    "no_caption",
+    "short_caption",
+    "duplicate_row",
+    "duplicate_url",
+    "url",
+    "scheme",
+    "port",
+    "address",
+    "redirect",
+    "optout",
+    "encoding",
+    "format",
+    "pixels",
+    "image_too_small",
+    "image_aspect_ratio",
+    "decode",
+    "duplicate_image",
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many rows ended how, as one ledger file says."""
+
+    committed: int
+    rejected: dict[str, int]
+    failed: dict[str, int]
+
+    @property
+    def num_rows(self) -> int:
+        return self.committed + sum(self.rejected.values()) + sum(self.failed.values())
+
+
+def count(rows: pl.DataFrame) -> Counts:
+    """Count ``disposition`` and ``reason``; another disposition is a ``ValueError``."""
+    counts: dict[str, dict[str, int]] = {COMMITTED: {}, REJECTED: {}, FAILED: {}}
+    for disposition, reason, num_rows in (
+        rows.group_by("disposition", "reason").len().sort("disposition", "reason").iter_rows()
+    ):
+        if disposition not in counts or (reason is None) != (disposition == COMMITTED):
+            raise ValueError(f"a row ended as {disposition!r} with reason {reason!r}")
+        counts[disposition][reason or COMMITTED] = num_rows
+    return Counts(counts[COMMITTED].get(COMMITTED, 0), counts[REJECTED], counts[FAILED])
+
+
+class LedgerFile:
+    """A ledger file in the making, on local disk: add frames, then publish it under its digest."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "ledger.parquet"
+        self._writer = pq.ParquetWriter(self._path, LEDGER_SCHEMA, compression="zstd")
+        self._num_rows = 0
+
+    def add(self, rows: pl.DataFrame) -> None:
+        """Append rows; columns that are missing are null."""
+        missing = [
+            pl.lit(None, dtype=pl.Boolean if name == "retryable" else pl.String).alias(name)
+            for name in LEDGER_SCHEMA.names
+            if name not in rows.columns
+        ]
+        frame = rows.with_columns(*missing).select(LEDGER_SCHEMA.names)
+        self._writer.write_table(frame.to_arrow().cast(LEDGER_SCHEMA))
+        self._num_rows += rows.height
+
+    def publish(self, dataset_root: str) -> FileEntry | None:
+        """Close and upload the file; None when it holds no row."""
+        self._writer.close()
+        if self._num_rows == 0:
+            return None
+        sha256 = sha256_file(self._path)
+        path = ledger_path(sha256)
+        stored = storage.upload(self._path, storage.join(dataset_root, path))
+        return FileEntry(path, stored.num_bytes, sha256, self._num_rows)

@@ -1,0 +1,190 @@
+"""What a curation would do and why, found out without starting Spark."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from infra import storage
+from infra.config import semantic_part
+from infra.digests import canonical_json, code_digest, sha256_bytes
+from infra.errors import UserError
+from infra.manifest import FileEntry, ShardEntry, verify_dataset
+from pipelines.build import Build, PartMarker, ReadMarker, StagedMarker
+from pipelines.config import CurationConfig
+from pipelines.inputs import InputFile, Unit, find_inputs, units_of
+
+ROWS_PER_PARTITION = 5_000
+MIN_PARTITIONS = 8
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class CurationPlan:
+    """SKIP: a verified version is there. RESUME: some work is. RUN: none is.
+
+    ``units`` are read, ``partitions`` fetched and ``parts`` written by a run.
+    """
+
+    decision: Literal["SKIP", "RESUME", "RUN"]
+    reason: str
+    build: Build
+    inputs: tuple[InputFile, ...]
+    units: tuple[Unit, ...]
+    partitions: tuple[int, ...]
+    parts: tuple[int, ...]
+    version: str | None = None
+
+    @property
+    def build_key(self) -> str:
+        """sha256 over the semantic recipe, the inputs' digests and this package's code."""
+        return self.build.key
+
+    @property
+    def rows_in(self) -> int:
+        return sum(file.num_rows for file in self.inputs if file.kind == "metadata")
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.inputs)
+
+    @property
+    def manifest_uri(self) -> str | None:
+        """The address of the version that is there, if one is."""
+        if self.version is None:
+            return None
+        return storage.join(self.build.dataset_root, self.version, "manifest.json")
+
+
+def plan_curation(
+    name: str,
+    config: CurationConfig,
+    store_uri: str,
+    environment: Mapping[str, str] | None = None,
+) -> CurationPlan:
+    """Look at the inputs and at what is stored, and decide.
+
+    Reads every input and, when a version is there, every stored byte: a version whose files are
+    damaged is no reason to skip. Raises ``UserError`` for inputs that cannot be curated.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            expected="a dataset name of a-z, 0-9, '.', '_' and '-', at most 64 long", got=repr(name)
+        )
+    inputs = find_inputs(config)
+    build = _build(name, config, store_uri, inputs, environment or {})
+    version = _finished_version(build)
+    problems: list[str] = []
+    if version is not None:
+        problems = verify_dataset(storage.join(build.dataset_root, version, "manifest.json"))
+        if not problems:
+            return CurationPlan(
+                "SKIP",
+                f"version {version[:12]} is there and every byte of it was verified",
+                build,
+                tuple(inputs),
+                (),
+                (),
+                (),
+                version,
+            )
+    return _unfinished(build, inputs, problems)
+
+
+def _build(
+    name: str,
+    config: CurationConfig,
+    store_uri: str,
+    inputs: list[InputFile],
+    environment: Mapping[str, str],
+) -> Build:
+    rows_in = sum(file.num_rows for file in inputs if file.kind == "metadata")
+    if rows_in == 0:
+        raise UserError(f"the metadata of {name} holds no rows; check `metadata` in the recipe")
+    identity = {
+        "recipe": semantic_part(config),
+        "inputs": [file.identity() for file in inputs],
+        "code": code_digest("pipelines"),
+    }
+    automatic = max(MIN_PARTITIONS, math.ceil(rows_in / ROWS_PER_PARTITION))
+    return Build(
+        dataset_root=storage.join(store_uri, "datasets", name),
+        key=sha256_bytes(canonical_json(identity)),
+        config=config,
+        num_partitions=config.partitions or automatic,
+        environment=dict(environment),
+    )
+
+
+def _finished_version(build: Build) -> str | None:
+    try:
+        result: Any = storage.read_json(build.result_uri)
+    except storage.ObjectMissing:
+        return None
+    version = result.get("version") if isinstance(result, dict) else None
+    return version if isinstance(version, str) else None
+
+
+def _unfinished(build: Build, inputs: list[InputFile], problems: list[str]) -> CurationPlan:
+    """Which units, partitions and parts lack a marker with all its files in full size."""
+    units = units_of(inputs)
+    folders = [
+        storage.join(build.dataset_root, "shards"),
+        storage.join(build.dataset_root, "ledger"),
+        build.folder,
+    ]
+    prefix = build.dataset_root.rstrip("/") + "/"
+    sizes = {
+        info.uri.removeprefix(prefix): info.num_bytes
+        for folder in folders
+        for info in storage.list_objects(folder)
+    }
+    for problem in problems:  # verify_dataset's lines begin with the file's path
+        sizes.pop(problem.partition(":")[0], None)
+
+    def is_whole(entry: FileEntry | ShardEntry | None) -> bool:
+        return entry is None or sizes.get(entry.path) == entry.num_bytes
+
+    reads = {
+        index: marker
+        for index, marker in build.read_all(ReadMarker, len(units)).items()
+        if is_whole(marker.ledger)
+    }
+    staged = build.read_all(StagedMarker, build.num_partitions)
+    parts = {
+        index
+        for index, marker in build.read_all(PartMarker, build.num_partitions).items()
+        if all(map(is_whole, [*marker.shards, marker.ledger]))
+        and index in staged
+        and is_whole(staged[index].rows)
+    }
+    fetched = {
+        index
+        for index, marker in staged.items()
+        if is_whole(marker.rows) and (index in parts or is_whole(marker.images))
+    }
+    every = range(build.num_partitions)
+    to_fetch = tuple(index for index in every if index not in fetched)
+    to_read = [
+        unit
+        for unit in units
+        if to_fetch or (unit.file.kind == "metadata" and unit.index not in reads)
+    ]
+    if problems:
+        reason = f"{len(problems)} stored files are damaged, first: {problems[0]}"
+    elif fetched or parts:
+        reason = f"{len(fetched)} of {len(every)} partitions are fetched, {len(parts)} written"
+    else:
+        reason = "these inputs, this recipe and this code have not been curated yet"
+    return CurationPlan(
+        decision="RESUME" if fetched or parts or problems else "RUN",
+        reason=reason,
+        build=build,
+        inputs=tuple(inputs),
+        units=tuple(to_read),
+        partitions=to_fetch,
+        parts=tuple(index for index in every if index not in parts),
+    )

@@ -1,0 +1,83 @@
+"""The manifest, added up from the markers of one build."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from infra.config import semantic_part
+from infra.digests import canonical_json, sha256_bytes
+from infra.manifest import DatasetManifest
+from pipelines.build import PartMarker, ReadMarker
+from pipelines.inputs import units_of
+from pipelines.ledger import COMMITTED, FAILED, REASONS, REJECTED
+from pipelines.plan import CurationPlan
+
+
+def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
+    """List every shard and ledger file and account for every input row.
+
+    The counts come from what was written. Raises ``RuntimeError`` when a row is missing or
+    counted twice: that is a bug, and nothing is published.
+    """
+    build = plan.build
+    units = [unit for unit in units_of(plan.inputs) if unit.file.kind == "metadata"]
+    read_markers = build.read_all(ReadMarker, max((u.index for u in units), default=-1) + 1)
+    part_markers = build.read_all(PartMarker, build.num_partitions)
+    reads = [read_markers[unit.index] for unit in units]
+    parts = [part_markers[index] for index in range(build.num_partitions)]
+
+    rejected: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
+    for read in reads:
+        rejected.update(read.rejected)
+    for part in parts:
+        rejected.update(part.rejected)
+        failed.update(part.failed)
+    files = [read.ledger for read in reads] + [part.ledger for part in parts]
+    ledger = sorted((file for file in files if file is not None), key=lambda file: file.path)
+    counts = {
+        "rows_in": plan.rows_in,
+        COMMITTED: sum(part.committed for part in parts),
+        REJECTED: rejected.total(),
+        FAILED: failed.total(),
+    }
+    ended = counts[COMMITTED] + counts[REJECTED] + counts[FAILED]
+    in_ledger = sum(entry.num_rows for entry in ledger)
+    if not plan.rows_in == ended == in_ledger:
+        raise RuntimeError(
+            f"{plan.rows_in} rows went in, {ended} are accounted for, {in_ledger} are in the ledger"
+        )
+    recipe = semantic_part(build.config)
+    return DatasetManifest(
+        name=name,
+        recipe_fingerprint=sha256_bytes(canonical_json(recipe)),
+        shards=[shard for part in parts for shard in part.shards],
+        ledger=ledger,
+        counts=counts,
+        rejected=dict(rejected),
+        failed=dict(failed),
+        parents=[file.identity() for file in plan.inputs],
+        attributes={
+            "source": build.config.source,
+            "image_size_px": build.config.resize.image_size_px,
+            "crop": build.config.resize.crop,
+            "encode_format": build.config.resize.encode_format,
+            "aesthetic_scale": build.config.filters.aesthetic_scale,
+            "recipe": recipe,
+        },
+    )
+
+
+def funnel_of(manifest: DatasetManifest) -> dict[str, int]:
+    """``rows_in``, what each reason took away in the order of asking, then ``committed``."""
+    order = {reason: position for position, reason in enumerate(REASONS)}
+    rejected = sorted(
+        manifest.rejected.items(), key=lambda item: (order.get(item[0], len(order)), item[0])
+    )
+    failed = sorted((f"failed:{cause}", number) for cause, number in manifest.failed.items())
+    return {
+        "rows_in": manifest.counts["rows_in"],
+        **dict(rejected),
+        **dict(failed),
+        COMMITTED: manifest.counts[COMMITTED],
+    }

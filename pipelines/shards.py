@@ -1,0 +1,133 @@
+"""WebDataset tars whose bytes depend on their samples alone, named after those bytes."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from infra import storage
+from infra.digests import canonical_json, sha256_file
+from infra.manifest import ShardEntry, shard_path
+from pipelines.config import PreferenceConfig, ShardConfig
+
+_KEY = re.compile(r"[0-9a-f]{32}")
+_EXTENSION = re.compile(r"[a-z0-9]{1,8}")
+_SCORE_DIGITS = 6
+
+
+class ShardWriter:
+    """Packs samples into tars on local disk and publishes each when it is full.
+
+    Samples must come in strictly rising key order: a key cannot repeat, and the same samples
+    always fall into the same shards.
+    """
+
+    def __init__(self, config: ShardConfig, dataset_root: str, folder: Path) -> None:
+        self._config = config
+        self._dataset_root = dataset_root
+        self._path = folder / "shard.tar"
+        self._tar: tarfile.TarFile | None = None
+        self._num_samples = 0
+        self._num_bytes = 0
+        self._last_key = ""
+        self._keys: list[str] = []
+        self.shards: list[ShardEntry] = []
+        self.shard_of: dict[str, str] = {}
+
+    def add(self, key: str, members: dict[str, bytes]) -> None:
+        """Add one sample: extension -> bytes. ``ValueError`` for an odd or unordered key."""
+        if not _KEY.fullmatch(key) or key <= self._last_key:
+            raise ValueError(f"sample key {key!r} after {self._last_key!r}")
+        if not all(_EXTENSION.fullmatch(extension) for extension in members):
+            raise ValueError(f"member extensions {sorted(members)}")
+        num_bytes = sum(map(len, members.values()))
+        if self._keys and (
+            len(self._keys) >= self._config.max_samples
+            or self._num_bytes + num_bytes > self._config.max_bytes
+        ):
+            self._publish()
+        if self._tar is None:
+            self._tar = tarfile.TarFile(self._path, "w", format=tarfile.USTAR_FORMAT)
+        for extension, data in sorted(members.items()):
+            info = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0, names empty
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
+        self._keys.append(key)
+        self._num_bytes += num_bytes
+        self._last_key = key
+
+    def finish(self) -> list[ShardEntry]:
+        """Publish what is left; every shard, in key order. No samples, no shards."""
+        if self._keys:
+            self._publish()
+        return self.shards
+
+    def _publish(self) -> None:
+        if self._tar is not None:
+            self._tar.close()
+        sha256 = sha256_file(self._path)
+        path = shard_path(sha256)
+        stored = storage.upload(self._path, storage.join(self._dataset_root, path))
+        self.shards.append(ShardEntry(path, stored.num_bytes, sha256, len(self._keys)))
+        self.shard_of.update(dict.fromkeys(self._keys, path))
+        self._tar, self._keys, self._num_bytes = None, [], 0
+
+
+def preference_score(aesthetic_score: float | None, config: PreferenceConfig) -> float | None:
+    """``offset + scale * aesthetic_score``, or the recipe's value for an unknown score."""
+    if aesthetic_score is None:
+        return config.unknown
+    return round(config.offset + config.scale * aesthetic_score, _SCORE_DIGITS)
+
+
+def sample_members(
+    row: dict[str, Any], image: bytes, extension: str, preference: PreferenceConfig
+) -> dict[str, bytes]:
+    """The members of one sample: the image, ``.txt`` to train on, ``.json`` with all we know."""
+    scores = {
+        name: None if row[name] is None else round(row[name], _SCORE_DIGITS)
+        for name in ("clip_similarity", "aesthetic_score", "watermark_prob", "unsafe_prob")
+    }
+    known = {
+        "sample_id": row["sample_id"],
+        "url": row["url"],
+        "caption": row["train_caption"],
+        "captions": row["captions"],
+        "original_width_px": row["original_width_px"],
+        "original_height_px": row["original_height_px"],
+        "width_px": row["image_width_px"],
+        "height_px": row["image_height_px"],
+        "crop_left_px": row["crop_left_px"],
+        "crop_top_px": row["crop_top_px"],
+        **scores,
+        "aesthetic_scale": row["aesthetic_scale"],
+        "preference_score": preference_score(row["aesthetic_score"], preference),
+        "sha256": row["sha256"],
+        "language": row["language"],
+        "source": row["source"],
+    }
+    return {
+        extension: image,
+        "json": canonical_json(known),
+        "txt": row["train_caption"].encode("utf-8"),
+    }
+
+
+def read_shard(data: bytes) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of a tar in memory: key and members by extension."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        key, members = "", dict[str, bytes]()
+        for member in tar:
+            stem, _, extension = member.name.partition(".")
+            if stem != key:
+                if members:
+                    yield key, members
+                key, members = stem, {}
+            file = tar.extractfile(member)
+            members[extension] = file.read() if file is not None else b""
+        if members:
+            yield key, members

@@ -1,0 +1,87 @@
+"""Third task: the staged rows and images of one partition become shards and a ledger."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Collection
+from contextlib import ExitStack
+from pathlib import Path
+
+import polars as pl
+
+from infra import storage
+from pipelines.build import Build, PartMarker, StagedMarker
+from pipelines.config import CurationConfig
+from pipelines.duplicates import DUPLICATE_IMAGE
+from pipelines.ledger import COMMITTED, REJECTED, LedgerFile, count
+from pipelines.shards import ShardWriter, sample_members
+
+_ROWS_AT_ONCE = 1000
+
+
+def staged_images(build: Build, partition: int) -> pl.DataFrame:
+    """``partition, sample_id, aesthetic_score, sha256`` of the partition's images."""
+    with build.task(f"index-{partition:05d}") as folder:
+        rows_path = build.fetch_staged(_staged(build, partition).rows, folder)
+        columns = ["sample_id", "aesthetic_score", "sha256"]
+        rows = pl.read_parquet(rows_path, columns=columns).drop_nulls("sha256")
+        return rows.select(pl.lit(partition, dtype=pl.Int32).alias("partition"), *columns)
+
+
+def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> None:
+    """Publish the partition's shards without ``duplicates``, its ledger, and its ``PartMarker``."""
+    with build.task(f"part-{partition:05d}") as folder:
+        staged = _staged(build, partition)
+        rows = pl.read_parquet(build.fetch_staged(staged.rows, folder)).sort("sample_id")
+        is_duplicate = pl.col("sample_id").is_in(list(duplicates)) & pl.col("offset").is_not_null()
+        rows = rows.with_columns(
+            pl.when(is_duplicate)
+            .then(pl.lit(REJECTED))
+            .otherwise(pl.col("disposition").fill_null(COMMITTED))
+            .alias("disposition"),
+            pl.when(is_duplicate).then(pl.lit(DUPLICATE_IMAGE)).otherwise("reason").alias("reason"),
+        )
+        writer = ShardWriter(build.config.shards, build.dataset_root, folder)
+        images_path = build.fetch_staged(staged.images, folder)
+        _pack(rows.filter(pl.col("disposition") == COMMITTED), images_path, build.config, writer)
+        shards = writer.finish()
+        rows = rows.with_columns(
+            pl.col("sample_id")
+            .replace_strict(writer.shard_of, default=None, return_dtype=pl.String)
+            .alias("shard")
+        )
+        counts = count(rows)
+        ledger = LedgerFile(folder)
+        ledger.add(rows)
+        marker = PartMarker(
+            shards=shards,
+            ledger=ledger.publish(build.dataset_root),
+            committed=counts.committed,
+            rejected=counts.rejected,
+            failed=counts.failed,
+        )
+        build.write(marker, partition)
+
+
+def _staged(build: Build, partition: int) -> StagedMarker:
+    marker = build.read(StagedMarker, partition)
+    if marker is None:
+        raise storage.ObjectMissing(build.marker_uri(StagedMarker, partition))
+    return marker
+
+
+def _pack(
+    rows: pl.DataFrame, images_path: Path, config: CurationConfig, writer: ShardWriter
+) -> None:
+    """Add every row's sample, in the order of ``rows``; images are read where they lie."""
+    if rows.is_empty():
+        return
+    with ExitStack() as stack:
+        file = stack.enter_context(images_path.open("rb"))
+        images = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        for batch in rows.iter_slices(_ROWS_AT_ONCE):
+            for row in batch.iter_rows(named=True):
+                image = images[row["offset"] : row["offset"] + row["num_bytes"]]
+                extension = config.resize.encode_format
+                members = sample_members(row, image, extension, config.preference)
+                writer.add(row["sample_id"], members)
