@@ -1,15 +1,17 @@
 """The masked image transformer, its tokenizers and text encoder, and sampling.
 
-Needs torch, safetensors, tokenizers, numpy and pillow only. Folders are in the published Meissonic layout.
+Needs torch, safetensors, tokenizers, numpy and pillow only. Folders are in the published Meissonic
+layout.
 """
 
 from model.compression import insert_compression
 from model.errors import ModelError
 from model.loss import masked_token_loss
+from model.paint_options import PaintOptions
 from model.sampler import Condition, SamplingOptions, unmask
 from model.schedule import cosine_schedule, linear_schedule, sample_mask, training_timestep
 from model.text import CLIPTextConfig, CLIPTextEncoder, TextFeatures
-from model.text_to_image import PainterDefaults, TextToImage
+from model.text_to_image import PainterDefaults, TextToImage, write_index
 from model.text_tokenizer import CLIPTokenizer
 from model.transformer import MaskedImageTransformer, TransformerConfig
 from model.vq import Quantized, VQConfig, VQTokenizer
@@ -21,6 +23,7 @@ __all__ = [
     "Condition",
     "MaskedImageTransformer",
     "ModelError",
+    "PaintOptions",
     "PainterDefaults",
     "Quantized",
     "SamplingOptions",
@@ -36,4 +39,5 @@ __all__ = [
     "sample_mask",
     "training_timestep",
     "unmask",
+    "write_index",
 ]

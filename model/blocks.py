@@ -120,7 +120,7 @@ class SingleBlock(nn.Module):
 
 
 class GridResampler(nn.Module):
-    """RMSNorm, then a 2x2 convolution of stride 2 that halves (or, transposed, doubles) the grid."""
+    """RMSNorm, then a 2x2 convolution of stride 2 that halves or (transposed) doubles the grid."""
 
     def __init__(self, num_channels: int, doubles: bool) -> None:
         super().__init__()

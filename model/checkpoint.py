@@ -45,18 +45,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` as the published files are written: sorted keys, two spaces, a final newline."""
+    """Write `value` as the published files are: sorted keys, two spaces, a final newline."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def parse_config(
     cls: type[ConfigT], values: Mapping[str, Any], source: str, ignore_unknown: bool = False
 ) -> ConfigT:
-    """Build the dataclass `cls` from a config.json; keys that start with `_` are notes and are skipped.
+    """Build the dataclass `cls` from a config.json; keys that start with `_` are skipped.
 
     All unknown and missing keys are reported in one line, unknown ones with the nearest known name.
     """
-    known: dict[str, Field[Any]] = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass type
+    known: dict[str, Field[Any]] = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass
     given = {key: value for key, value in values.items() if not key.startswith("_")}
     problems = []
     for key in sorted(set(given) - set(known)):
@@ -162,7 +162,7 @@ def load_module(
     dtype: torch.dtype,
     ignore: Iterable[str] = (),
 ) -> ModuleT:
-    """Build on the meta device, then take the folder's weights as they are: no second copy in memory."""
+    """Build on the meta device, then adopt the folder's tensors: no second copy in memory."""
     weights = read_weights(folder, stem, dtype)
     for key in ignore:
         weights.pop(key, None)

@@ -9,12 +9,13 @@ from model.transformer import MaskedImageTransformer, init_compression
 
 
 def insert_compression(plain: MaskedImageTransformer) -> tuple[MaskedImageTransformer, list[str]]:
-    """A compressing copy of `plain`, and the names of its new parameters; every other one is inherited.
+    """A compressing copy of `plain` and its new parameters' names; all others are inherited.
 
-    The new layers start neutral: the down-sampling averages the normalised embeddings of each 2x2 block
-    of tokens, and the up-sampling copies what the blocks made of it to the four tokens (the norms around
-    both ignore scale). So on a grid of 2H x 2W the inherited blocks see what they saw at H x W, at the
-    positions they know, and training only has to tell the four tokens of a block apart.
+    The new layers start neutral: the down-sampling averages the normalised embeddings of each 2x2
+    block of tokens, and the up-sampling copies what the blocks made of it to the four tokens (the
+    norms around both ignore scale). So on a grid of 2H x 2W the inherited blocks see what they saw
+    at H x W, at the positions they know, and training only has to tell the four tokens of a block
+    apart.
     """
     if plain.config.compresses:
         raise ModelError("this network already compresses: insert_compression expects a plain one")

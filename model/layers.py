@@ -13,8 +13,8 @@ NORM_EPS = 1e-6
 SINUSOID_CHANNELS = 256
 FLOAT16_MAX = 65504.0
 
-# Truncated-normal standard deviation is INIT_GAIN / sqrt(inputs): 0.02 at the published width of 1024,
-# and the same gain at any other width.
+# Truncated-normal standard deviation is INIT_GAIN / sqrt(inputs): 0.02 at the published width of
+# 1024, and the same gain at any other width.
 INIT_GAIN = 0.64
 
 
@@ -25,7 +25,7 @@ def init_linear(weight: Tensor, num_inputs: int) -> None:
 
 
 def sinusoid(values_N: Tensor, num_channels: int = SINUSOID_CHANNELS) -> Tensor:
-    """(N, num_channels) float32: cosines, then sines, of each value at geometric frequencies 1 … 1e-4."""
+    """(N, num_channels) float32: cosines, then sines, at geometric frequencies 1 … 1e-4."""
     half = num_channels // 2
     exponent = torch.arange(half, dtype=torch.float32, device=values_N.device) / half
     angles = values_N.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)[None, :]
@@ -83,7 +83,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(num_channels, num_chunks * num_channels)
 
     def forward(self, x_BSC: Tensor, condition_BC: Tensor) -> tuple[Tensor, ...]:
-        """(modulated x_BSC, gate_B1C) and, with six chunks, (shift, scale, gate)_B1C of the second part."""
+        """Modulated x_BSC, gate_B1C and, with six chunks, the second shift, scale and gate."""
         chunks = self.linear(F.silu(condition_BC))[:, None].chunk(self.num_chunks, dim=-1)
         return modulate(x_BSC, chunks[0], chunks[1]), *chunks[2:]
 
@@ -106,7 +106,7 @@ class GeluProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Channels ×4, GELU, back. The middle entry is the published layout's dropout place."""
+    """Channels times 4, GELU, back. The middle entry is the published layout's dropout place."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The training loss: cross-entropy on the masked tokens, and only there.
 
-Shape suffixes: B batch, H token rows, W token columns, T text tokens, D text channels, P pooled channels,
-5 micro-conditions, C channels, N masked tokens.
+Shape suffixes: B batch, H token rows, W token columns, T text tokens, D text channels, P pooled
+channels, 5 micro-conditions, C channels, N masked tokens.
 """
 
 import torch
@@ -28,8 +28,9 @@ def masked_token_loss(
     """Mean cross-entropy in nats (scalar float32) over the tokens where mask_BHW (bool) is true.
 
     `tokens_BHW` are the true tokens; the network sees the mask token in the masked places and
-    `mask_ratio_B` in [0, 1] in the form its `timestep_convention` asks for. The head runs on masked tokens
-    only, in chunks whose logits are recomputed on the way back. No masked token gives a loss of zero.
+    `mask_ratio_B` in [0, 1] in the form its `timestep_convention` asks for. The head runs on masked
+    tokens only, in chunks whose logits are recomputed on the way back. No masked token gives a loss
+    of zero.
     """
     inputs_BHW = torch.where(mask_BHW, transformer.config.mask_token_id, tokens_BHW)
     timestep_B = training_timestep(mask_ratio_B, transformer.config.timestep_convention)

@@ -1,6 +1,7 @@
 """Rotary positions for a text sequence followed by a token grid.
 
-Shape suffixes: S sequence (text then image), F rotary frequencies (half the head's channels), K heads, A channels of one head.
+Shape suffixes: S sequence (text then image), F rotary frequencies (half the head's channels), K
+heads, A channels of one head.
 """
 
 import torch
@@ -12,10 +13,11 @@ THETA = 10000.0
 def rotary_tables(
     num_text: int, height: int, width: int, axes_dims: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos_SF and sin_SF (float32) for `num_text` text tokens and a height × width token grid.
+    """cos_SF and sin_SF (float32) for `num_text` text tokens and a token grid of height by width.
 
-    Every text token sits at (0, 0, 0) and the token in row r, column c at (0, r, c). `axes_dims` are
-    the channels each of the three axes takes of a head (their sum). Angles are computed in float64.
+    Every text token sits at (0, 0, 0) and the token in row r, column c at (0, r, c). `axes_dims`
+    are the channels each of the three axes takes of a head (their sum). Angles are computed in
+    float64.
     """
     rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)
     columns = torch.arange(width, dtype=torch.float64).repeat(height)

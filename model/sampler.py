@@ -1,7 +1,8 @@
 """Unmasking: from masked tokens to an image's tokens in a few steps.
 
-Shape suffixes: B images, H token rows, W token columns, L = H·W, N masked tokens of all images (row-major),
-V codebook size, C channels, T text tokens, D text channels, P pooled channels, 5 micro-conditions.
+Shape suffixes: B images, H token rows, W token columns, L = H·W, N masked tokens of all images
+(row-major), V codebook size, C channels, T text tokens, D text channels, P pooled channels, 5
+micro-conditions.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from model.schedule import MASK_RATIO, Schedule, cosine_schedule
 from model.text import TextFeatures
 from model.transformer import MaskedImageTransformer
 
-# Called after each step with (steps done, steps in all, tokens_BHW so far, masked places still masked).
+# Called after each step with (steps done, steps in all, tokens_BHW with what is still masked).
 Progress = Callable[[int, int, Tensor], None]
 
 # Float32 probabilities of this many tokens exist at a time: 128 MB with 8192 codes.
@@ -26,7 +27,7 @@ _TINY_PROB = 1e-20
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to unmask. guided logits = uncond + guidance_scale · (cond - uncond); a scale of 1 is off."""
+    """How to unmask. Guided logits are uncond + guidance_scale · (cond - uncond); 1 is off."""
 
     steps: int = 48
     guidance_scale: float = 9.0
@@ -53,7 +54,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class Condition:
-    """What the images are asked to show. `null` is needed only when guided; one row serves all images."""
+    """What the images shall show. `null` is needed when guided; one row serves all images."""
 
     text: TextFeatures
     micro_conditions_B5: Tensor
@@ -65,8 +66,8 @@ def num_left_masked(
 ) -> Tensor:
     """How many tokens of each image stay masked after `step` (0 … steps-1).
 
-    floor(tokens masked at the start · schedule(progress)), but at least one fewer than now and, before
-    the last step, at least one; zero after the last.
+    floor(tokens masked at the start · schedule(progress)), but at least one fewer than now and,
+    before the last step, at least one; zero after the last.
     """
     if step == steps - 1:
         return torch.zeros_like(num_masked_B)
@@ -75,8 +76,15 @@ def num_left_masked(
     return torch.minimum(num_masked_B - 1, wanted_B).clamp(min=1)
 
 
+def first_step_of(strength: float, steps: int) -> int:
+    """The step to begin with so that `strength`, in (0, 1], of the steps (or one) are run."""
+    if not 0 < strength <= 1:
+        raise ModelError(f"strength is {strength}: expected more than 0 and at most 1")
+    return steps - max(1, round(strength * steps))
+
+
 def draw_tokens(logits_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample a token from each row's softmax with the given uniform numbers; also its probability."""
+    """A token from each row's softmax by the given uniform number, and its probability."""
     probs_NV = logits_NV.float().softmax(dim=-1)
     cumulative_NV = probs_NV.cumsum(dim=-1)
     threshold_N1 = uniform_N[:, None] * cumulative_NV[:, -1:]
@@ -94,10 +102,10 @@ def remask(
     num_left_B: Tensor,
     mask_token_id: int,
 ) -> Tensor:
-    """Mask the least confident of the tokens just drawn again; tokens outside mask_BHW never change.
+    """Mask the least confident new tokens again; tokens outside mask_BHW never change.
 
-    Confidence is log probability plus noise. Each image keeps num_left_B masks (fewer when confidences
-    tie at the border, as published; none where num_left_B is 0).
+    Confidence is log probability plus noise. Each image keeps num_left_B masks (fewer when
+    confidences tie at the border, as published; none where num_left_B is 0).
     """
     confidence_BHW = torch.full(mask_BHW.shape, torch.inf, device=mask_BHW.device)
     confidence_BHW[mask_BHW] = prob_N.clamp(min=_TINY_PROB).log() + noise_N
@@ -109,7 +117,7 @@ def remask(
 
 
 class _Noise:
-    """Each image draws from its own CPU generator, so its numbers do not depend on the batch or device."""
+    """A CPU generator per image: its numbers depend neither on the batch nor on the device."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -134,10 +142,12 @@ def unmask(
     seeds: Sequence[int],
     options: SamplingOptions,
     progress: Progress | None = None,
+    first_step: int = 0,
 ) -> Tensor:
     """Fill every mask token of tokens_BHW; tokens that are not masked at the start are kept.
 
     Image b depends on seeds[b] and its own inputs only. Returns tokens_BHW without mask tokens.
+    Steps before `first_step` are skipped: the share masked counts as the schedule's at that point.
     Raises ModelError when guidance is asked for without a null text.
     """
     if options.is_guided and condition.null is None:
@@ -147,9 +157,10 @@ def unmask(
     mask_token_id = transformer.config.mask_token_id
     inputs = _network_inputs(condition, len(tokens_BHW), options.is_guided)
     noise = _Noise(seeds, tokens_BHW.device)
-    num_start_B = (tokens_BHW == mask_token_id).flatten(1).sum(dim=1)
+    begun = options.schedule(torch.tensor(first_step / options.steps, device=tokens_BHW.device))
+    num_start_B = (tokens_BHW == mask_token_id).flatten(1).sum(dim=1) / begun
     temperatures = torch.linspace(*options.temperature, options.steps).tolist()
-    for step in range(options.steps):
+    for step in range(first_step, options.steps):
         mask_BHW = tokens_BHW == mask_token_id
         num_masked_B = mask_BHW.flatten(1).sum(dim=1)
         counts = num_masked_B.tolist()
@@ -179,14 +190,14 @@ def unmask(
                 mask_token_id,
             )
         if progress is not None:
-            progress(step + 1, options.steps, tokens_BHW)
+            progress(step + 1 - first_step, options.steps - first_step, tokens_BHW)
     return tokens_BHW
 
 
 def _network_inputs(
     condition: Condition, batch: int, is_guided: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Text states, pooled text and micro-conditions; when guided the null rows come first, as one batch."""
+    """Text states, pooled text, micro-conditions; when guided, null rows first, as one batch."""
     states_BTD, pooled_BP = condition.text
     micro_B5 = condition.micro_conditions_B5
     if not is_guided or condition.null is None:
@@ -202,7 +213,7 @@ def _network_inputs(
 def _timestep(
     transformer: MaskedImageTransformer, masked_ratio_B: Tensor, step: int, steps: int
 ) -> Tensor:
-    """What the network's convention calls this step: the share still masked, or the index counting down."""
+    """This step in the network's convention: the share masked, or the index counting down."""
     if transformer.config.timestep_convention == MASK_RATIO:
         return masked_ratio_B.float()
     return torch.full_like(masked_ratio_B, steps - 1 - step, dtype=torch.float32)
@@ -217,7 +228,7 @@ def _predict(
     uniform_N: Tensor,
     options: SamplingOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Draw a token, and its probability, for every masked place; the head runs on those places only."""
+    """A token and its probability for every masked place; the head runs there only."""
     device_type = tokens_BHW.device.type
     autocast = (
         torch.autocast(device_type, options.autocast_dtype)

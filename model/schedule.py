@@ -1,4 +1,4 @@
-"""The mask schedule: which share of an image's tokens is masked when. Training and sampling share it.
+"""The mask schedule, shared by training and sampling: which share of the tokens is masked when.
 
 Shape suffixes: B batch, H token rows, W token columns.
 `progress` runs from 0 (everything masked) to 1 (nothing masked).
@@ -17,8 +17,8 @@ STEP_INDEX = "step_index"
 MASK_RATIO = "mask_ratio"
 TIMESTEP_CONVENTIONS = (STEP_INDEX, MASK_RATIO)
 
-# The published sampling scripts run this many steps; weights that were trained with step indices know
-# the indices 0 … 63.
+# The published sampling scripts run this many steps; weights that were trained with step indices
+# know the indices 0 … 63.
 PUBLISHED_NUM_STEPS = 64
 
 
@@ -82,8 +82,9 @@ def sample_mask(
 def training_timestep(mask_ratio_B: Tensor, convention: str) -> Tensor:
     """What training passes to the network as `timestep` for images with this mask ratio.
 
-    "mask_ratio": the ratio itself, in [0, 1]. "step_index": the (fractional) index that the published
-    sampler would pass when the cosine schedule reaches this ratio in `PUBLISHED_NUM_STEPS` steps.
+    "mask_ratio": the ratio itself, in [0, 1]. "step_index": the (fractional) index that the
+    published sampler would pass when the cosine schedule reaches this ratio in
+    `PUBLISHED_NUM_STEPS` steps.
     """
     if convention == MASK_RATIO:
         return mask_ratio_B.float()

@@ -28,7 +28,7 @@ _IGNORED_WEIGHTS = ("text_model.embeddings.position_ids",)
 
 
 class TextFeatures(NamedTuple):
-    """`hidden_BTD`: states before the last layer. `pooled_BP`: the projected state of the end token."""
+    """`hidden_BTD`: states before the last layer. `pooled_BP`: the end token's, projected."""
 
     hidden_BTD: Tensor
     pooled_BP: Tensor
@@ -178,7 +178,8 @@ class CLIPTextEncoder(nn.Module):
         longest = self.config.max_position_embeddings
         if input_ids_BT.ndim != 2 or input_ids_BT.shape[1] > longest:
             raise ModelError(
-                f"input_ids have shape {tuple(input_ids_BT.shape)}: expected (batch, at most {longest} tokens)"
+                f"input_ids have shape {tuple(input_ids_BT.shape)}: expected (batch, at most "
+                f"{longest} tokens)"
             )
         x_BTD = self.text_model.embeddings(input_ids_BT)
         *layers, last = self.text_model.encoder.layers
@@ -201,7 +202,7 @@ class CLIPTextEncoder(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype = torch.float32
     ) -> "CLIPTextEncoder":
-        """Read config.json and model.safetensors, strictly; raises ModelError with all that does not fit."""
+        """Read the folder strictly; raises ModelError with all that does not fit."""
         folder = Path(folder)
         source = folder / "config.json"
         config = parse_config(CLIPTextConfig, read_json(source), str(source), ignore_unknown=True)
@@ -210,14 +211,14 @@ class CLIPTextEncoder(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the published layout, whole: a reader sees the old folder or the new one."""
+        """Write the published layout whole: a reader sees the old folder or the new."""
         dtype = str(self.text_projection.weight.dtype).removeprefix("torch.")
         config = {**self.config.to_json(), "torch_dtype": dtype}
         write_whole(folder, lambda staging: write_module(staging, self, config, TRANSFORMERS_STEM))
 
 
 def init_weights(encoder: CLIPTextEncoder) -> None:
-    """CLIP's own start: residual branches shrink with the depth, so deep stacks begin near identity."""
+    """CLIP's own start: residual branches shrink with the depth."""
     width, depth = encoder.config.hidden_size, encoder.config.num_hidden_layers
     branch_std = width**-0.5 * (2 * depth) ** -0.5
     for module in encoder.modules():

@@ -1,4 +1,4 @@
-"""From prompts to images: the folder that holds all parts, and the call that paints.
+"""From prompts to images: the folder that holds all parts, and the calls that paint.
 
 Shape suffixes: B images, H token rows, W token columns, T text tokens, 5 micro-conditions.
 """
@@ -6,15 +6,17 @@ Shape suffixes: B images, H token rows, W token columns, T text tokens, 5 micro-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Unpack
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from model.checkpoint import read_json, write_json, write_whole
 from model.errors import ModelError
-from model.sampler import Condition, Progress, SamplingOptions, unmask
+from model.paint_options import PaintKeywords, PaintOptions
+from model.pixels import to_images, to_masks, to_pixels, token_masks
+from model.sampler import Condition, first_step_of, unmask
 from model.schedule import mask_schedule
 from model.text import CLIPTextEncoder, TextFeatures
 from model.text_tokenizer import CLIPTokenizer
@@ -28,17 +30,16 @@ _PARTS = {
     "transformer": ["transformer", "Transformer2DModel"],
     "vqvae": ["diffusers", "VQModel"],
 }
-MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class PainterDefaults:
-    """What model_index.json says beyond the published keys, and what is used when it says nothing."""
+    """What model_index.json may say beyond the published keys, with what is used otherwise."""
 
     text_tokens: int = 77  # length that prompts are cut or padded to
     preference_score: float = 6.0  # the last micro-condition
     resolution_px: int = 1024  # height and width when none is given
-    masking_schedule: str = "cosine"
+    masking_schedule: str = "cosine"  # from scheduler_config.json
 
 
 class TextToImage:
@@ -62,39 +63,24 @@ class TextToImage:
 
     def _check_parts(self) -> None:
         config, text = self.transformer.config, self.text_encoder.config
-        pairs = [
-            (
-                "codebook_size",
-                config.codebook_size,
-                "the tokenizer's num_vq_embeddings",
-                self.vq.config.num_vq_embeddings,
-            ),
-            (
-                "joint_attention_dim",
-                config.joint_attention_dim,
-                "the text encoder's hidden_size",
-                text.hidden_size,
-            ),
-            (
-                "pooled_projection_dim",
-                config.pooled_projection_dim,
-                "its projection_dim",
-                text.projection_dim,
-            ),
-        ]
-        problems = [
-            f"{name} {mine} is not {other} {theirs}"
-            for name, mine, other, theirs in pairs
-            if mine != theirs
-        ]
-        if self.tokenizer.vocab_size > text.vocab_size:
+        num_codes, num_ids = self.vq.config.num_vq_embeddings, self.tokenizer.vocab_size
+        problems = []
+        if config.codebook_size != num_codes:
+            problems.append(f"transformer codebook_size {config.codebook_size}, vqvae {num_codes}")
+        if config.joint_attention_dim != text.hidden_size:
             problems.append(
-                f"the tokenizer has {self.tokenizer.vocab_size} ids, the text encoder {text.vocab_size}"
+                f"transformer joint_attention_dim {config.joint_attention_dim}, "
+                f"text encoder hidden_size {text.hidden_size}"
             )
+        if config.pooled_projection_dim != text.projection_dim:
+            problems.append(
+                f"transformer pooled_projection_dim {config.pooled_projection_dim}, "
+                f"text encoder projection_dim {text.projection_dim}"
+            )
+        if num_ids > text.vocab_size:
+            problems.append(f"tokenizer has {num_ids} ids, text encoder {text.vocab_size}")
         if problems:
-            raise ModelError(
-                "the parts of this model do not fit: transformer " + "; ".join(problems)
-            )
+            raise ModelError("the parts of this model do not fit: " + "; ".join(problems))
 
     @property
     def device(self) -> torch.device:
@@ -113,127 +99,177 @@ class TextToImage:
         return self.vq.downsample_factor * self.transformer.grid_multiple
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextFeatures:
-        """Text features of each prompt, padded to `defaults.text_tokens`."""
+        """Text features of each prompt, cut or padded to `defaults.text_tokens`."""
         input_ids_BT = self.tokenizer(prompts, self.defaults.text_tokens)
         features: TextFeatures = self.text_encoder(input_ids_BT.to(self.device))
         return features
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[str],
         height: int | None = None,
         width: int | None = None,
-        steps: int = 48,
-        guidance_scale: float = 9.0,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        negative_prompt: str = "",
-        temperature: float | tuple[float, float] = (2.0, 0.0),
-        preference_score: float | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int | None = None,
-        progress: Progress | None = None,
+        **keywords: Unpack[PaintKeywords],
     ) -> list[Image.Image]:
         """One RGB image per prompt.
 
         height, width: pixels, multiples of `size_multiple_px`; None is the model's own resolution.
-        guidance_scale: uncond + scale · (cond - uncond), uncond being `negative_prompt`; 1 is off.
-        seed: image i uses seed + i, or seeds[i]; its picture does not depend on the rest of the batch.
-        temperature: noise on the confidences, falling from the first value to the second (a single
-        number falls to 0). dtype: compute type of the network (autocast), None is that of its weights.
-        batch_size: images painted at a time, None is all. progress(steps done, steps in all, tokens_BHW).
+        The other keywords (steps, guidance_scale, seed, …) are those of `PaintOptions`.
         """
-        tokens_BHW = self.generate_tokens(
-            prompts, height, width, steps, guidance_scale, seed, seeds, negative_prompt, temperature,
-            preference_score, dtype, batch_size, progress,
-        )  # fmt: skip
-        return [
-            image
-            for tokens in torch.split(tokens_BHW, batch_size or len(tokens_BHW))
-            for image in self.decode(tokens)
-        ]
+        tokens_BHW = self.generate_tokens(prompts, height, width, **keywords)
+        return self.decode(tokens_BHW, keywords.get("batch_size"))
 
-    @torch.no_grad()
     def generate_tokens(
         self,
         prompts: Sequence[str],
         height: int | None = None,
         width: int | None = None,
-        steps: int = 48,
-        guidance_scale: float = 9.0,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        negative_prompt: str = "",
-        temperature: float | tuple[float, float] = (2.0, 0.0),
-        preference_score: float | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int | None = None,
-        progress: Progress | None = None,
+        **keywords: Unpack[PaintKeywords],
     ) -> Tensor:
-        """tokens_BHW of the images that `generate` would paint; same arguments."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        """tokens_BHW of the images that `generate` would paint."""
+        prompts = as_prompts(prompts)
         height_px, width_px = self.check_size(height, width)
-        seeds = check_seeds(seed, seeds, len(prompts))
-        options = SamplingOptions(
-            steps,
-            guidance_scale,
-            as_range(temperature),
-            mask_schedule(self.defaults.masking_schedule),
-            dtype,
+        factor = self.vq.downsample_factor
+        grid = (len(prompts), height_px // factor, width_px // factor)
+        blank_BHW = torch.full(grid, self.transformer.config.mask_token_id, device=self.device)
+        return self._paint(prompts, blank_BHW, PaintOptions(**keywords))
+
+    def inpaint(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image],
+        masks: Sequence[Image.Image],
+        **keywords: Unpack[PaintKeywords],
+    ) -> list[Image.Image]:
+        """Each image with the light part of its mask repainted; every other pixel is as it was."""
+        prompts = as_prompts(prompts)
+        check_counts(len(prompts), images=len(images), masks=len(masks))
+        mask_BHW = to_masks(masks, images[0].size)
+        return self._repaint(prompts, to_pixels(images), mask_BHW, PaintOptions(**keywords))
+
+    def outpaint(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image],
+        left: int = 0,
+        top: int = 0,
+        right: int = 0,
+        bottom: int = 0,
+        **keywords: Unpack[PaintKeywords],
+    ) -> list[Image.Image]:
+        """Each image continued by these many pixels; its own pixels are as they were."""
+        prompts = as_prompts(prompts)
+        check_counts(len(prompts), images=len(images))
+        if min(left, top, right, bottom) < 0 or max(left, top, right, bottom) == 0:
+            raise ModelError("outpaint needs sides of 0 px or more, and one of them above 0")
+        pixels_B3HW = to_pixels(images)
+        padding = (left, right, top, bottom)
+        canvas_B3HW = torch.nn.functional.pad(pixels_B3HW, padding, mode="replicate")
+        inside_BHW = torch.zeros(len(images), *pixels_B3HW.shape[2:])
+        new_BHW = torch.nn.functional.pad(inside_BHW, padding, value=1.0) > 0
+        return self._repaint(prompts, canvas_B3HW, new_BHW, PaintOptions(**keywords))
+
+    @torch.no_grad()
+    def edit(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image],
+        strength: float = 0.7,
+        **keywords: Unpack[PaintKeywords],
+    ) -> list[Image.Image]:
+        """Each image painted anew from where `strength` of the steps are left, told the prompt.
+
+        strength in (0, 1]: 1 repaints everything; less keeps a random part of the image's tokens,
+        as many as the mask schedule leaves at that point.
+        """
+        prompts, options = as_prompts(prompts), PaintOptions(**keywords)
+        check_counts(len(prompts), images=len(images))
+        schedule = mask_schedule(self.defaults.masking_schedule)
+        first_step = first_step_of(strength, options.steps)
+        self.check_size(images[0].height, images[0].width)
+        tokens_BHW = self.vq.encode(to_pixels(images).to(self.device))
+        ratio = float(schedule(torch.tensor(first_step / options.steps)))
+        for tokens_HW, seed in zip(tokens_BHW, options.image_seeds(len(prompts)), strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            order_L = torch.randperm(tokens_HW.numel(), generator=generator)
+            masked_N = order_L[: max(1, round(ratio * tokens_HW.numel()))].to(self.device)
+            tokens_HW.view(-1)[masked_N] = self.transformer.config.mask_token_id
+        painted_BHW = self._paint(prompts, tokens_BHW, options, first_step)
+        return self.decode(painted_BHW, options.batch_size)
+
+    @torch.no_grad()
+    def _repaint(
+        self, prompts: list[str], pixels_B3HW: Tensor, mask_BHW: Tensor, options: PaintOptions
+    ) -> list[Image.Image]:
+        """Repaint the pixels in mask_BHW, and put the others back as they were."""
+        self.check_size(*pixels_B3HW.shape[2:])
+        pixels_B3HW, mask_BHW = pixels_B3HW.to(self.device), mask_BHW.to(self.device)
+        hidden_BHW = token_masks(mask_BHW, self.vq.downsample_factor)
+        tokens_BHW = self.vq.encode(pixels_B3HW)
+        tokens_BHW = tokens_BHW.masked_fill(hidden_BHW, self.transformer.config.mask_token_id)
+        painted_BHW = self._paint(prompts, tokens_BHW, options)
+        painted_B3HW = torch.cat(
+            [
+                self.vq.decode(painted_BHW[batch.start : batch.stop])
+                for batch in options.batches(len(prompts))
+            ]
         )
-        null = self.encode_prompts([negative_prompt]) if options.is_guided else None
-        score = self.defaults.preference_score if preference_score is None else preference_score
-        grid = (height_px // self.vq.downsample_factor, width_px // self.vq.downsample_factor)
-        size = batch_size or len(prompts)
-        batches = [
-            range(len(prompts))[start : start + size] for start in range(0, len(prompts), size)
-        ]
+        return to_images(torch.where(mask_BHW[:, None], painted_B3HW, pixels_B3HW))
+
+    @torch.no_grad()
+    def _paint(
+        self, prompts: list[str], tokens_BHW: Tensor, options: PaintOptions, first_step: int = 0
+    ) -> Tensor:
+        """Fill the masked places of tokens_BHW, batch by batch."""
+        seeds, sampling = (
+            options.image_seeds(len(prompts)),
+            options.sampling(self.defaults.masking_schedule),
+        )
+        null = self.encode_prompts([options.negative_prompt]) if sampling.is_guided else None
+        score = options.preference_score
+        score = self.defaults.preference_score if score is None else score
+        factor = self.vq.downsample_factor
+        height_px, width_px = tokens_BHW.shape[1] * factor, tokens_BHW.shape[2] * factor
+        batches = options.batches(len(prompts))
         painted = []
         for number, batch in enumerate(batches):
-            text = self.encode_prompts([prompts[i] for i in batch])
+            text = self.encode_prompts(prompts[batch.start : batch.stop])
             micro_B5 = self.micro_conditions(len(batch), height_px, width_px, score)
-            blank_BHW = torch.full(
-                (len(batch), *grid), self.transformer.config.mask_token_id, device=self.device
-            )
-            report = None if progress is None else _overall(progress, number, len(batches))
-            condition = Condition(text, micro_B5, null)
             painted.append(
                 unmask(
                     self.transformer,
-                    blank_BHW,
-                    condition,
-                    [seeds[i] for i in batch],
-                    options,
-                    report,
+                    tokens_BHW[batch.start : batch.stop],
+                    Condition(text, micro_B5, null),
+                    seeds[batch.start : batch.stop],
+                    sampling,
+                    options.report(number, len(batches)),
+                    first_step,
                 )
             )
         return torch.cat(painted)
 
     @torch.no_grad()
-    def decode(self, tokens_BHW: Tensor) -> list[Image.Image]:
-        """The RGB images of tokens_BHW."""
-        pixels = (self.vq.decode(tokens_BHW) * 255).round().to(torch.uint8)
-        return [Image.fromarray(np.asarray(image)) for image in pixels.permute(0, 2, 3, 1).cpu()]
+    def decode(self, tokens_BHW: Tensor, batch_size: int | None = None) -> list[Image.Image]:
+        """The RGB images of tokens_BHW, `batch_size` at a time (None is all)."""
+        batches = torch.split(tokens_BHW, batch_size or len(tokens_BHW))
+        return [image for tokens in batches for image in to_images(self.vq.decode(tokens))]
 
     def micro_conditions(self, batch: int, height_px: int, width_px: int, score: float) -> Tensor:
-        """micro_conditions_B5 of uncropped images of this size: width, height, 0, 0, preference score."""
-        row = torch.tensor(
-            [width_px, height_px, 0, 0, score], dtype=torch.float32, device=self.device
-        )
-        return row.expand(batch, -1)
+        """micro_conditions_B5 of uncropped images of this size: width, height, 0, 0, score."""
+        row = [float(width_px), float(height_px), 0.0, 0.0, float(score)]
+        return torch.tensor(row, device=self.device).expand(batch, -1)
 
     def check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """(height, width) in pixels with the defaults filled in; ModelError unless both are multiples."""
-        sizes = tuple(
-            self.defaults.resolution_px if size is None else size for size in (height, width)
-        )
+        """(height, width) with the defaults filled in; ModelError unless both are multiples."""
+        height = self.defaults.resolution_px if height is None else height
+        width = self.defaults.resolution_px if width is None else width
         step = self.size_multiple_px
-        if any(size < step or size % step for size in sizes):
+        if any(size < step or size % step for size in (height, width)):
             raise ModelError(
-                f"image size is {sizes[0]} x {sizes[1]} px (height x width): expected multiples of {step} px"
+                f"image size is {height} x {width} px (height x width): "
+                f"expected multiples of {step} px, at least {step}"
             )
-        return sizes[0], sizes[1]
+        return height, width
 
     @classmethod
     def from_pretrained(
@@ -242,7 +278,7 @@ class TextToImage:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "TextToImage":
-        """Read a published Meissonic folder or one of ours. Raises ModelError, one line, for what does not fit."""
+        """Read a published Meissonic folder or ours; ModelError names what does not fit."""
         folder = Path(folder)
         index = read_json(folder / "model_index.json")
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -252,26 +288,20 @@ class TextToImage:
                 f"{folder}: the scheduler's mask_token_id is {scheduler.get('mask_token_id')}: "
                 f"expected {transformer.config.mask_token_id}, the transformer's last token"
             )
-        known = {
-            key: index[key]
-            for key in ("text_tokens", "preference_score", "resolution_px")
-            if key in index
-        }
-        defaults = PainterDefaults(
-            **known, masking_schedule=scheduler.get("masking_schedule", "cosine")
-        )
-        mask_schedule(defaults.masking_schedule)
+        ours = {key: index[key] for key in _OWN_KEYS if key in index}
+        schedule = scheduler.get("masking_schedule", "cosine")
+        mask_schedule(schedule)
         painter = cls(
             transformer,
             VQTokenizer.from_pretrained(folder / "vqvae", dtype),
             CLIPTextEncoder.from_pretrained(folder / "text_encoder", dtype),
             CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-            defaults,
+            PainterDefaults(**ours, masking_schedule=schedule),
         )
         return painter.to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write all parts in the published layout, whole: a reader sees the old folder or the new one."""
+        """Write all parts whole: a reader sees the old folder or the new."""
         write_whole(folder, self._write)
 
     def _write(self, folder: Path) -> None:
@@ -279,39 +309,36 @@ class TextToImage:
         self.vq.save_pretrained(folder / "vqvae")
         self.text_encoder.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
-        (folder / "scheduler").mkdir()
-        schedule = {
-            "_class_name": "Scheduler",
-            "mask_token_id": self.transformer.config.mask_token_id,
-            "masking_schedule": self.defaults.masking_schedule,
-        }
-        write_json(folder / "scheduler" / "scheduler_config.json", schedule)
-        ours = {
-            "text_tokens": self.defaults.text_tokens,
-            "preference_score": self.defaults.preference_score,
-            "resolution_px": self.defaults.resolution_px,
-        }
-        write_json(folder / "model_index.json", {"_class_name": "Pipeline", **_PARTS, **ours})
+        write_index(folder, self.defaults, self.transformer.config.mask_token_id)
 
 
-def as_range(temperature: float | tuple[float, float]) -> tuple[float, float]:
-    """(first, last) temperature; a single number falls to 0."""
-    if isinstance(temperature, tuple | list):
-        first, last = temperature
-        return float(first), float(last)
-    return float(temperature), 0.0
+_OWN_KEYS = ("text_tokens", "preference_score", "resolution_px")
 
 
-def check_seeds(seed: int, seeds: Sequence[int] | None, num_images: int) -> list[int]:
-    """One seed per image: `seeds`, or seed, seed + 1, …; ModelError when they are too few or out of range."""
-    result = list(range(seed, seed + num_images)) if seeds is None else [int(s) for s in seeds]
-    if len(result) != num_images:
-        raise ModelError(f"{len(result)} seeds for {num_images} prompts: expected one each")
-    if any(not 0 <= s <= MAX_SEED for s in result):
-        raise ModelError(f"seeds {result[0]} … {result[-1]} leave the range 0 to {MAX_SEED}")
+def write_index(folder: str | Path, defaults: PainterDefaults, mask_token_id: int) -> None:
+    """model_index.json and scheduler/ of a folder whose other parts are written one by one."""
+    folder = Path(folder)
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    schedule = {
+        "_class_name": "Scheduler",
+        "mask_token_id": mask_token_id,
+        "masking_schedule": defaults.masking_schedule,
+    }
+    write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+    ours = {key: getattr(defaults, key) for key in _OWN_KEYS}
+    write_json(folder / "model_index.json", {"_class_name": "Pipeline", **_PARTS, **ours})
+
+
+def as_prompts(prompts: Sequence[str]) -> list[str]:
+    """A list of at least one prompt; a single string is one prompt."""
+    result = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not result:
+        raise ModelError("there is no prompt: expected at least one")
     return result
 
 
-def _overall(progress: Progress, batch: int, num_batches: int) -> Progress:
-    """Count the steps of all batches together."""
-    return lambda step, steps, tokens: progress(batch * steps + step, num_batches * steps, tokens)
+def check_counts(num_prompts: int, **counts: int) -> None:
+    """ModelError unless there are as many of each as there are prompts."""
+    for name, count in counts.items():
+        if count != num_prompts:
+            raise ModelError(f"{count} {name} for {num_prompts} prompts: expected one each")

@@ -123,16 +123,17 @@ class CLIPTokenizer:
     def train(
         cls, captions: Iterable[str], vocab_size: int, min_frequency: int = 2
     ) -> "CLIPTokenizer":
-        """Learn merges from `captions`; ids are laid out as published (bytes, word-ending bytes, merges,
-        begin, end). The vocabulary is smaller than `vocab_size` when the captions hold no more pairs that
-        occur `min_frequency` times. The same captions give the same vocabulary.
+        """Learn merges from `captions`; ids are laid out as published (bytes, word-ending bytes,
+        merges, begin, end). The vocabulary is smaller than `vocab_size` when the captions hold no
+        more pairs that occur `min_frequency` times. The same captions give the same vocabulary.
         """
         alphabet = _byte_alphabet()
         base = [*alphabet, *(character + WORD_END for character in alphabet)]
         num_merges = vocab_size - len(base) - 2
         if num_merges < 0:
             raise ModelError(
-                f"vocab_size is {vocab_size}: expected at least {len(base) + 2} (all bytes, begin, end)"
+                f"vocab_size is {vocab_size}: expected at least {len(base) + 2} (all bytes, "
+                f"begin, end)"
             )
         engine = _engine({}, [])
         trainer = BpeTrainer(
@@ -153,7 +154,7 @@ class CLIPTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "CLIPTokenizer":
-        """Read vocab.json and merges.txt, or tokenizer.json; the padding token from the configs beside them."""
+        """Read vocab.json and merges.txt, or tokenizer.json, and the padding token's name."""
         folder = Path(folder)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             vocab = read_json(folder / "vocab.json")
@@ -171,7 +172,7 @@ class CLIPTokenizer:
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the published layout, whole: a reader sees the old folder or the new one."""
+        """Write the published layout whole: a reader sees the old folder or the new."""
         write_whole(folder, self._write)
 
     def _write(self, folder: Path) -> None:

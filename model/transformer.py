@@ -1,8 +1,9 @@
 """The masked image transformer: predicts every masked token of an image from the rest and the text.
 
 Shape suffixes: B batch, H token rows, W token columns, h/w rows and columns inside the transformer,
-T text tokens, D text channels, P pooled text channels, C channels, V codebook size, N chosen tokens,
-5 the micro-conditions (original width, original height, crop top, crop left, preference score).
+T text tokens, D text channels, P pooled text channels, C channels, V codebook size, N chosen
+tokens, 5 the micro-conditions (original width, original height, crop top, crop left, preference
+score).
 """
 
 from dataclasses import asdict, dataclass
@@ -77,11 +78,13 @@ class TransformerConfig:
             )
         if self.vocab_size <= self.codebook_size:
             problems.append(
-                f"vocab_size is {self.vocab_size}: expected more than codebook_size {self.codebook_size}"
+                f"vocab_size is {self.vocab_size}: expected more than codebook_size "
+                f"{self.codebook_size}"
             )
         if self.timestep_convention not in TIMESTEP_CONVENTIONS:
             problems.append(
-                f"timestep_convention is {self.timestep_convention!r}: expected one of {TIMESTEP_CONVENTIONS}"
+                f"timestep_convention is {self.timestep_convention!r}: expected one of "
+                f"{TIMESTEP_CONVENTIONS}"
             )
         if problems:
             raise ModelError("transformer config: " + "; ".join(problems))
@@ -135,7 +138,7 @@ class TokenHead(nn.Module):
 
 
 class TimeTextEmbedding(nn.Module):
-    """The blocks' condition: embedded timestep plus `given_BC`, the pooled text and micro-conditions."""
+    """The blocks' condition: timestep plus `given_BC` (pooled text and micro-conditions)."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
@@ -192,11 +195,11 @@ class MaskedImageTransformer(nn.Module):
         micro_conditions_B5: Tensor,
         timestep_B: Tensor,
     ) -> Tensor:
-        """logits_BVHW for every position of tokens_BHW (int64, masked positions hold mask_token_id).
+        """logits_BVHW for every position of tokens_BHW (int64; masked ones hold mask_token_id).
 
-        `timestep_B` (or one value for all) is what `config.timestep_convention` says: a step index, or a
-        mask ratio in [0, 1]; it is multiplied by 1000 inside. Raises ModelError for a grid that the
-        compression does not divide.
+        `timestep_B` (or one value for all) is what `config.timestep_convention` says: a step index,
+        or a mask ratio in [0, 1]; it is multiplied by 1000 inside. Raises ModelError for a grid
+        that the compression does not divide.
         """
         features_BHWC = self.features(
             tokens_BHW, text_states_BTD, pooled_BP, micro_conditions_B5, timestep_B
@@ -228,7 +231,7 @@ class MaskedImageTransformer(nn.Module):
         micro_conditions_B5: Tensor,
         timestep_B: Tensor,
     ) -> Tensor:
-        """features_BHWC, what the head turns into logits: `mlm_layer(features_BHWC)` is logits_BHWV."""
+        """features_BHWC, the head's input: `mlm_layer(features_BHWC)` is logits_BHWV."""
         self._check_grid(tokens_BHW)
         condition_BC = self._condition(pooled_BP, micro_conditions_B5, timestep_B)
         text_BTC = self.encoder_proj_layer_norm(self.context_embedder(text_states_BTD))
@@ -256,7 +259,7 @@ class MaskedImageTransformer(nn.Module):
     def _condition(
         self, pooled_BP: Tensor, micro_conditions_B5: Tensor, timestep_B: Tensor
     ) -> Tensor:
-        """condition_BC from pooled text, micro-conditions and timestep; angles are made in float32."""
+        """condition_BC from pooled text, micro-conditions and timestep; angles in float32."""
         dtype = self.context_embedder.weight.dtype
         micro = sinusoid(micro_conditions_B5.flatten()).view(len(pooled_BP), -1)
         given_BC = self.cond_embed(torch.cat((pooled_BP.to(dtype), micro.to(dtype)), dim=1))
@@ -285,7 +288,8 @@ class MaskedImageTransformer(nn.Module):
             )
         if any(size % self.grid_multiple for size in tokens_BHW.shape[1:]):
             raise ModelError(
-                f"token grid is {tokens_BHW.shape[1]} x {tokens_BHW.shape[2]}: a compressing network needs "
+                f"token grid is {tokens_BHW.shape[1]} x {tokens_BHW.shape[2]}: a compressing "
+                f"network needs "
                 f"multiples of {self.grid_multiple}; choose an image size that is a multiple of "
                 f"{self.grid_multiple} times the tokenizer's"
             )
@@ -294,7 +298,7 @@ class MaskedImageTransformer(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype = torch.float32
     ) -> "MaskedImageTransformer":
-        """Read config.json and the weights, strictly; raises ModelError with all that does not fit."""
+        """Read the folder strictly; raises ModelError with all that does not fit."""
         folder = Path(folder)
         config = parse_config(
             TransformerConfig, read_json(folder / "config.json"), str(folder / "config.json")
@@ -302,7 +306,7 @@ class MaskedImageTransformer(nn.Module):
         return load_module(lambda: cls(config), folder, DIFFUSERS_STEM, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the published layout, whole: a reader sees the old folder or the new one."""
+        """Write the published layout whole: a reader sees the old folder or the new."""
         write_whole(
             folder,
             lambda staging: write_module(staging, self, self.config.to_json(), DIFFUSERS_STEM),
@@ -312,8 +316,9 @@ class MaskedImageTransformer(nn.Module):
 def init_weights(transformer: MaskedImageTransformer) -> None:
     """Start for training from scratch: every block an identity, every logit zero.
 
-    Weights are truncated normals of equal gain, biases zero; the modulations are zero (adaLN-zero: all
-    gates shut, no shift, no scale) and so is the head's last layer (the first loss is ln(codebook_size)).
+    Weights are truncated normals of equal gain, biases zero; the modulations are zero (adaLN-zero:
+    all gates shut, no shift, no scale) and so is the head's last layer (the first loss is
+    ln(codebook_size)).
     """
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
@@ -333,7 +338,7 @@ def init_weights(transformer: MaskedImageTransformer) -> None:
 
 
 def init_compression(transformer: MaskedImageTransformer) -> list[str]:
-    """Start the compression layers as a 2x2 mean and a 2x2 copy; returns their parameters' names."""
+    """Start the compression layers as a 2x2 mean and a 2x2 copy; returns their names."""
     eye = torch.eye(transformer.config.num_channels)[:, :, None, None].expand(-1, -1, 2, 2)
     down, up = transformer.down_block.downsample, transformer.up_block.upsample
     if not isinstance(down, GridResampler) or not isinstance(up, GridResampler):

@@ -1,7 +1,7 @@
 """The image tokenizer: a convolutional auto-encoder whose latents are codebook entries (`VQModel`).
 
-Shape suffixes: B batch, 3 colour channels in [0, 1], H/W pixels or token rows/columns, C latent channels,
-N positions, K codebook entries.
+Shape suffixes: B batch, 3 colour channels in [0, 1], H/W pixels or token rows/columns, C latent
+channels, N positions, K codebook entries.
 """
 
 import math
@@ -32,7 +32,8 @@ class Quantized(NamedTuple):
     """What quantising latents_BCHW gives.
 
     `quantized_BCHW` has the codebook's values and passes gradients straight to the latents.
-    `codebook_loss` pulls entries to latents, `commitment_loss` latents to entries; both are mean squares.
+    `codebook_loss` pulls entries to latents, `commitment_loss` latents to entries; both are mean
+    squares.
     """
 
     quantized_BCHW: Tensor
@@ -84,7 +85,8 @@ class VQConfig:
             problems.append(f"norm_type is {self.norm_type!r}: expected 'group'")
         if bad := [c for c in self.block_out_channels if c % self.norm_num_groups]:
             problems.append(
-                f"block_out_channels {bad} are no multiples of norm_num_groups {self.norm_num_groups}"
+                f"block_out_channels {bad} are no multiples of norm_num_groups "
+                f"{self.norm_num_groups}"
             )
         if problems:
             raise ModelError("vqvae config: " + "; ".join(problems))
@@ -93,7 +95,7 @@ class VQConfig:
     def small(
         cls, block_out_channels: tuple[int, ...], num_vq_embeddings: int, latent_channels: int
     ) -> "VQConfig":
-        """A tokenizer of this size without mid-block attention; each level after the first halves the image."""
+        """A tokenizer without mid-block attention; each level after the first halves the image."""
         return cls(
             down_block_types=("DownEncoderBlock2D",) * len(block_out_channels),
             up_block_types=("UpDecoderBlock2D",) * len(block_out_channels),
@@ -169,17 +171,17 @@ class VQTokenizer(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(
-            config.in_channels, config.latent_channels, config.block_out_channels, config.layers_per_block,
-            config.norm_num_groups, config.mid_block_add_attention,
-        )  # fmt: skip
+        shape = (
+            config.block_out_channels,
+            config.layers_per_block,
+            config.norm_num_groups,
+            config.mid_block_add_attention,
+        )
+        self.encoder = Encoder(config.in_channels, config.latent_channels, *shape)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.codebook_dim, 1)
         self.quantize = Codebook(config.num_vq_embeddings, config.codebook_dim)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
-        self.decoder = Decoder(
-            config.latent_channels, config.out_channels, config.block_out_channels, config.layers_per_block,
-            config.norm_num_groups, config.mid_block_add_attention,
-        )  # fmt: skip
+        self.decoder = Decoder(config.latent_channels, config.out_channels, *shape)
 
     @property
     def downsample_factor(self) -> int:
@@ -192,7 +194,8 @@ class VQTokenizer(nn.Module):
         height, width = images_B3HW.shape[-2:]
         if images_B3HW.ndim != 4 or height % factor or width % factor or not height or not width:
             raise ModelError(
-                f"images have shape {tuple(images_B3HW.shape)}: expected (batch, {self.config.in_channels}, "
+                f"images have shape {tuple(images_B3HW.shape)}: expected (batch, "
+                f"{self.config.in_channels}, "
                 f"height, width) with both sizes multiples of {factor} px"
             )
         out_BCHW: Tensor = self.quant_conv(
@@ -214,7 +217,7 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens_BHW: Tensor) -> Tensor:
-        """images_B3HW in [0, 1] (float32) of tokens_BHW. Raises ModelError for ids outside the codebook."""
+        """images_B3HW in [0, 1] (float32) of tokens_BHW; ModelError for ids not in the codebook."""
         if (
             tokens_BHW.numel()
             and not 0
@@ -223,7 +226,8 @@ class VQTokenizer(nn.Module):
             < self.config.num_vq_embeddings
         ):
             raise ModelError(
-                f"tokens run from {int(tokens_BHW.min())} to {int(tokens_BHW.max())}: expected codebook entries "
+                f"tokens run from {int(tokens_BHW.min())} to {int(tokens_BHW.max())}: expected "
+                f"codebook entries "
                 f"0 to {self.config.num_vq_embeddings - 1}; were masked tokens left?"
             )
         return self.decode_latents(self.quantize.lookup(tokens_BHW)).float().clamp(0, 1)
@@ -239,7 +243,8 @@ class VQTokenizer(nn.Module):
         weight = self.quantize.embedding.weight
         if vectors_KC.shape != weight.shape:
             raise ModelError(
-                f"codebook vectors have shape {tuple(vectors_KC.shape)}: expected {tuple(weight.shape)}"
+                f"codebook vectors have shape {tuple(vectors_KC.shape)}: expected "
+                f"{tuple(weight.shape)}"
             )
         weight.copy_(vectors_KC)
 
@@ -247,7 +252,7 @@ class VQTokenizer(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype = torch.float32
     ) -> "VQTokenizer":
-        """Read config.json and the weights, strictly. float16 becomes float32 where `force_upcast` says so."""
+        """Read the folder strictly. float16 becomes float32 where `force_upcast` says so."""
         folder = Path(folder)
         source = folder / "config.json"
         config = parse_config(VQConfig, read_json(source), str(source))
@@ -256,7 +261,7 @@ class VQTokenizer(nn.Module):
         return load_module(lambda: cls(config), folder, DIFFUSERS_STEM, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the published layout, whole: a reader sees the old folder or the new one."""
+        """Write the published layout whole: a reader sees the old folder or the new."""
         write_whole(
             folder,
             lambda staging: write_module(staging, self, self.config.to_json(), DIFFUSERS_STEM),

@@ -10,7 +10,7 @@ NORM_EPS = 1e-6
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice; added to the input (1x1 projected if channels differ)."""
+    """GroupNorm, SiLU, 3x3 convolution, twice; added to the input (projected if widths differ)."""
 
     def __init__(self, num_inputs: int, num_outputs: int, num_groups: int) -> None:
         super().__init__()
