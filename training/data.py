@@ -1,0 +1,198 @@
+"""Cached tokens as batches.
+
+Shape suffixes: N samples of a shard, B samples of a batch, H token rows, W token columns, 5 the
+micro-conditions: original width, original height, crop top, crop left (pixels), preference score.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from infra.errors import UserError
+from training.config import StageConfig
+from training.order import PlannedOrder, Visit
+from training.randomness import uniforms
+
+Captions = tuple[tuple[str, str], ...]  # (origin, text) pairs
+
+
+@dataclass(frozen=True)
+class TokenShard:
+    """The cached samples of one shard. Scores that are unknown are NaN."""
+
+    sample_ids: list[str]
+    tokens_NHW: NDArray[np.uint16]
+    sizes_and_crops_N4: NDArray[np.float32]
+    preference_score_N: NDArray[np.float32]
+    aesthetic_score_N: NDArray[np.float32]
+    captions: list[Captions]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes in memory."""
+        text = sum(len(text) + 100 for pairs in self.captions for _, text in pairs)
+        return self.tokens_NHW.nbytes + text + 200 * len(self)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples as tensors: tokens int64, conditions float32."""
+
+    tokens_BHW: Tensor
+    captions: list[str]
+    micro_conditions_B5: Tensor
+    sample_ids: list[str]
+
+
+@dataclass
+class TokenDataset:
+    """The samples of a stage: shards read when needed, and the rows of each that passed.
+
+    ``load(i)`` reads shard i; ``rows[i]`` are its selected rows. At most ``max_resident_bytes`` of
+    shards stay in memory (always the one in use).
+    """
+
+    load: Callable[[int], TokenShard]
+    rows: list[NDArray[np.int64]]
+    config: StageConfig
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = [len(rows) for rows in self.rows]
+        self._ends = np.cumsum(sizes)
+        self._resident: OrderedDict[int, TokenShard] = OrderedDict()
+        self._resident_bytes = 0
+        window = self.config.shuffle_window_shards
+        self.order = PlannedOrder(sizes, self.config.seed, window)
+
+    def __len__(self) -> int:
+        return self.order.num_samples
+
+    def batch_at(self, step: int, rows: slice = slice(None)) -> Batch:
+        """``rows`` of the global batch of optimizer step ``step`` (0, 1, …)."""
+        size = self.config.global_batch_size
+        start, stop, _ = rows.indices(size)
+        return self.make_batch(self.order.visit(step * size + start, step * size + stop))
+
+    def make_batch(self, visit: Visit) -> Batch:
+        """The visited samples, each with the caption that its (seed, epoch, sample) draws."""
+        shard_of = np.searchsorted(self._ends, visit.indices, side="right")
+        draws = _caption_draws(visit, self.config.seed)
+        mix: dict[str, float] = {**self.config.caption_mix}
+        tokens: list[NDArray[np.uint16]] = []
+        conditions: list[NDArray[np.float32]] = []
+        captions, ids = [], []
+        for index, number, draw in zip(visit.indices, shard_of, draws, strict=True):
+            shard = self._shard(int(number))
+            start = self._ends[number] - len(self.rows[number])
+            row = int(self.rows[number][index - start])
+            score = shard.preference_score_N[row]
+            known = self.config.unknown_preference_score if np.isnan(score) else score
+            tokens.append(shard.tokens_NHW[row])
+            conditions.append(np.append(shard.sizes_and_crops_N4[row], np.float32(known)))
+            captions.append(choose_caption(shard.captions[row], mix, draw))
+            ids.append(shard.sample_ids[row])
+        return Batch(
+            torch.from_numpy(np.stack(tokens).astype(np.int64)),
+            captions,
+            torch.from_numpy(np.stack(conditions).astype(np.float32)),
+            ids,
+        )
+
+    def _shard(self, number: int) -> TokenShard:
+        if number in self._resident:
+            self._resident.move_to_end(number)
+            return self._resident[number]
+        shard = self.load(number)
+        self._resident[number] = shard
+        self._resident_bytes += shard.num_bytes
+        while self._resident_bytes > self.config.max_resident_bytes and len(self._resident) > 1:
+            _, evicted = self._resident.popitem(last=False)
+            self._resident_bytes -= evicted.num_bytes
+        return shard
+
+
+def _caption_draws(visit: Visit, seed: int) -> NDArray[np.float64]:
+    """A number in [0, 1) for each visit, which depends on seed, epoch and sample alone."""
+    draws = np.empty(len(visit.indices))
+    for epoch in np.unique(visit.epochs):
+        chosen = visit.epochs == epoch
+        draws[chosen] = uniforms(visit.indices[chosen], seed, "caption", int(epoch))
+    return draws
+
+
+def choose_caption(captions: Captions, mix: Mapping[str, float], draw: float) -> str:
+    """The caption that ``draw`` in [0, 1) falls on.
+
+    A caption weighs its origin's weight in ``mix`` divided by the number of captions of that
+    origin; origins that the sample lacks are left out. Raises ``ValueError`` when none is left.
+    """
+    count = {origin: sum(origin == other for other, _ in captions) for origin in mix}
+    weights = [mix.get(origin, 0.0) / max(count.get(origin, 1), 1) for origin, _ in captions]
+    total = sum(weights)
+    if total <= 0:
+        raise ValueError("the sample has no caption of an origin in caption_mix")
+    threshold, passed = draw * total, 0.0
+    for weight, (_, text) in zip(weights, captions, strict=True):
+        passed += weight
+        if weight > 0 and threshold < passed:
+            return text
+    pairs = zip(weights[::-1], captions[::-1], strict=True)
+    return next(text for weight, (_, text) in pairs if weight > 0)  # rounding let the draw pass
+
+
+def select_rows(shard: TokenShard, config: StageConfig) -> tuple[NDArray[np.int64], dict[str, int]]:
+    """The rows of a shard that the stage trains on, and how many were left out for which reason."""
+    keep = np.ones(len(shard), dtype=bool)
+    left_out: dict[str, int] = {}
+    wanted = {origin for origin, weight in config.caption_mix.items() if weight > 0}
+    checks = [
+        ("aesthetic_score", _at_least(shard.aesthetic_score_N, config.min_aesthetic_score)),
+        ("preference_score", _at_least(shard.preference_score_N, config.min_preference_score)),
+        (
+            "caption_origin",
+            np.array([any(o in wanted for o, _ in pairs) for pairs in shard.captions], dtype=bool),
+        ),
+    ]
+    for reason, passes in checks:
+        left_out[reason] = int((keep & ~passes).sum())
+        keep &= passes
+    return np.flatnonzero(keep).astype(np.int64), left_out
+
+
+def _at_least(scores: NDArray[np.float32], minimum: float | None) -> NDArray[np.bool_]:
+    if minimum is None:
+        return np.ones(len(scores), dtype=bool)
+    return np.asarray(scores >= np.float32(minimum))  # an unknown score (NaN) is not at least it
+
+
+def in_memory(shards: Sequence[TokenShard], config: StageConfig) -> TokenDataset:
+    """A dataset over shards that are already loaded."""
+    return select(lambda number: shards[number], len(shards), config)
+
+
+def select(load: Callable[[int], TokenShard], num_shards: int, config: StageConfig) -> TokenDataset:
+    """Apply the stage's filters to every shard; raises ``UserError`` when no sample is left."""
+    rows, left_out = [], dict[str, int]()
+    for number in range(num_shards):
+        chosen, reasons = select_rows(load(number), config)
+        rows.append(chosen)
+        for reason, count in reasons.items():
+            left_out[reason] = left_out.get(reason, 0) + count
+    if not any(len(chosen) for chosen in rows):
+        raise UserError(
+            expected=f"samples for the stage in dataset {config.dataset!r}",
+            got=f"none; left out: {left_out}",
+            remedy="loosen min_aesthetic_score, min_preference_score or caption_mix",
+        )
+    return TokenDataset(load, rows, config, left_out)

@@ -1,0 +1,218 @@
+"""One masked-token training step, as plain functions.
+
+Shape suffixes: B samples, H token rows, W token columns, T text tokens, 5 micro-conditions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from infra.errors import UserError
+from model import CLIPTextEncoder, CLIPTokenizer, MaskedImageTransformer, masked_token_loss
+from training.config import StageConfig
+from training.data import Batch
+from training.masking import draw_dropped, draw_masks, drop_prompts
+from training.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate_scale,
+    parameter_groups,
+    set_learning_rate,
+    trained_parameters,
+)
+
+TRANSFORMER_PREFIX = "transformer."
+TEXT_PREFIX = "text_encoder."
+_NAMED_SAMPLES = 8
+
+
+class TrainingDiverged(UserError):
+    """The loss or a gradient is not finite; the weights are still those of the step before."""
+
+
+@dataclass
+class MaskedStage:
+    """Everything that a step reads and changes. ``step`` counts finished optimizer steps."""
+
+    config: StageConfig
+    transformer: MaskedImageTransformer
+    text_encoder: CLIPTextEncoder
+    tokenizer: CLIPTokenizer
+    optimizer: torch.optim.AdamW
+    ema: dict[str, Tensor] | None
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A worker's part of a step, ready for the networks."""
+
+    tokens_BHW: Tensor
+    mask_BHW: Tensor
+    mask_ratio_B: Tensor
+    input_ids_BT: Tensor
+    micro_conditions_B5: Tensor
+    num_masked_globally: int
+    sample_ids: list[str]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """``loss`` in nats per masked token; ``grad_norm`` before clipping."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+def start_stage(
+    config: StageConfig,
+    transformer: MaskedImageTransformer,
+    text_encoder: CLIPTextEncoder,
+    tokenizer: CLIPTokenizer,
+) -> MaskedStage:
+    """Put the networks into training form and give them an optimizer."""
+    transformer.train().requires_grad_(True)
+    transformer.gradient_checkpointing = config.gradient_checkpointing
+    text_encoder.train(config.train_text_encoder).requires_grad_(config.train_text_encoder)
+    decay = config.optimizer.weight_decay
+    groups = parameter_groups(
+        transformer, TRANSFORMER_PREFIX, config.optimizer.learning_rate, decay
+    )
+    groups += parameter_groups(text_encoder, TEXT_PREFIX, config.text_encoder_learning_rate, decay)
+    optimizer = build_optimizer(groups, config.optimizer)
+    ema = None
+    if config.ema_decay is not None:
+        ema = {name: p.detach().clone() for name, p in named_trained(optimizer)}
+    return MaskedStage(config, transformer, text_encoder, tokenizer, optimizer, ema)
+
+
+def named_trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of everything the optimizer changes."""
+    for group in optimizer.param_groups:
+        yield from zip(group["names"], group["params"], strict=True)
+
+
+def step_inputs(
+    batch: Batch, stage: MaskedStage, rows: slice, device: torch.device | str = "cpu"
+) -> StepInputs:
+    """Draw this step's masks and dropped prompts; ``batch`` holds ``rows`` of the global batch."""
+    config = stage.config
+    height, width = batch.tokens_BHW.shape[1:]
+    size = config.global_batch_size
+    mask_BHW, ratio_B = draw_masks(size, height, width, config.seed, stage.step)
+    dropped_B = draw_dropped(size, config.prompt_dropout_prob, config.seed, stage.step)
+    prompts = drop_prompts(batch.captions, dropped_B[rows])
+    return StepInputs(
+        tokens_BHW=batch.tokens_BHW.to(device),
+        mask_BHW=mask_BHW[rows].to(device),
+        mask_ratio_B=ratio_B[rows].to(device),
+        input_ids_BT=stage.tokenizer(prompts, config.text_tokens).to(device),
+        micro_conditions_B5=batch.micro_conditions_B5.to(device),
+        num_masked_globally=int(mask_BHW.sum()),
+        sample_ids=batch.sample_ids,
+    )
+
+
+def loss_of_rows(stage: MaskedStage, inputs: StepInputs, rows: slice) -> Tensor:
+    """Mean loss over the masked tokens of these rows of ``inputs`` (0-d float32)."""
+    config = stage.config
+    device = inputs.tokens_BHW.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.set_grad_enabled(config.train_text_encoder and torch.is_grad_enabled()):
+            text = stage.text_encoder(inputs.input_ids_BT[rows])
+        return masked_token_loss(
+            stage.transformer,
+            inputs.tokens_BHW[rows],
+            inputs.mask_BHW[rows],
+            text.hidden_BTD,
+            text.pooled_BP,
+            inputs.micro_conditions_B5[rows],
+            inputs.mask_ratio_B[rows],
+        )
+
+
+def _backward(loss: Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def backward(
+    stage: MaskedStage,
+    inputs: StepInputs,
+    world_size: int = 1,
+    run_backward: Callable[[Tensor], None] = _backward,
+    without_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Tensor:
+    """Add this worker's gradients, microbatch by microbatch; returns its part of the loss.
+
+    Every masked token of the global batch weighs the same, however samples are split over workers
+    and microbatches: the mean of the workers' returned values (and of their gradients) is the mean
+    over all masked tokens. ``without_sync`` holds back communication before the last microbatch.
+    """
+    num_rows = len(inputs.tokens_BHW)
+    size = stage.config.max_microbatch_size or num_rows
+    starts = range(0, num_rows, size)
+    total = torch.zeros((), device=inputs.tokens_BHW.device)
+    for start in starts:
+        rows = slice(start, start + size)
+        weight = inputs.mask_BHW[rows].sum() * world_size / inputs.num_masked_globally
+        with nullcontext() if start == starts[-1] else without_sync():
+            loss = loss_of_rows(stage, inputs, rows) * weight
+            run_backward(loss)
+        total += loss.detach()
+    return total
+
+
+def apply_update(stage: MaskedStage, loss: Tensor, sample_ids: list[str]) -> StepResult:
+    """Clip, check, step, average. Raises ``TrainingDiverged`` before a bad update is made."""
+    config = stage.config
+    scale = learning_rate_scale(
+        stage.step, config.steps, config.optimizer.warmup_steps, config.optimizer.schedule
+    )
+    norm = clip_gradients(trained_parameters(stage.optimizer), config.optimizer.max_grad_norm)
+    loss_value, norm_value = torch.stack((loss, norm)).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        named = ", ".join(sample_ids[:_NAMED_SAMPLES])
+        more = f" and {len(sample_ids) - _NAMED_SAMPLES} more" * (len(sample_ids) > _NAMED_SAMPLES)
+        raise TrainingDiverged(
+            f"step {stage.step} has loss {loss_value} and gradient norm {norm_value}; the last "
+            f"finite weights are kept; lower optimizer.learning_rate, or look at the samples "
+            f"{named}{more}"
+        )
+    set_learning_rate(stage.optimizer, scale)
+    stage.optimizer.step()
+    stage.optimizer.zero_grad(set_to_none=True)
+    stage.step += 1
+    update_ema(stage)
+    return StepResult(loss_value, norm_value, config.optimizer.learning_rate * scale)
+
+
+@torch.no_grad()
+def update_ema(stage: MaskedStage) -> None:
+    """Move the averaged weights towards the current ones; the first steps move them faster."""
+    if stage.ema is None or stage.config.ema_decay is None:
+        return
+    decay = min(stage.config.ema_decay, (1 + stage.step) / (10 + stage.step))
+    for name, parameter in named_trained(stage.optimizer):
+        stage.ema[name].lerp_(parameter, 1.0 - decay)
+
+
+def train_step(stage: MaskedStage, batch: Batch, device: torch.device | str = "cpu") -> StepResult:
+    """One optimizer step of a single worker, on a whole global batch."""
+    inputs = step_inputs(batch, stage, slice(None), device)
+    return apply_update(stage, backward(stage, inputs), batch.sample_ids)
+
+
+@torch.no_grad()
+def use_averaged_weights(stage: MaskedStage) -> None:
+    """Replace the trained weights by their average, if one is kept (for export only)."""
+    if stage.ema is None:
+        return
+    for name, parameter in named_trained(stage.optimizer):
+        parameter.copy_(stage.ema[name])
