@@ -24,6 +24,11 @@ def init_linear(weight: Tensor, num_inputs: int) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
+def widen(x: Tensor) -> Tensor:
+    """float32, or float64 where it already is: the types that norms and losses are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def sinusoid(values_N: Tensor, num_channels: int = SINUSOID_CHANNELS) -> Tensor:
     """(N, num_channels) float32: cosines, then sines, at geometric frequencies 1 … 1e-4."""
     half = num_channels // 2
@@ -43,7 +48,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), self.weight.shape, None, NORM_EPS)
+        normed = F.rms_norm(widen(x), self.weight.shape, None, NORM_EPS)
         return normed.to(self.weight.dtype) * self.weight
 
 
@@ -90,7 +95,7 @@ class Modulation(nn.Module):
 
 def modulate(x_BSC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor) -> Tensor:
     """LayerNorm (float32, no weights), then (1 + scale) and shift."""
-    normed = F.layer_norm(x_BSC.float(), x_BSC.shape[-1:], eps=NORM_EPS)
+    normed = F.layer_norm(widen(x_BSC), x_BSC.shape[-1:], eps=NORM_EPS)
     return torch.addcmul(shift_B1C, normed.to(shift_B1C.dtype), 1 + scale_B1C)
 
 

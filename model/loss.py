@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from model.layers import widen
 from model.schedule import training_timestep
 from model.transformer import MaskedImageTransformer, TokenHead
 
@@ -25,7 +26,7 @@ def masked_token_loss(
     micro_conditions_B5: Tensor,
     mask_ratio_B: Tensor,
 ) -> Tensor:
-    """Mean cross-entropy in nats (scalar float32) over the tokens where mask_BHW (bool) is true.
+    """Mean cross-entropy in nats (a scalar) over the tokens where mask_BHW (bool) is true.
 
     `tokens_BHW` are the true tokens; the network sees the mask token in the masked places and
     `mask_ratio_B` in [0, 1] in the form its `timestep_convention` asks for. The head runs on masked
@@ -57,4 +58,4 @@ def masked_token_loss(
 
 
 def _sum_of_losses(head: TokenHead, features_NC: Tensor, targets_N: Tensor) -> Tensor:
-    return F.cross_entropy(head(features_NC).float(), targets_N, reduction="sum")
+    return F.cross_entropy(widen(head(features_NC)), targets_N, reduction="sum")

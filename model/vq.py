@@ -22,7 +22,7 @@ from model.checkpoint import (
     write_whole,
 )
 from model.errors import ModelError
-from model.vq_layers import Decoder, Encoder
+from model.vq_layers import Decoder, Encoder, init_convolutions
 
 # Distances are made for this many positions at a time: 128 MB with 8192 codes.
 _NEAREST_CHUNK = 4096
@@ -102,7 +102,7 @@ class VQConfig:
             block_out_channels=block_out_channels,
             latent_channels=latent_channels,
             num_vq_embeddings=num_vq_embeddings,
-            norm_num_groups=math.gcd(32, *block_out_channels),
+            norm_num_groups=_few_groups(block_out_channels),
             mid_block_add_attention=False,
             lookup_from_codebook=True,
             force_upcast=True,
@@ -121,6 +121,15 @@ class VQConfig:
     def to_json(self) -> dict[str, Any]:
         """The config.json this was (or will be) read from."""
         return {"_class_name": "VQModel", **asdict(self)}
+
+
+def _few_groups(block_out_channels: tuple[int, ...]) -> int:
+    """Norm groups of at least eight channels, as many as divide every width.
+
+    A group of one or two channels would take the absolute colour out of the features.
+    """
+    most = max(1, min(32, min(block_out_channels) // 8))
+    return math.gcd(1 << (most.bit_length() - 1), *block_out_channels)
 
 
 class Codebook(nn.Module):
@@ -182,6 +191,8 @@ class VQTokenizer(nn.Module):
         self.quantize = Codebook(config.num_vq_embeddings, config.codebook_dim)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
         self.decoder = Decoder(config.latent_channels, config.out_channels, *shape)
+        if self.quant_conv.weight.device.type != "meta":
+            init_convolutions(self)
 
     @property
     def downsample_factor(self) -> int:
