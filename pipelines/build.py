@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from infra.manifest import FileEntry, ShardEntry
 from pipelines.config import CurationConfig
 
 KEY_CHARS = 12
+_READ_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class Build:
         return storage.join(self.dataset_root, "work", self.key[:KEY_CHARS])
 
     @property
+    def lease_uri(self) -> str:
+        return storage.join(self.folder, "lease.json")
+
+    @property
     def result_uri(self) -> str:
         return storage.join(self.folder, "result.json")
 
@@ -107,8 +113,10 @@ class Build:
         prefix = storage.join(self.folder, f"{_NAMES[kind]}-")
         listed = {info.uri for info in storage.list_objects(self.folder)}
         indices = [index for index in range(count) if f"{prefix}{index:05d}.json" in listed]
-        markers = {index: self.read(kind, index) for index in indices}
-        return {index: marker for index, marker in markers.items() if marker is not None}
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            markers = pool.map(lambda index: self.read(kind, index), indices)
+            found = dict(zip(indices, markers, strict=True))
+        return {index: marker for index, marker in found.items() if marker is not None}
 
     def stage(self, path: Path, kind: str, num_rows: int) -> FileEntry:
         """Upload a working file under its digest."""
@@ -143,7 +151,12 @@ class Build:
         listed = storage.list_objects(storage.join(self.folder, "failures"))
         return [str(storage.read_json(info.uri)) for info in listed]
 
-    def forget(self, *names: str) -> None:
-        """Remove folders of working files."""
-        for name in names:
-            storage.delete_prefix(storage.join(self.folder, name))
+    def forget(self, folder: str) -> None:
+        """Remove a folder of working files."""
+        storage.delete_prefix(storage.join(self.folder, folder))
+
+    def finish(self, version: str) -> None:
+        """Say which version came out, and drop the images: the shards have them now."""
+        storage.write_json(self.result_uri, {"version": version})
+        self.forget("images")
+        self.forget("failures")

@@ -159,7 +159,7 @@ class CurationConfig(StrictModel):
         None, "WIDTH and HEIGHT are swapped; null: when the columns are those of raw LAION files"
     )
     partitions: int | None = semantic(
-        None, "work units the rows are spread over; null: one per 5000 rows, at least 8", ge=1
+        None, "work units the rows are spread over; null: one per 5000 rows, 8 to 10000", ge=1
     )
     filters: FilterConfig = semantic(default_factory=FilterConfig, description="metadata filters")
     captions: CaptionConfig = semantic(default_factory=CaptionConfig, description="long captions")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from infra import storage
+from infra.environment import applied
+from infra.lease import Lease
 from infra.manifest import DatasetManifest, load_manifest, publish_manifest
 from pipelines import engine
 from pipelines.config import CurationConfig
@@ -44,25 +45,28 @@ def curate(
 ) -> CurationResult:
     """Curate ``config`` into ``<store_uri>/datasets/<name>/`` and return the published version.
 
-    ``spark`` is called when there is work to do, so a finished dataset costs no Spark. The caller
-    stops the session. ``environment`` is set in every task (storage credentials). ``progress`` is
-    called with (rows done, rows in all) from another thread. Killed at any moment, a second call
-    does what is missing and publishes the same bytes.
+    ``spark`` is called when there is work to do, so a finished dataset costs no Spark; the caller
+    stops the session. ``environment`` (storage credentials) holds here and in every task.
+    ``progress`` is called with (rows done, rows in all) from another thread. Killed at any moment,
+    a second call does what is missing and publishes the same bytes. Two drivers cannot work on
+    one build at once: ``LeaseHeld``.
     """
-    plan = plan_curation(name, config, store_uri, environment)
-    if plan.manifest_uri is not None:
-        return _result(plan, plan.manifest_uri, load_manifest(plan.manifest_uri))
-    with watching(plan, progress):
-        if plan.units:
-            engine.fetch_images(spark(), plan.build, plan.units, plan.partitions)
-        if plan.parts:
-            engine.write_shards(spark(), plan.build, plan.parts)
-    manifest = assemble_manifest(name, plan)
-    manifest_uri = publish_manifest(plan.build.dataset_root, manifest)
-    write_report(manifest_uri, manifest)
-    storage.write_json(plan.build.result_uri, {"version": manifest.version})
-    plan.build.forget("images", "failures")
-    return _result(plan, manifest_uri, manifest)
+    with applied(environment or {}):
+        plan = plan_curation(name, config, store_uri)
+        if plan.manifest_uri is not None:
+            return _result(plan, plan.manifest_uri, load_manifest(plan.manifest_uri))
+        build = replace(plan.build, environment=dict(environment or {}))
+        with Lease(build.lease_uri, f"curation of {name}") as lease, watching(plan, progress):
+            if plan.units:
+                engine.fetch_images(spark(), build, plan.units, plan.partitions)
+            if plan.parts:
+                engine.write_shards(spark(), build, plan.parts)
+            manifest = assemble_manifest(name, plan)
+            lease.check()
+            manifest_uri = publish_manifest(build.dataset_root, manifest)
+            write_report(manifest_uri, manifest)
+            build.finish(manifest.version)
+        return _result(plan, manifest_uri, manifest)
 
 
 def _result(plan: CurationPlan, manifest_uri: str, manifest: DatasetManifest) -> CurationResult:

@@ -57,9 +57,9 @@ def row_duplicates(rows: pl.DataFrame, *, same_url: bool) -> pl.Series:
 
 
 def image_duplicates(images: DataFrame) -> DataFrame:
-    """The ``(partition, sample_id)`` of every image that another with the same bytes outranks.
+    """The ``(slot, sample_id)`` of every image that another with the same bytes outranks.
 
-    ``images`` has ``partition, sample_id, aesthetic_score, sha256``; Spark shuffles by ``sha256``.
+    ``images`` has ``slot, sample_id, aesthetic_score, sha256``; Spark shuffles by ``sha256``.
     """
     from pyspark.sql import Window
     from pyspark.sql import functions as sf
@@ -68,4 +68,4 @@ def image_duplicates(images: DataFrame) -> DataFrame:
         sf.col("aesthetic_score").desc_nulls_last(), sf.col("sample_id")
     )
     ranked = images.withColumn("rank", sf.row_number().over(ranking))
-    return ranked.where("rank > 1").select("partition", "sample_id")
+    return ranked.where("rank > 1").select("slot", "sample_id")

@@ -8,6 +8,9 @@ or a second attempt elsewhere changes nothing.
 
 from __future__ import annotations
 
+import functools
+import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -22,8 +25,9 @@ if TYPE_CHECKING:
 
 Batches = Iterator["pa.RecordBatch"]
 
+_INDEXED_PER_TASK = 4
 _DONE_SCHEMA = "partition int"
-_IMAGES_SCHEMA = "partition int, sample_id string, aesthetic_score double, sha256 string"
+_IMAGES_SCHEMA = "slot int, sample_id string, aesthetic_score double, sha256 string"
 
 
 def fetch_images(
@@ -49,7 +53,8 @@ def fetch_images(
         return partition
 
     with _one_line_errors(build):
-        rows = _one_task_each(spark, len(pending)).mapInArrow(read, _ddl(task.TRAVEL_SCHEMA))
+        numbers = spark.range(0, len(pending), 1, numPartitions=len(pending))
+        rows = numbers.mapInArrow(read, _ddl(task.TRAVEL_SCHEMA))
         if partitions:
             _run_by_slot(rows, len(partitions), fetch)
         else:
@@ -69,7 +74,8 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
     def index(batches: Batches) -> Batches:
         for batch in batches:
             for partition in batch.column(0).to_pylist():
-                yield from task.staged_images(build, partition).to_arrow().to_batches()
+                images = task.staged_images(build, partition, slot_of.get(partition, -1))
+                yield from images.to_arrow().to_batches()
 
     def write(slot: int, batches: Batches) -> int:
         duplicates = {
@@ -84,18 +90,11 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
             sf.col("id").cast("int").alias("slot"), sf.lit(None).cast("string").alias("sample_id")
         )
         if build.config.duplicates.same_bytes:
-            images = _one_task_each(spark, build.num_partitions).mapInArrow(index, _IMAGES_SCHEMA)
-            to_slot = sf.create_map(*(sf.lit(n) for pair in slot_of.items() for n in pair))
-            duplicates = image_duplicates(images).select(
-                to_slot[sf.col("partition")].alias("slot"), "sample_id"
-            )
-            seeds = seeds.union(duplicates.where("slot is not null"))
+            num_tasks = math.ceil(build.num_partitions / _INDEXED_PER_TASK)
+            every = spark.range(0, build.num_partitions, 1, numPartitions=num_tasks)
+            images = every.mapInArrow(index, _IMAGES_SCHEMA)
+            seeds = seeds.union(image_duplicates(images).where("slot >= 0"))
         _run_by_slot(seeds, len(pending), write)
-
-
-def _one_task_each(spark: SparkSession, count: int) -> DataFrame:
-    """``id`` 0 .. count - 1, each in a task of its own."""
-    return spark.range(0, count, 1, numPartitions=count)
 
 
 def _run_by_slot(rows: DataFrame, num_slots: int, run: Callable[[int, Batches], int]) -> None:
@@ -108,13 +107,23 @@ def _run_by_slot(rows: DataFrame, num_slots: int, run: Callable[[int, Batches], 
         context = TaskContext.get()
         if context is None:
             raise RuntimeError("not inside a Spark task")
-        yield pa.RecordBatch.from_pydict(
-            {"partition": pa.array([run(context.partitionId(), batches)], pa.int32())}
-        )
+        partition = run(context.partitionId(), batches)
+        _keep_imports_out_of_gc()
+        yield pa.RecordBatch.from_pydict({"partition": pa.array([partition], pa.int32())})
 
     done = rows.repartitionById(num_slots, "slot").mapInArrow(at_slot, _DONE_SCHEMA).collect()
     if len(done) != num_slots:
         raise RuntimeError(f"{len(done)} tasks ran for {num_slots} partitions")
+
+
+@functools.cache
+def _keep_imports_out_of_gc() -> None:
+    """Spark's Python workers collect garbage after every task, 0.1 s with all we import.
+
+    What is alive after the first task stays alive; collections need not look at it again.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _ddl(schema: pa.Schema) -> str:

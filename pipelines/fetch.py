@@ -148,7 +148,7 @@ class Fetcher:
             is_reusable = _drain(response)
             return self._next_target(target, response)
         finally:
-            if is_reusable and not response.will_close and connection.is_clean():
+            if is_reusable and not response.will_close:
                 self._pool.put(target, connection)
             else:
                 connection.close()

@@ -18,8 +18,28 @@ MAX_URL_CHARS = 4096
 _FORBIDDEN_IN_URL = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")
 _HOST = re.compile(r"[a-z0-9._-]{1,253}|\[[0-9a-f:.]+\]")
 _KEEP_IN_PATH = "%/:=&?~+!$,;'@()*[]|"
-# Public addresses that answer only inside a cloud: Azure's metadata and DHCP service.
-_CLOUD_ADDRESSES = frozenset({ipaddress.ip_address("168.63.129.16")})
+# What the IANA registries call special and some versions of ``ipaddress`` call global, and the
+# address inside Azure that serves metadata.
+_SPECIAL_NETWORKS = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "0.0.0.0/8",
+        "100.64.0.0/10",
+        "168.63.129.16/32",
+        "192.0.0.0/24",
+        "192.31.196.0/24",
+        "192.52.193.0/24",
+        "192.88.99.0/24",
+        "192.175.48.0/24",
+        "198.18.0.0/15",
+        "100::/63",
+        "2001::/23",
+        "2001:db8::/32",
+        "2620:4f:8000::/48",
+        "3fff::/20",
+        "5f00::/16",
+    )
+)
 _NAT64_NETWORKS = (
     ipaddress.IPv6Network("64:ff9b::/96"),
     ipaddress.IPv6Network("64:ff9b:1::/48"),
@@ -136,8 +156,6 @@ def special_address(address: str) -> str | None:
 
 
 def _special(ip: IPAddress) -> str | None:
-    if ip in _CLOUD_ADDRESSES:
-        return "a cloud's own service"
     for name in ("loopback", "link_local", "multicast", "unspecified", "reserved", "private"):
         if getattr(ip, f"is_{name}"):
             return name.replace("_", "-")
@@ -147,6 +165,8 @@ def _special(ip: IPAddress) -> str | None:
         for embedded in _embedded_ipv4(ip):
             why = _special(embedded)
             return f"an IPv4 address in disguise ({why or 'translated'})"
+    if any(ip in network for network in _SPECIAL_NETWORKS):
+        return "set aside for special use"
     return None if ip.is_global else "not global"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from pipelines.inputs import InputFile, Unit, find_inputs, units_of
 
 ROWS_PER_PARTITION = 5_000
 MIN_PARTITIONS = 8
+MAX_PARTITIONS = 10_000
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -59,12 +59,7 @@ class CurationPlan:
         return storage.join(self.build.dataset_root, self.version, "manifest.json")
 
 
-def plan_curation(
-    name: str,
-    config: CurationConfig,
-    store_uri: str,
-    environment: Mapping[str, str] | None = None,
-) -> CurationPlan:
+def plan_curation(name: str, config: CurationConfig, store_uri: str) -> CurationPlan:
     """Look at the inputs and at what is stored, and decide.
 
     Reads every input and, when a version is there, every stored byte: a version whose files are
@@ -75,7 +70,7 @@ def plan_curation(
             expected="a dataset name of a-z, 0-9, '.', '_' and '-', at most 64 long", got=repr(name)
         )
     inputs = find_inputs(config)
-    build = _build(name, config, store_uri, inputs, environment or {})
+    build = _build(name, config, store_uri, inputs)
     version = _finished_version(build)
     problems: list[str] = []
     if version is not None:
@@ -99,7 +94,6 @@ def _build(
     config: CurationConfig,
     store_uri: str,
     inputs: list[InputFile],
-    environment: Mapping[str, str],
 ) -> Build:
     rows_in = sum(file.num_rows for file in inputs if file.kind == "metadata")
     if rows_in == 0:
@@ -109,13 +103,13 @@ def _build(
         "inputs": [file.identity() for file in inputs],
         "code": code_digest("pipelines"),
     }
-    automatic = max(MIN_PARTITIONS, math.ceil(rows_in / ROWS_PER_PARTITION))
+    automatic = math.ceil(rows_in / ROWS_PER_PARTITION)
+    automatic = min(max(automatic, MIN_PARTITIONS), MAX_PARTITIONS)
     return Build(
         dataset_root=storage.join(store_uri, "datasets", name),
         key=sha256_bytes(canonical_json(identity)),
         config=config,
         num_partitions=config.partitions or automatic,
-        environment=dict(environment),
     )
 
 

@@ -19,13 +19,13 @@ from pipelines.shards import ShardWriter, sample_members
 _ROWS_AT_ONCE = 1000
 
 
-def staged_images(build: Build, partition: int) -> pl.DataFrame:
-    """``partition, sample_id, aesthetic_score, sha256`` of the partition's images."""
+def staged_images(build: Build, partition: int, slot: int) -> pl.DataFrame:
+    """``slot, sample_id, aesthetic_score, sha256`` of the partition's images."""
     with build.task(f"index-{partition:05d}") as folder:
         rows_path = build.fetch_staged(_staged(build, partition).rows, folder)
         columns = ["sample_id", "aesthetic_score", "sha256"]
         rows = pl.read_parquet(rows_path, columns=columns).drop_nulls("sha256")
-        return rows.select(pl.lit(partition, dtype=pl.Int32).alias("partition"), *columns)
+        return rows.select(pl.lit(slot, dtype=pl.Int32).alias("slot"), *columns)
 
 
 def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> None:
@@ -45,11 +45,12 @@ def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> N
         images_path = build.fetch_staged(staged.images, folder)
         _pack(rows.filter(pl.col("disposition") == COMMITTED), images_path, build.config, writer)
         shards = writer.finish()
-        rows = rows.with_columns(
-            pl.col("sample_id")
-            .replace_strict(writer.shard_of, default=None, return_dtype=pl.String)
-            .alias("shard")
+        # A rejected copy of a row has the id of the one that stayed, and no shard.
+        in_shard = pl.col("sample_id").replace_strict(
+            writer.shard_of, default=None, return_dtype=pl.String
         )
+        is_committed = pl.col("disposition") == COMMITTED
+        rows = rows.with_columns(pl.when(is_committed).then(in_shard).alias("shard"))
         counts = count(rows)
         ledger = LedgerFile(folder)
         ledger.add(rows)

@@ -1,0 +1,325 @@
+"""A whole build in this process, without Spark: accounting, determinism, and crashes anywhere."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from infra import storage
+from infra.errors import UserError
+from infra.manifest import DatasetManifest, publish_manifest, verify_dataset
+from pipelines import images
+from pipelines.build import Build, PartMarker, ReadMarker, StagedMarker
+from pipelines.plan import CurationPlan, plan_curation
+from pipelines.publish import assemble_manifest, funnel_of
+from pipelines.read_rows import Slots, read_rows, seeds
+from pipelines.report import write_report
+from pipelines.shards import read_shard
+from pipelines.stage_images import stage_images
+from pipelines.write_shards import staged_images, write_shards
+
+
+def run(plan: CurationPlan, backwards: bool = False) -> DatasetManifest:
+    """What ``engine`` does with Spark, in one thread; ``backwards`` runs every task list so."""
+    build = plan.build
+    slots = Slots(plan.partitions, build.num_partitions)
+    at_slot: dict[int, list[pa.RecordBatch]] = defaultdict(list)
+    direction = -1 if backwards else 1
+    for unit in plan.units[::direction]:
+        for batch in [seeds(slots), *read_rows(build, unit, slots)]:
+            frame = pl.DataFrame(pl.from_arrow(batch))
+            for (slot,), rows in frame.group_by("slot"):
+                table = rows.to_arrow().cast(batch.schema)
+                at_slot[int(str(slot))].extend(table.to_batches())
+    for slot, partition in list(enumerate(plan.partitions))[::direction]:
+        stage_images(build, partition, at_slot[slot][::direction])
+    if plan.parts:
+        found = pl.concat(staged_images(build, n, n) for n in range(build.num_partitions))
+        best = found.sort(
+            "aesthetic_score", "sample_id", descending=[True, False], nulls_last=True
+        ).filter(pl.col("sha256").is_first_distinct())
+        copies = found.join(best, on="sample_id", how="anti")
+        for partition in plan.parts[::direction]:
+            losers = copies.filter(pl.col("slot") == partition)["sample_id"].to_list()
+            write_shards(build, partition, losers)
+    manifest = assemble_manifest("traps", plan)
+    write_report(publish_manifest(build.dataset_root, manifest), manifest)
+    build.finish(manifest.version)
+    return manifest
+
+
+def ledger(build: Build, manifest: DatasetManifest) -> pl.DataFrame:
+    parts = [
+        pl.read_parquet(storage.read_bytes(storage.join(build.dataset_root, entry.path)))
+        for entry in manifest.ledger
+    ]
+    return pl.concat(parts)
+
+
+def samples(build: Build, manifest: DatasetManifest) -> dict[str, dict[str, bytes]]:
+    found: dict[str, dict[str, bytes]] = {}
+    for shard in manifest.shards:
+        members = list(read_shard(storage.read_bytes(
+            storage.join(build.dataset_root, shard.path))))  # fmt: skip
+        assert len(members) == shard.num_samples
+        assert [key for key, _ in members] == sorted(key for key, _ in members)
+        assert not found.keys() & {key for key, _ in members}
+        found.update(members)
+    return found
+
+
+def test_every_row_ends_where_it_should(trap_world: Any, store_uri: str) -> None:
+    plan = plan_curation("traps", trap_world.config(), store_uri)
+    assert plan.decision == "RUN"
+    manifest = run(plan)
+    rows = ledger(plan.build, manifest)
+    assert rows.height == len(trap_world.rows) == manifest.counts["rows_in"]
+    for row in rows.iter_rows(named=True):
+        ended = row["reason"] or row["disposition"]
+        expected = trap_world.expected[row["url"] or "http://evil.example"]
+        if ended not in ("duplicate_row", "duplicate_url"):
+            assert ended == expected, row
+        assert (row["shard"] is None) == (row["disposition"] != "committed")
+        assert (row["retryable"] is True) <= (row["disposition"] == "failed")
+    retryable = set(rows.filter(pl.col("retryable"))["reason"])
+    assert retryable == {"http_500", "timeout", "short_body"}
+    counts = Counter(rows["disposition"])
+    assert manifest.counts == {"rows_in": rows.height, **counts}
+    funnel = funnel_of(manifest)
+    assert funnel["rows_in"] == sum(list(funnel.values())[1:])
+    assert list(funnel)[:3] == ["rows_in", "no_url", "unknown_size"]
+    assert list(funnel)[-1] == "committed"
+    assert (funnel["duplicate_row"], funnel["duplicate_url"], funnel["duplicate_image"]) == (
+        1,
+        1,
+        6,
+    )
+
+
+def test_samples_carry_everything_the_training_needs(trap_world: Any, tmp_path: Path) -> None:
+    plan = plan_curation("traps", trap_world.config(), (tmp_path / "store").as_uri())
+    manifest = run(plan)
+    kept = ledger(plan.build, manifest).filter(pl.col("disposition") == "committed")
+    rows = {row["sample_id"]: row for row in kept.iter_rows(named=True)}
+    found = samples(plan.build, manifest)
+    assert len(found) == manifest.counts["committed"]
+    num_long = 0
+    for key, members in found.items():
+        known = json.loads(members["json"])
+        assert set(members) == {"jpg", "json", "txt"}
+        assert known["sample_id"] == key
+        assert Image.open(io.BytesIO(members["jpg"])).size == (64, 64)
+        assert (known["width_px"], known["height_px"]) == (64, 64)
+        assert (known["original_width_px"], known["original_height_px"]) == (320, 256)
+        assert (known["crop_left_px"], known["crop_top_px"]) == (32, 0)
+        assert known["caption"] == members["txt"].decode()
+        assert known["captions"][0]["origin"] == "alt"
+        assert known["captions"][0]["model"] is None
+        if len(known["captions"]) == 2:
+            num_long += 1
+            assert known["captions"][1]["model"] == "captioner-1"
+            assert known["caption"] == known["captions"][1]["text"]
+            assert len(known["caption"].split()) > 50
+        assert known["preference_score"] == known["aesthetic_score"] >= 4.5
+        assert known["aesthetic_scale"] == "v2"
+        assert known["watermark_prob"] == pytest.approx(0.2)
+        assert known["source"] == "laion"
+        assert rows[key]["shard"] in {shard.path for shard in manifest.shards}
+        assert rows[key]["sha256"] == known["sha256"]
+    assert num_long == 15
+
+
+def test_the_same_rows_give_the_same_bytes(trap_world: Any, tmp_path: Path) -> None:
+    first = run(plan_curation("traps", trap_world.config(), (tmp_path / "a").as_uri()))
+    trap_world.write(order=[2, 0, 1])
+    renamed = plan_curation("traps", trap_world.config(), (tmp_path / "b").as_uri())
+    assert run(renamed, backwards=True).to_bytes() == first.to_bytes()
+    trap_world.rows.reverse()
+    trap_world.write(num_files=5)
+    spread = run(plan_curation("traps", trap_world.config(), (tmp_path / "c").as_uri()))
+    assert spread.shards == first.shards
+    assert spread.counts == first.counts
+
+
+def test_a_finished_dataset_is_skipped_and_a_damaged_one_repaired(
+    trap_world: Any, store_uri: str
+) -> None:
+    config = trap_world.config()
+    manifest = run(plan_curation("traps", config, store_uri))
+    plan = plan_curation("traps", config, store_uri)
+    assert (plan.decision, plan.version) == ("SKIP", manifest.version)
+    assert "every byte of it was verified" in plan.reason
+    root = plan.build.dataset_root
+    work = {info.uri.rsplit("/", 2)[-2] for info in storage.list_objects(plan.build.folder)}
+    assert "images" not in work
+
+    shard = storage.join(root, manifest.shards[0].path)
+    whole = storage.read_bytes(shard)
+    damaged = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
+    for break_it in (lambda: storage.write_bytes(shard, damaged), lambda: storage.delete(shard)):
+        break_it()
+        plan = plan_curation("traps", config, store_uri)
+        assert plan.decision == "RESUME"
+        assert manifest.shards[0].path in plan.reason
+        assert len(plan.partitions) == len(plan.parts) == 1
+        num_requests = len(trap_world.web.requests)
+        assert run(plan).version == manifest.version
+        assert len(trap_world.web.requests) - num_requests < num_requests
+        assert storage.read_bytes(shard) == whole
+    manifest_uri = storage.join(root, manifest.version, "manifest.json")
+    assert verify_dataset(manifest_uri) == []
+    storage.delete(manifest_uri)
+    plan = plan_curation("traps", config, store_uri)
+    assert (plan.decision, plan.units, plan.partitions, plan.parts) == ("RESUME", (), (), ())
+    assert run(plan).version == manifest.version
+
+
+class Crash(BaseException):
+    """Stands for ``kill -9``: no handler runs that would not also run after one."""
+
+
+def crash_after(monkeypatch: pytest.MonkeyPatch, num_writes: int) -> Callable[[], int]:
+    """Let ``num_writes`` objects be written whole, then die; returns how many were."""
+    written = [0]
+
+    def dying(write: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            if written[0] >= num_writes:
+                raise Crash
+            written[0] += 1
+            return write(*arguments, **options)
+
+        return wrapped
+
+    for name in ("write_bytes", "upload", "delete"):
+        monkeypatch.setattr(storage, name, dying(getattr(storage, name)))
+    return lambda: written[0]
+
+
+@pytest.mark.slow
+def test_a_crash_between_any_two_writes_changes_nothing(trap_world: Any, tmp_path: Path) -> None:
+    """Die before the n-th write, for every n; resume; the manifest is the uninterrupted one."""
+    config = trap_world.config(fetch=trap_world.web.config(max_bytes=200_000, retries=0))
+    with pytest.MonkeyPatch.context() as patch:
+        count = crash_after(patch, 10**9)
+        expected = run(plan_curation("traps", config, (tmp_path / "whole").as_uri()))
+        num_writes = count()
+    assert num_writes > 20
+    for number in range(0, num_writes, 3):
+        store_uri = (tmp_path / f"crash-{number}").as_uri()
+        with pytest.MonkeyPatch.context() as patch:
+            crash_after(patch, number)
+            with pytest.raises(Crash):
+                run(plan_curation("traps", config, store_uri))
+        plan = plan_curation("traps", config, store_uri)
+        fetched = build_markers(plan.build, StagedMarker)
+        assert not set(plan.partitions) & fetched
+        assert run(plan).to_bytes() == expected.to_bytes(), number
+
+
+def build_markers(build: Build, kind: type[Any]) -> set[int]:
+    return set(build.read_all(kind, build.num_partitions))
+
+
+def test_finished_partitions_are_not_fetched_again(trap_world: Any, tmp_path: Path) -> None:
+    config = trap_world.config()
+    store_uri = (tmp_path / "store").as_uri()
+    plan = plan_curation("traps", config, store_uri)
+    slots = Slots((1,), plan.build.num_partitions)
+    batches = [b for unit in plan.units for b in read_rows(plan.build, unit, slots)]
+    stage_images(plan.build, 1, batches)
+    seen = [head.split(" ")[1] for head in trap_world.web.requests]
+    resumed = plan_curation("traps", config, store_uri)
+    assert (resumed.decision, resumed.partitions) == ("RESUME", (0, 2))
+    trap_world.web.requests.clear()
+    run(resumed)
+    again = {head.split(" ")[1] for head in trap_world.web.requests}
+    assert seen
+    assert not again & set(seen)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"rows": 1}', b"[]", b"null"])
+def test_a_marker_that_is_not_whole_counts_as_not_written(
+    trap_world: Any, tmp_path: Path, damage: bytes
+) -> None:
+    config = trap_world.config()
+    store_uri = (tmp_path / "store").as_uri()
+    plan = plan_curation("traps", config, store_uri)
+    expected = run(plan)
+    storage.delete(plan.build.result_uri)
+    for kind in (ReadMarker, StagedMarker, PartMarker):
+        storage.write_bytes(plan.build.marker_uri(kind, 2 if kind is ReadMarker else 0), damage)
+    plan = plan_curation("traps", config, store_uri)
+    assert plan.decision == "RESUME"
+    assert 0 in plan.partitions
+    assert 0 in plan.parts
+    assert run(plan).version == expected.version
+
+
+def test_changed_recipes_inputs_and_names_are_other_builds(trap_world: Any, tmp_path: Path) -> None:
+    store_uri = (tmp_path / "store").as_uri()
+    config = trap_world.config()
+    key = plan_curation("traps", config, store_uri).build_key
+    same = trap_world.config(fetch=trap_world.web.config(max_bytes=200_000, num_threads=1))
+    assert plan_curation("traps", same, store_uri).build_key == key
+    other = trap_world.config(resize={"image_size_px": 65})
+    assert plan_curation("traps", other, store_uri).build_key != key
+    trap_world.rows[0]["TEXT"] = "changed"
+    trap_world.write()
+    assert plan_curation("traps", config, store_uri).build_key != key
+
+
+@pytest.mark.parametrize("name", ["", "Upper", "a/b", "..", "-x", "a" * 65])
+def test_odd_dataset_names_are_refused(trap_world: Any, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="dataset name"):
+        plan_curation(name, trap_world.config(), tmp_path.as_uri())
+
+
+def test_a_dead_network_commits_nothing(trap_world: Any, tmp_path: Path) -> None:
+    dead = trap_world.web.config(connect_to={"evil.example:80": "127.0.0.1:1"})
+    plan = plan_curation("traps", trap_world.config(fetch=dead, partitions=1), tmp_path.as_uri())
+    with pytest.raises(UserError, match=r"at most 50% .* got \d+ of \d+ \(connect \d+") as caught:
+        run(plan)
+    assert plan.build.failures() == [str(caught.value)]
+    assert build_markers(plan.build, StagedMarker) == set()
+
+
+def test_an_unforeseen_error_costs_one_row(
+    trap_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = images.store_image
+
+    def failing(body: bytes, *arguments: Any, **options: Any) -> Any:
+        if b"Location" not in body and len(body) % 7 == 0:
+            raise ZeroDivisionError
+        return store(body, *arguments, **options)
+
+    monkeypatch.setattr("pipelines.stage_images.store_image", failing)
+    manifest = run(plan_curation("traps", trap_world.config(), tmp_path.as_uri()))
+    assert manifest.failed["internal_error"] > 0
+    assert manifest.counts["rows_in"] == len(trap_world.rows)
+
+
+def test_the_report_shows_the_funnel_and_runs_nothing(trap_world: Any, tmp_path: Path) -> None:
+    trap_world.rows[2]["TEXT"] = "<script>alert('x')</script>"
+    trap_world.captions.clear()
+    trap_world.captions.append({"url": "u", "caption": "c", "model": "m"})
+    trap_world.write()
+    plan = plan_curation("traps", trap_world.config(), tmp_path.as_uri())
+    manifest = run(plan)
+    uri = storage.join(plan.build.dataset_root, manifest.version, "report.html")
+    page = storage.read_bytes(uri).decode()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert page.count("<img ") == min(manifest.counts["committed"], 48)
+    for reason in funnel_of(manifest):
+        assert reason.replace("_", " ") in page

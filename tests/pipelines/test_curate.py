@@ -1,0 +1,207 @@
+"""The whole curation with Spark over the painted world and its misbehaving web."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import pytest
+
+from demo.metadata import EXPECTED, HOSTS, build_world
+from demo.web import PaintedServer
+from demo.world import WorldConfig
+from infra import storage
+from infra.errors import UserError
+from infra.manifest import load_manifest, verify_dataset
+from infra.sessions import ClusterConfig, spark_session, stop_spark
+from pipelines.columns import sample_id
+from pipelines.config import CurationConfig
+from pipelines.curate import curate, plan_curation
+from pipelines.shards import read_shard
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+pytestmark = pytest.mark.slow
+
+NUM_ROWS = 500
+
+
+@dataclass
+class PaintedWorld:
+    folder: Path
+    server: PaintedServer
+
+    def config(self, **changes: Any) -> CurationConfig:
+        port = self.server.server_address[1]
+        known: dict[str, Any] = {
+            "metadata": [str(self.folder / "metadata" / "*.parquet")],
+            "source": "painted",
+            "filters": {
+                "min_width_px": 96, "min_height_px": 96, "max_aspect_ratio": 2.0,
+                "min_aesthetic_score": 4.5, "max_watermark_prob": 0.5, "max_unsafe_prob": 0.5,
+                "min_caption_words": 2, "unknown": {"watermark_prob": "keep"},
+            },
+            "fetch": {
+                "connect_to": {f"{host}:80": f"127.0.0.1:{port}" for host in HOSTS},
+                "total_deadline_seconds": 5.0, "backoff_seconds": 0.05, "retries": 1,
+            },
+            "resize": {"image_size_px": 128},
+        }  # fmt: skip
+        return CurationConfig.model_validate(known | changes)
+
+
+@pytest.fixture(scope="module")
+def painted_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PaintedWorld]:
+    folder = tmp_path_factory.mktemp("painted")
+    build_world(WorldConfig.model_validate({"num_rows": NUM_ROWS, "trap_ratio": 0.4}), folder)
+    server = PaintedServer(folder)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield PaintedWorld(folder, server)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def spark(
+    tmp_path_factory: pytest.TempPathFactory, _session_s3_server: Any
+) -> Iterator[Callable[[], SparkSession]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATELIER_HOME", str(tmp_path_factory.mktemp("home")))
+        session = spark_session("curation", ClusterConfig(), _session_s3_server.environment)
+        yield lambda: session
+        stop_spark(session)
+
+
+def no_spark() -> SparkSession:
+    raise AssertionError("Spark was asked for")
+
+
+def test_the_painted_world_is_curated_and_every_trap_holds(
+    painted_world: PaintedWorld, spark: Callable[[], SparkSession], s3_server: Any
+) -> None:
+    config = painted_world.config()
+    reported: list[tuple[int, int]] = []
+    result = curate(
+        "painted", config, s3_server.store_uri, spark, s3_server.environment,
+        lambda done, total: reported.append((done, total)),
+    )  # fmt: skip
+    assert result.decision == "RUN"
+    assert reported[-1] == (NUM_ROWS, NUM_ROWS)
+    assert [done for done, _ in reported] == sorted(done for done, _ in reported)
+    assert verify_dataset(result.manifest_uri) == []
+
+    manifest = load_manifest(result.manifest_uri, result.version)
+    root = result.manifest_uri.rsplit("/", 2)[0]
+    ledger = pl.concat(
+        pl.read_parquet(storage.read_bytes(storage.join(root, entry.path)))
+        for entry in manifest.ledger
+    )
+    truth = pl.read_parquet(painted_world.folder / "truth" / "rows.parquet")
+    assert ledger.height == truth.height == NUM_ROWS
+    ended = {
+        row["sample_id"]: (row["disposition"], row["reason"])
+        for row in ledger.sort("disposition", descending=True).iter_rows(named=True)
+    }
+    for row in truth.iter_rows(named=True):
+        disposition, reason = ended[sample_id(row["url"], row["text"])]
+        expected = row["expected"]
+        if reason in ("duplicate_image", "duplicate_url", "duplicate_row"):
+            continue  # another row with the same URL or picture stayed; counted below
+        assert expected in (disposition, "either"), (row["trap"], disposition, reason)
+    reasons = Counter(ledger["reason"])
+    traps = Counter(truth["trap"])
+    assert reasons["duplicate_image"] > 0
+    assert reasons["optout"] == traps["opted_out"]
+    assert reasons["redirect"] == traps["redirect_loop"] + traps["redirect_internal"]
+    assert reasons["http_404"] == traps["dead_404"]
+    assert reasons["unknown_aesthetic_score"] == traps["null_aesthetic"]
+    assert set(EXPECTED) <= set(traps)
+    requested = painted_world.server.requests
+    assert not [path for path in requested if "canary" in path or "meta-data" in path]
+
+    samples = {
+        key: members
+        for shard in manifest.shards
+        for key, members in read_shard(storage.read_bytes(storage.join(root, shard.path)))
+    }
+    assert len(samples) == result.counts["committed"] > NUM_ROWS / 3
+    digests = Counter(json.loads(members["json"])["sha256"] for members in samples.values())
+    assert max(digests.values()) == 1
+
+    started_at = time.monotonic()
+    again = curate("painted", config, s3_server.store_uri, no_spark, s3_server.environment)
+    assert (again.decision, again.version) == ("SKIP", result.version)
+    assert time.monotonic() - started_at < 2.0
+
+
+def test_long_captions_are_joined_and_asked_for_their_length(
+    painted_world: PaintedWorld, spark: Callable[[], SparkSession], tmp_path: Path
+) -> None:
+    filters = painted_world.config().filters.model_dump() | {"min_caption_words": 50}
+    config = painted_world.config(
+        captions={"files": [str(painted_world.folder / "captions" / "long.parquet")]},
+        filters=filters,
+        partitions=2,
+    )
+    result = curate("painted", config, tmp_path.as_uri(), spark)
+    root = result.manifest_uri.rsplit("/", 2)[0]
+    manifest = load_manifest(result.manifest_uri)
+    assert result.counts["committed"] > NUM_ROWS / 3
+    for shard in manifest.shards:
+        for _, members in read_shard(storage.read_bytes(storage.join(root, shard.path))):
+            captions = json.loads(members["json"])["captions"]
+            assert captions[-1]["origin"] == "synthetic"
+            assert members["txt"].decode() == captions[-1]["text"]
+            assert len(members["txt"].split()) >= 50
+
+
+def test_stock_webdataset_reads_the_shards(
+    painted_world: PaintedWorld, spark: Callable[[], SparkSession], tmp_path: Path
+) -> None:
+    result = curate("painted", painted_world.config(partitions=1), tmp_path.as_uri(), spark)
+    shard = load_manifest(result.manifest_uri).shards[0]
+    path = tmp_path / "datasets" / "painted" / shard.path
+    code = (
+        "import sys, json, webdataset as wds\n"
+        "data = wds.WebDataset(sys.argv[1], shardshuffle=False).decode('pil')\n"
+        "found = [(s['__key__'], s['jpg'].size, s['txt'], s['json']['caption']) for s in data]\n"
+        "print(json.dumps(found))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(path)],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert len(found) == shard.num_samples
+    assert len({key for key, *_ in found}) == len(found)
+    for _, size, text, caption in found:
+        assert size == [128, 128]
+        assert text == caption
+    listed = subprocess.run(["tar", "tf", str(path)], capture_output=True, text=True, check=True)
+    assert len(listed.stdout.split()) == 3 * shard.num_samples
+
+
+def test_a_damaged_page_is_one_line_naming_the_file(
+    painted_world: PaintedWorld, spark: Callable[[], SparkSession], tmp_path: Path
+) -> None:
+    source = next((painted_world.folder / "metadata").glob("*.parquet"))
+    body = bytearray(source.read_bytes())
+    body[200:2000] = bytes(1800)
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_bytes(body)
+    config = painted_world.config(metadata=[str(damaged)])
+    with pytest.raises(UserError, match=r"expected a whole parquet file at file://.*damaged"):
+        curate("painted", config, tmp_path.as_uri(), spark)
+    assert plan_curation("painted", config, tmp_path.as_uri()).decision == "RUN"
