@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import stat
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from infra.environment import applied
 from infra.errors import UserError
 
 HOST = "127.0.0.1"
+KNOCK_SECONDS = 5.0
 QUIET = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
@@ -63,6 +65,7 @@ def _remote_ray(address: str, environment: Mapping[str, str]) -> Iterator[None]:
     import ray
 
     _refuse_second(ray)
+    _knock(address)
     try:
         ray.init(
             address=address,
@@ -78,6 +81,20 @@ def _remote_ray(address: str, environment: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Fail in seconds where nobody listens: ``ray.init`` itself waits for many minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(expected="ray_address like host:6379", got=repr(address))
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray answers at {address} ({error.strerror or error}); start that cluster, or "
+            "leave ray_address out to run one here"
+        ) from error
 
 
 @contextmanager

@@ -65,6 +65,7 @@ CHUNK_BYTES = 1 << 20
 READ_ATTEMPTS = 3
 FOLDER_THREADS = 4
 TEMPORARY_PREFIX = ".atelier-tmp-"
+RESERVED_PREFIXES = (TEMPORARY_PREFIX, ".rclone_temp_", ".rclone_multipart_upload_")
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,22 @@ def _parse(uri: str) -> _Location:
             return _Location(uri, bucket=bucket, key=key)
     elif uri.startswith("file:///"):
         path = unquote(uri[len("file://") :])
-        if ".." not in path.split("/") and "\0" not in path:
+        if not _has_odd_segment(path.strip("/")):
             return _Location(uri, path=Path(path))
     raise UserError(
         expected="an address like s3://bucket/key or file:///absolute/path",
         got=repr(uri),
-        remedy="write it without '..' or empty parts",
+        remedy="write it without '..', empty or temporary names",
     )
 
 
 def _has_odd_segment(key: str) -> bool:
-    return bool(key) and any(part in ("", ".", "..") or "\0" in part for part in key.split("/"))
+    return bool(key) and any(_is_odd(part) for part in key.split("/"))
+
+
+def _is_odd(part: str) -> bool:
+    """Not a name, or one that listings hide because unfinished writes are called so."""
+    return part in ("", ".", "..") or "\0" in part or part.startswith(RESERVED_PREFIXES)
 
 
 def _object_location(uri: str) -> _Location:

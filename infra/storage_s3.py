@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import shutil
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
+from infra.config import PROJECT_ROOT, atelier_home
 from infra.errors import UserError
 from infra.storage_errors import (
     GuardedReader,
@@ -37,6 +39,7 @@ PART_THREADS = 4  # memory bound of an upload: (PART_THREADS + 1) * PART_BYTES
 DELETE_BATCH = 1_000
 CONNECT_TIMEOUT_SECONDS = 5
 READ_TIMEOUT_SECONDS = 60
+FULL_DISK_BYTES = 32 << 20
 MISSING_CODES = ("NoSuchKey", "404", "NotFound")
 DENIED_CODES = (
     "403",
@@ -187,7 +190,23 @@ def _refusal(action: str, uri: str, response: Any) -> UserError:
             f"cannot {action} {uri}: access denied ({code}); check AWS_ACCESS_KEY_ID, "
             "AWS_SECRET_ACCESS_KEY and what that key may do"
         )
+    if status >= 500 and _on_this_machine(endpoint_url()):
+        return _local_server_failed(action, uri, code)
     return StorageUnavailable(f"cannot {action} {uri}: {code} {message} (HTTP {status}); try again")
+
+
+def _local_server_failed(action: str, uri: str, code: str) -> StorageUnavailable:
+    """rclone does not say why it failed; a full disk is the likely cause and can be looked up."""
+    home = atelier_home()
+    disk = home if home.exists() else PROJECT_ROOT
+    num_free_bytes = shutil.disk_usage(disk).free
+    if num_free_bytes < FULL_DISK_BYTES:
+        return disk_full(action, uri)
+    return StorageUnavailable(
+        f"cannot {action} {uri}: the local S3 server failed ({code}); its disk may be full "
+        f"({num_free_bytes >> 20} MiB free under {disk}), and {home / 'services' / 's3.log'} "
+        "says more"
+    )
 
 
 @contextmanager

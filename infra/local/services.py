@@ -176,6 +176,7 @@ def _start_missing(
     folder = home / "services"
     last_ports: dict[str, int] = read_private_json(folder / "ports.json") or {}
     starting = []
+    are_strays_gone = False
     for program in PROGRAMS:
         record = records.get(program.name)
         port = demanded[program.name]
@@ -183,6 +184,9 @@ def _start_missing(
             continue
         if record is not None and processes.stop(record.process, STOP_GRACE_SECONDS):
             say(f"{program.name} ran but did not answer as wanted; starting it again")
+        if not are_strays_gone:
+            _stop_strays(home, records)
+            are_strays_gone = True
         port = _choose_port(program.name, port, last_ports.get(program.name), say)
         last_ports[program.name] = port
         records[program.name] = _start(program, home, port, keys)
@@ -191,6 +195,20 @@ def _start_missing(
     if starting:
         write_private_json(folder / "ports.json", last_ports)
     return starting
+
+
+def _stop_strays(home: Path, records: dict[str, _Record]) -> None:
+    """Stop this home's keepers that are not on record: an `up` was killed before it could."""
+    import psutil
+
+    known = {record.process.pid for record in records.values()}
+    own = _keeper_command(home)
+    for process in psutil.process_iter(["cmdline"]):
+        arguments = process.info["cmdline"] or []
+        if process.pid not in known and arguments[1 : len(own)] == own[1:]:
+            stray = processes.identify(process.pid)
+            if stray is not None:
+                processes.stop(stray, STOP_GRACE_SECONDS)
 
 
 def _runs_well(program: Program, record: _Record) -> bool:
@@ -220,13 +238,16 @@ def _choose_port(
 
 def _start(program: Program, home: Path, port: int, keys: tuple[str, str]) -> _Record:
     program.prepare(home)
-    keep = [sys.executable, "-S", "-E", str(KEEPER), str(home), "--"]
     process = processes.start(
-        [*keep, *program.command(home, port)],
+        [*_keeper_command(home), *program.command(home, port)],
         program.environment(keys),
         _log_path(home, program.name),
     )
     return _Record(process, port)
+
+
+def _keeper_command(home: Path) -> list[str]:
+    return [sys.executable, "-S", "-E", str(KEEPER), str(home), "--"]
 
 
 def _log_path(home: Path, name: str) -> Path:
@@ -296,6 +317,7 @@ def down(home: Path) -> list[str]:
             for name, record in records.items()
             if processes.stop(record.process, STOP_GRACE_SECONDS)
         ]
+        _stop_strays(home, {})
         (folder / "state.json").unlink(missing_ok=True)
     return stopped
 
