@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
+_MID_GREY = 0.5  # maps to zero inside
 _NEIGHBOUR_GAIN = 0.3  # of a usual start, for the taps around a kernel's middle
 
 
@@ -204,7 +205,7 @@ def init_convolutions(module: nn.Module) -> None:
 
     Residual branches end in zeros, so blocks pass their input on; kernels that halve the image and
     1x1 kernels are orthogonal; other kernels turn the channels orthogonally at their middle tap and
-    look little at its neighbours. After 300 steps on flat drawings the squared error is 4 to 10
+    look little at its neighbours. Mid-grey is zero inside. After 300 steps on flat drawings the squared error is 4 to 10
     times lower than from the usual start.
     """
     last = {id(block.conv2) for block in module.modules() if isinstance(block, ResnetBlock)}
@@ -222,3 +223,15 @@ def init_convolutions(module: nn.Module) -> None:
             nn.init.orthogonal_(middle)
             conv.weight.mul_(_NEIGHBOUR_GAIN)
             conv.weight[:, :, 1, 1] += middle
+    for part in module.modules():
+        if isinstance(part, Encoder):
+            part.conv_in.weight.mul_(2.0)
+            _offset(part.conv_in).copy_(part.conv_in.weight.sum(dim=(1, 2, 3)) * -_MID_GREY)
+        elif isinstance(part, Decoder):
+            _offset(part.conv_out).fill_(_MID_GREY)
+
+
+def _offset(conv: nn.Conv2d) -> Tensor:
+    if conv.bias is None:
+        raise TypeError("the first and last convolutions have biases in the published layout")
+    return conv.bias

@@ -29,6 +29,7 @@ from training.randomness import permutation, torch_generator, uniforms
 
 KMEANS_BATCHES = 4  # batches whose latents the codebook is made from
 KMEANS_ROUNDS = 10
+KMEANS_DRAWS = 8  # in which the first codes are drawn
 REVIVE_INTERVAL_STEPS = 5
 REVIVE_UNTIL = 0.8  # share of all steps after which codes are left where they are
 
@@ -181,26 +182,50 @@ def start_codebook(stage: TokenizerStage, batches: Iterable[Tensor]) -> None:
 
 
 def kmeans(latents_NC: Tensor, num_codes: int, num_rounds: int, seed: int) -> Tensor:
-    """codes_KC: Lloyd's rounds from a random sample; a code that wins nothing stays in place.
+    """codes_KC: Lloyd's rounds; codes start, and start again when they win nothing, at latents
+    drawn by their squared distance from the nearest code (k-means++ in a few large draws).
 
-    With fewer latents than codes, latents repeat with a little noise.
+    Flat pictures hold the same latent thousands of times: a uniform sample would repeat it.
     """
-    num_latents = len(latents_NC)
-    chosen = torch.from_numpy(permutation(max(num_latents, num_codes), seed, "kmeans")[:num_codes])
-    codes_KC = latents_NC[chosen.to(latents_NC.device) % num_latents].clone()
-    if num_latents < num_codes:
-        noise = torch.randn(codes_KC.shape, generator=torch_generator(seed, "kmeans noise"))
-        codes_KC += 0.01 * latents_NC.std() * noise.to(codes_KC.device)
-    for _ in range(num_rounds):
-        nearest_N = torch.cat([_nearest(part, codes_KC) for part in torch.split(latents_NC, 4096)])
-        uses_K, sums_KC = code_statistics(latents_NC, nearest_N, num_codes)
+    codes_KC = latents_NC.new_zeros(num_codes, latents_NC.shape[1])
+    first = permutation(len(latents_NC), seed, "kmeans")[:1]
+    codes_KC[:] = latents_NC[torch.from_numpy(first).to(latents_NC.device)]
+    settled = 1
+    for number in range(KMEANS_DRAWS):
+        wanted = -(-(num_codes - settled) // (KMEANS_DRAWS - number))
+        far = far_latents(latents_NC, codes_KC[:settled], wanted, seed, "kmeans start", number)
+        codes_KC[settled : settled + len(far)] = far
+        settled += len(far)
+    codes_KC = codes_KC[: max(settled, 1)]
+    for number in range(num_rounds):
+        nearest_N = _nearest(latents_NC, codes_KC)
+        uses_K, sums_KC = code_statistics(latents_NC, nearest_N, len(codes_KC))
         won = uses_K > 0
         codes_KC[won] = sums_KC[won] / uses_K[won, None]
-    return codes_KC
+        lost = torch.nonzero(~won)[:, 0]
+        far = far_latents(latents_NC, codes_KC[won], len(lost), seed, "kmeans lost", number)
+        codes_KC[lost[: len(far)]] = far
+    spare = num_codes - len(codes_KC)
+    return torch.cat((codes_KC, codes_KC[:1].expand(spare, -1))) if spare else codes_KC
+
+
+def far_latents(
+    latents_NC: Tensor, codes_KC: Tensor, wanted: int, seed: int, purpose: str, *counters: int
+) -> Tensor:
+    """Up to ``wanted`` latents, drawn by their squared distance from the nearest code."""
+    distance_N = (latents_NC - codes_KC[_nearest(latents_NC, codes_KC)]).square().sum(1).cpu()
+    wanted = min(wanted, int((distance_N > 1e-12).sum()))
+    if wanted == 0:
+        return latents_NC[:0]
+    generator = torch_generator(seed, purpose, *counters)
+    chosen = torch.multinomial(distance_N, wanted, generator=generator)
+    return latents_NC[chosen.to(latents_NC.device)]
 
 
 def _nearest(latents_NC: Tensor, codes_KC: Tensor) -> Tensor:
-    return torch.addmm(codes_KC.square().sum(1), latents_NC, codes_KC.T, alpha=-2).argmin(1)
+    squares_K = codes_KC.square().sum(1)
+    parts = torch.split(latents_NC, 4096)
+    return torch.cat([torch.addmm(squares_K, p, codes_KC.T, alpha=-2).argmin(1) for p in parts])
 
 
 def code_statistics(latents_NC: Tensor, nearest_N: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -228,11 +253,12 @@ def move_codes(stage: TokenizerStage, latents_NC: Tensor, nearest_N: Tensor) -> 
 def _revive(stage: TokenizerStage, latents_NC: Tensor) -> None:
     mean_use = stage.code_uses_K.mean()
     dead = torch.nonzero(stage.code_uses_K < stage.config.training.min_code_share * mean_use)[:, 0]
-    order = permutation(len(latents_NC), stage.config.seed, "revive", stage.step)
-    chosen = torch.from_numpy(order[: len(dead)]).to(latents_NC.device)
-    dead = dead[: len(chosen)]
+    alive = stage.vq.quantize.embedding.weight.detach()
+    seed = stage.config.seed
+    far = far_latents(latents_NC, alive, len(dead), seed, "revive", stage.step)
+    dead = dead[: len(far)]
     stage.code_uses_K[dead] = mean_use
-    stage.code_sums_KC[dead] = latents_NC[chosen] * mean_use
+    stage.code_sums_KC[dead] = far * mean_use
 
 
 def run_step(stage: TokenizerStage, batch_at: Callable[[int], Tensor]) -> TokenizerResult:
