@@ -121,7 +121,7 @@ def test_shards(folder: Path, make_transformer: MakeTransformer) -> None:
     assert same_weights(MaskedImageTransformer.from_pretrained(folder), make_transformer())
 
     (folder / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ModelError, match="names no usable shards: missing .*00002-of-00002"):
+    with pytest.raises(ModelError, match=r"names no usable shards: missing .*00002-of-00002"):
         MaskedImageTransformer.from_pretrained(folder)
 
 
@@ -197,7 +197,7 @@ def test_unknown_config_keys_are_told_with_the_nearest(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["num_layer"] = config.pop("num_layers")
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="unknown key 'num_layer' .did you mean 'num_layers'"):
+    with pytest.raises(ModelError, match=r"unknown key 'num_layer' .did you mean 'num_layers'"):
         MaskedImageTransformer.from_pretrained(folder)
 
 
