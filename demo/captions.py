@@ -35,7 +35,9 @@ def plain_prompt(scene: Scene, config: WorldConfig) -> str:
     if not names:
         return ground
     if len(names) > 1 and len(set(names)) == 1:
-        return f"{COUNTS[len(names)]} {names[0]}{'es' if names[0].endswith('s') else 's'} on {ground}"
+        return (
+            f"{COUNTS[len(names)]} {names[0]}{'es' if names[0].endswith('s') else 's'} on {ground}"
+        )
     if len(names) == 2:
         link = relation(*scene.things)
         return f"{article(names[0])} {link or 'and'} {article(names[1])} on {ground}"

@@ -108,7 +108,7 @@ class Row:
 
 
 def build_world(config: WorldConfig, folder: str | Path) -> Path:
-    """Write the world below `folder` and return the folder. Finished worlds are kept as they are."""
+    """Write the world below `folder` and return it. Finished worlds are kept as they are."""
     folder = Path(folder)
     stamp = {"config": config.model_dump(mode="json"), "version": 1}
     world_file = folder / "world.json"
@@ -133,7 +133,7 @@ def build_world(config: WorldConfig, folder: str | Path) -> Path:
 
 
 def make_rows(config: WorldConfig) -> list[Row]:
-    """All rows, in order; row i depends on the seed and i (and, for duplicates, on an earlier one)."""
+    """All rows, in order; row i depends on the seed and i (a duplicate on an earlier row too)."""
     traps = [trap for trap in EXPECTED if trap != SOUND]
     rows: list[Row] = []
     originals: list[Row] = []
@@ -247,9 +247,7 @@ def _write_metadata(rows: list[Row], config: WorldConfig, folder: Path) -> None:
             mine,
         ]
         arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
-        pq.write_table(
-            pa.table(arrays, schema=SCHEMA), folder / f"part-{part:05d}.snappy.parquet"
-        )
+        pq.write_table(pa.table(arrays, schema=SCHEMA), folder / f"part-{part:05d}.snappy.parquet")
 
 
 def _write_captions(rows: list[Row], path: Path) -> None:

@@ -1,7 +1,7 @@
 """The oracle reads an image back into a scene, so that questions about it have exact answers.
 
-Pixels are matched to the palette, runs of one colour become components, and a component's outline is
-compared with every shape's. Exact on clean renders of 64 px and more; see tests for noisy ones.
+Pixels are matched to the palette, runs of one colour become components, and a component's outline
+is compared with every shape's. Exact on clean renders of 64 px and more; see tests for noisy ones.
 """
 
 from __future__ import annotations
@@ -12,11 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from demo.world import PALETTE, TEXTURE_SHADE, Pixels, Scene, Thing, WorldConfig, cells, shape_mask
+from demo.world import (
+    PALETTE,
+    TEXTURE_SHADE,
+    Floats,
+    Pixels,
+    Scene,
+    Thing,
+    WorldConfig,
+    cells,
+    shape_mask,
+)
 
 _WORK_PX = 64  # images are read at this size
 _OUTLINE_PX = 24  # outlines are compared at this size
 _MIN_AREA = 0.012  # of the image: smaller components are specks
+_MIN_FILL = 0.25  # of its box: the blended rim of a shape is a thin ring in a third colour
 _DISTANCE = 60.0  # RGB distance up to which a pixel counts as background
 
 Labels = NDArray[np.int32]
@@ -40,8 +51,9 @@ def read_scene(image: Image.Image | Pixels, config: WorldConfig) -> Scene:
     classes = np.where(drawn, nearest % len(names), -1).astype(np.int32)
     shaded = drawn & (nearest >= len(names))
     things = [
-        _thing(part, names[int(color)], shaded, config)
+        _thing(part, names[color], shaded, config)
         for color, part in components(classes, round(_MIN_AREA * _WORK_PX**2))
+        if _fill(part) >= _MIN_FILL
     ]
     things.sort(key=lambda thing: (thing.row, thing.column))
     return Scene(top, tuple(things), bottom if gradient else None)
@@ -97,11 +109,21 @@ def components(classes: Labels, min_pixels: int) -> list[tuple[int, NDArray[np.b
     return [(int(classes[mask][0]), mask) for mask in masks]
 
 
+def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of the true pixels, ends excluded."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def _fill(mask: NDArray[np.bool_]) -> float:
+    top, bottom, left, right = _box(mask)
+    return float(mask[top:bottom, left:right].mean())
+
+
 def _thing(
     mask: NDArray[np.bool_], color: str, shaded: NDArray[np.bool_], config: WorldConfig
 ) -> Thing:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    top, bottom, left, right = _box(mask)
     side_cells = max(bottom - top, right - left) / _WORK_PX * cells(config)
     size = "large" if side_cells > 1.3 else "small"
     if len(config.sizes) == 1:
@@ -110,7 +132,9 @@ def _thing(
     middle = (top + bottom) / 2, (left + right) / 2
     row, column = (x / _WORK_PX * cells(config) - span / 2 for x in middle)
     if config.grid_cells is not None:
-        row, column = (float(min(max(round(x), 0), config.grid_cells - span)) for x in (row, column))
+        row, column = (
+            float(min(max(round(x), 0), config.grid_cells - span)) for x in (row, column)
+        )
     shape = _shape(mask[top:bottom, left:right], config.shapes)
     return Thing(shape, color, size, row, column, _texture(mask & shaded, mask, config))
 
@@ -125,14 +149,17 @@ def _shape(outline: NDArray[np.bool_], shapes: tuple[str, ...]) -> str:
 
 
 @lru_cache(maxsize=64)
-def _outline(shape: str) -> NDArray[np.float32]:
+def _outline(shape: str) -> Floats:
     mask = shape_mask(shape, 4 * _OUTLINE_PX, margin=0.0)
     drawn = mask > 0.5
-    rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
-    tight = drawn[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    top, bottom, left, right = _box(drawn)
+    tight = drawn[top:bottom, left:right]
     image = Image.fromarray(tight.astype(np.uint8) * 255)
     size = (_OUTLINE_PX, _OUTLINE_PX)
-    return np.asarray(image.resize(size, Image.Resampling.BOX), np.float32) / 255
+    cover: Floats = np.asarray(image.resize(size, Image.Resampling.BOX), np.float32) / np.float32(
+        255
+    )
+    return cover
 
 
 def _texture(shaded: NDArray[np.bool_], mask: NDArray[np.bool_], config: WorldConfig) -> str:

@@ -46,20 +46,38 @@ class WorldConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    seed: int = Field(0, ge=0, description="start of all randomness")
-    num_rows: int = Field(3000, ge=20, description="metadata rows, traps included")
-    num_parts: int = Field(4, ge=1, description="Parquet files the rows are spread over")
-    colors: tuple[str, ...] = Field(tuple(PALETTE)[:8], description="names from the palette")
-    shapes: tuple[str, ...] = Field(SHAPES[:4], description="shapes of things")
-    sizes: tuple[str, ...] = Field(("large",), description="'large' (2 x 2 cells), 'small' (1)")
-    textures: tuple[str, ...] = Field(("plain",), description="'plain', 'striped', 'dotted'")
-    gradient_ratio: float = Field(0.0, ge=0, le=1, description="share of gradient backgrounds")
-    max_objects: int = Field(4, ge=1, le=4, description="things in a scene")
-    grid_cells: int | None = Field(4, ge=2, le=8, description="cells a side; null = free placement")
-    held_out_ratio: float = Field(0.1, ge=0, lt=1, description="combinations kept for questions")
-    native_sizes_px: tuple[int, ...] = Field((128, 256), description="shorter sides of the images")
-    trap_ratio: float = Field(0.2, ge=0, lt=0.9, description="share of rows that must not pass")
-    clean_images: bool = Field(True, description="false adds noise that falls with the score")
+    seed: int = Field(default=0, ge=0, description="start of all randomness")
+    num_rows: int = Field(default=3000, ge=20, description="metadata rows, traps included")
+    num_parts: int = Field(default=4, ge=1, description="Parquet files the rows are spread over")
+    colors: tuple[str, ...] = Field(
+        default=tuple(PALETTE)[:8], description="names from the palette"
+    )
+    shapes: tuple[str, ...] = Field(default=SHAPES[:4], description="shapes of things")
+    sizes: tuple[str, ...] = Field(
+        default=("large",), description="'large' (2 x 2 cells), 'small' (1)"
+    )
+    textures: tuple[str, ...] = Field(
+        default=("plain",), description="'plain', 'striped', 'dotted'"
+    )
+    gradient_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="share of gradient backgrounds"
+    )
+    max_objects: int = Field(default=4, ge=1, le=4, description="things in a scene")
+    grid_cells: int | None = Field(
+        default=4, ge=2, le=8, description="cells a side; null = free placement"
+    )
+    held_out_ratio: float = Field(
+        default=0.1, ge=0, lt=1, description="combinations kept for questions"
+    )
+    native_sizes_px: tuple[int, ...] = Field(
+        default=(128, 256), description="shorter sides of the images"
+    )
+    trap_ratio: float = Field(
+        default=0.2, ge=0, lt=0.9, description="share of rows that must not pass"
+    )
+    clean_images: bool = Field(
+        default=True, description="false adds noise that falls with the score"
+    )
 
 
 @dataclass(frozen=True)
@@ -228,7 +246,8 @@ def _inside(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArr
         angle = np.arctan2(x, -y) % (2 * np.pi / 5) - np.pi / 5
         edge = np.cos(np.pi / 5) * 0.5 / np.cos(np.pi / 5 - np.abs(angle))
         spike = 0.5 + 0.5 * np.abs(angle) / (np.pi / 5)
-        return np.hypot(x, y) <= np.maximum(edge, spike**2)
+        inside: NDArray[np.bool_] = np.hypot(x, y) <= np.maximum(edge, spike**2)
+        return inside
     raise ValueError(f"no shape is called {shape!r}: expected one of {', '.join(SHAPES)}")
 
 
@@ -262,5 +281,5 @@ def _paint(thing: Thing, side: int) -> Floats:
 
 
 def render(scene: Scene, size_px: int, config: WorldConfig) -> Image.Image:
-    """The scene as an RGB image, antialiased; smaller sizes look like area-downsized larger ones."""
+    """The scene as an RGB image, antialiased; small ones look like area-downsized large ones."""
     return Image.fromarray(render_array(scene, size_px, config).round().astype(np.uint8))
