@@ -1,0 +1,299 @@
+"""The `atelier` command: one verb per thing a person does. Heavy imports happen inside the verbs.
+
+Exit codes: 0 done, 1 failed with a one-line cause on stderr, 2 bad usage, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.verb import Output, verb
+
+HELP = """From LAION-shaped metadata to a text-to-image model: curate, train, paint.
+
+\b
+First steps
+  atelier run recipes/demo.yaml            the whole path on this machine, in minutes
+  atelier plan recipes/demo.yaml           what it would do, and why
+  atelier status --watch                   follow a run from another terminal
+  atelier sample "a red circle" --out fox.png
+
+\b
+Change a recipe without editing it
+  atelier run recipes/demo.yaml --set stages.concepts.steps=500
+
+Everything made here lies in .atelier/ beside the code; ATELIER_HOME moves it.
+Every command may be stopped at any time: given again, it goes on where it was."""
+
+app = typer.Typer(
+    help=HELP,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="a YAML file of recipes/")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object, no progress")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key; may be repeated"),
+]
+Repair = Annotated[
+    bool, typer.Option("--repair", help="make damaged datasets and checkpoints again")
+]
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@app.command(epilog=_examples("atelier doctor", "atelier doctor --json"))
+@verb
+def doctor(json_: Json = False) -> None:
+    """Check this machine.
+
+    Python, Java, the locked packages, disk, memory, ports, services, keys; a remedy for each.
+    """
+    from app.doctor import examine, exit_code_of
+
+    out = Output(json_)
+    checks = examine()
+    for check in checks:
+        out.say(check.line())
+    out.result({"checks": [check.to_json() for check in checks]})
+    raise typer.Exit(exit_code_of(checks))
+
+
+@app.command(epilog=_examples("atelier up", "ATELIER_MLFLOW_PORT=5000 atelier up"))
+@verb
+def up(json_: Json = False) -> None:
+    """Start the S3 server and MLflow.
+
+    On loopback, with keys of their own; what already runs well is left alone.
+    """
+    from infra.config import atelier_home
+    from infra.local.services import up as start_services
+
+    out = Output(json_)
+    services = start_services(atelier_home(), out.say)
+    out.say(f"S3      {services.s3_endpoint}  ({services.store_uri}; keys in the services folder)")
+    out.say(f"MLflow  {services.mlflow_uri}")
+    out.result({"s3": services.s3_endpoint, "mlflow": services.mlflow_uri})
+
+
+@app.command(epilog=_examples("atelier down"))
+@verb
+def down(json_: Json = False) -> None:
+    """Stop the services of this home.
+
+    And nothing else; what is stored stays.
+    """
+    from infra.config import atelier_home
+    from infra.local.services import down as stop_services
+
+    out = Output(json_)
+    stopped = stop_services(atelier_home())
+    out.say(f"stopped {' and '.join(stopped)}" if stopped else "nothing was running")
+    out.result({"stopped": stopped})
+
+
+@app.command(
+    epilog=_examples(
+        "atelier plan recipes/demo.yaml",
+        "atelier plan recipes/demo.yaml --set stages.aesthetics.steps=200",
+    )
+)
+@verb
+def plan(recipe: RecipePath, set_: Overrides = None, json_: Json = False) -> None:
+    """Say what `run` would do, and why.
+
+    SKIP, RESUME, INIT or RUN for each step, with pinned inputs. Starts the services, and changes
+    nothing else.
+    """
+    from app.plan import plan_run, show_plan
+    from app.recipe import load_recipe
+
+    out = Output(json_)
+    steps = plan_run(load_recipe(recipe, set_ or ()), out)
+    show_plan(steps, out)
+    out.result({"steps": [step.to_json() for step in steps]})
+
+
+@app.command(
+    epilog=_examples(
+        "atelier run recipes/demo.yaml",
+        "atelier run recipes/demo.yaml --set stages.concepts.steps=500",
+        "atelier run recipes/demo.yaml --repair     after `verify` found damage",
+    )
+)
+@verb
+def run(
+    recipe: RecipePath, set_: Overrides = None, repair: Repair = False, json_: Json = False
+) -> None:
+    """Do it all: curate, train every stage, paint, score.
+
+    Finished steps are verified and skipped.
+    """
+    from app.recipe import load_recipe
+    from app.run import run_recipe
+
+    out = Output(json_)
+    status = run_recipe(load_recipe(recipe, set_ or ()), recipe, out, repair=repair)
+    out.result(status.to_json())
+
+
+@app.command(
+    epilog=_examples(
+        "atelier curate recipes/demo.yaml", "atelier curate recipes/demo.yaml --dataset concepts"
+    )
+)
+@verb
+def curate(
+    recipe: RecipePath,
+    dataset: Annotated[
+        list[str] | None, typer.Option("--dataset", help="only this dataset; may be repeated")
+    ] = None,
+    set_: Overrides = None,
+    repair: Repair = False,
+    json_: Json = False,
+) -> None:
+    """Make the recipe's datasets.
+
+    Filter, fetch, check, caption and shard; every row is accounted for.
+    """
+    from app.recipe import load_recipe
+    from app.run import run_recipe
+    from app.selection import Selection
+
+    out = Output(json_)
+    loaded = load_recipe(recipe, set_ or ())
+    selection = Selection.datasets_only(loaded, dataset or ())
+    status = run_recipe(loaded, recipe, out, selection=selection, repair=repair)
+    out.result(status.to_json())
+
+
+@app.command(
+    epilog=_examples(
+        "atelier train recipes/demo.yaml",
+        "atelier train recipes/demo.yaml --stage concepts     up to this stage",
+    )
+)
+@verb
+def train(
+    recipe: RecipePath,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="the last stage to train; default: all")
+    ] = None,
+    set_: Overrides = None,
+    repair: Repair = False,
+    json_: Json = False,
+) -> None:
+    """Train the stages on curated datasets.
+
+    Each starts from the one before it; a stage that is done is verified and skipped.
+    """
+    from app.recipe import load_recipe
+    from app.run import run_recipe
+    from app.selection import Selection
+
+    out = Output(json_)
+    loaded = load_recipe(recipe, set_ or ())
+    selection = Selection.training_only(loaded, stage)
+    status = run_recipe(loaded, recipe, out, selection=selection, repair=repair)
+    out.result(status.to_json())
+
+
+@app.command(epilog=_examples("atelier status", "atelier status --watch", "atelier status --json"))
+@verb
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="follow until the run ends")] = False,
+    json_: Json = False,
+) -> None:
+    """Show the newest run.
+
+    Its steps with reasons, times and versions, the funnel, and the scores per stage.
+    """
+    from app.report import follow, status_page
+    from app.status import read_latest
+    from infra.config import atelier_home
+
+    out = Output(json_)
+    if watch and not json_:
+        follow(atelier_home())
+        return
+    found = read_latest(atelier_home())
+    if found is None:
+        out.fail("nothing has run here yet; try `atelier run recipes/demo.yaml`")
+    out.say(status_page(found))
+    out.result(found.to_json())
+
+
+@app.command(
+    epilog=_examples(
+        'atelier sample "a red circle on a blue background"',
+        'atelier sample "two squares" "a star" --stage concepts --seed 7 --out pair.png',
+        'atelier sample "a red fox" --model /models/meissonic --steps 48 --guidance 9',
+    )
+)
+@verb
+def sample(
+    prompts: Annotated[list[str], typer.Argument(help="one image each")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write; numbered if several")] = (
+        Path("sample.png")
+    ),
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="a stage of the newest run; default: its last")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="a model folder or address instead of a stage")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of the first image")] = 0,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="unmasking steps; default: the recipe's")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", min=0, help="1 is off; default: the recipe's")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", min=8, help="side in px; default: the model's own")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Paint prompts with a trained stage.
+
+    Each PNG carries its lineage in its text chunks.
+    """
+    from app.sample import Wish, paint
+
+    output = Output(json_)
+    wish = Wish(tuple(prompts), out, stage, model, seed, steps, guidance, size)
+    images = paint(wish)
+    for image in images:
+        output.say(f"{image.path}  {image.prompt}")
+    output.result({"images": [image.to_json() for image in images]})
+
+
+@app.command(epilog=_examples("atelier verify", "atelier verify --json"))
+@verb
+def verify(json_: Json = False) -> None:
+    """Prove every byte of the newest run.
+
+    Datasets and checkpoints are read and compared with their digests.
+    """
+    from app.verify import verify_run
+
+    out = Output(json_)
+    problems = verify_run(out)
+    out.result({"ok": not problems, "problems": problems})
+    if problems:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The entry point."""
+    app()

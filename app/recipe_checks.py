@@ -1,0 +1,216 @@
+"""What must agree between the sections of a recipe, checked on the sections that are valid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from app.recipe_problems import Problem, did_you_mean, problem
+
+if TYPE_CHECKING:
+    from pipelines.config import CurationConfig
+    from training.config import StageConfig, TextEncoderConfig, TokenizerConfig
+
+WORLD_MARK = "{world}"  # stands for the painted world's folder in a dataset's paths
+PUBLISHED_DOWNSAMPLING = 16  # of the published VQ, for recipes that take one by path
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The sections of a recipe that are valid on their own; ``*_names`` are as written."""
+
+    has_world: bool
+    dataset_names: tuple[str, ...]
+    datasets: dict[str, CurationConfig]
+    tokenizer: TokenizerConfig | None
+    has_tokenizer: bool
+    text_encoder: TextEncoderConfig | None
+    stage_names: tuple[str, ...]
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    has_evaluation: bool = False
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], recipe: type[BaseModel]) -> Parts:
+        """Validate each section, dataset and stage alone; leave out what is not valid."""
+
+        def section(name: str) -> Any:
+            annotation = recipe.model_fields[name].annotation
+            return _valid(annotation, values.get(name, {} if name == "text_encoder" else None))
+
+        def entries(name: str) -> dict[str, Any]:
+            written = values.get(name)
+            kind = recipe.model_fields[name].annotation.__args__[1]  # type: ignore[union-attr]  # dict[str, X]
+            pairs = written.items() if isinstance(written, dict) else ()
+            found = {key: _valid(kind, value) for key, value in pairs}
+            return {key: value for key, value in found.items() if value is not None}
+
+        def names(name: str) -> tuple[str, ...]:
+            written = values.get(name)
+            return tuple(map(str, written)) if isinstance(written, dict) else ()
+
+        return cls(
+            has_world=values.get("world") is not None,
+            dataset_names=names("datasets"),
+            datasets=entries("datasets"),
+            tokenizer=section("tokenizer"),
+            has_tokenizer=values.get("tokenizer") is not None,
+            text_encoder=section("text_encoder"),
+            stage_names=names("stages"),
+            stages=entries("stages"),
+            has_evaluation=values.get("evaluation") is not None,
+        )
+
+
+def _valid(annotation: Any, value: Any) -> Any:
+    try:
+        return TypeAdapter(annotation).validate_python(value)
+    except ValidationError:
+        return None
+
+
+def cross_problems(parts: Parts) -> list[Problem]:
+    """Every disagreement between sections."""
+    return [
+        *_dataset_problems(parts),
+        *_tokenizer_problems(parts),
+        *_stage_problems(parts),
+        *_world_problems(parts),
+    ]
+
+
+def _world_problems(parts: Parts) -> Iterator[Problem]:
+    if parts.has_evaluation and not parts.has_world:
+        yield problem(
+            ("evaluation",),
+            "scores are read back from the painted world, and there is no `world` section; "
+            "add one, or remove `evaluation`",
+        )
+    if parts.has_evaluation and not parts.stage_names:
+        yield problem(("evaluation",), "there are no stages to evaluate; add some, or remove it")
+
+
+def _dataset_problems(parts: Parts) -> Iterator[Problem]:
+    for name, dataset in parts.datasets.items():
+        for key, paths in (
+            (("metadata",), dataset.metadata),
+            (("captions", "files"), dataset.captions.files),
+        ):
+            if not parts.has_world and any(WORLD_MARK in path for path in paths):
+                yield problem(
+                    ("datasets", name, *key),
+                    f"{WORLD_MARK} stands for the painted world, and there is no `world` "
+                    "section; add one, or give real paths",
+                )
+
+
+def _tokenizer_problems(parts: Parts) -> Iterator[Problem]:
+    if parts.stage_names and not parts.has_tokenizer:
+        yield problem(("tokenizer",), "missing; the stages need image tokens; add the section")
+    tokenizer = parts.tokenizer
+    if tokenizer is None or (tokenizer.pretrained and tokenizer.pretrained_bpe):
+        return
+    yield from _known_dataset(parts, ("tokenizer", "dataset"), tokenizer.dataset)
+    dataset = parts.datasets.get(tokenizer.dataset)
+    largest = max(tokenizer.training.resolutions_px)
+    if dataset is not None and not tokenizer.pretrained:
+        yield from _large_enough(
+            ("tokenizer", "training", "resolutions_px"), largest, tokenizer.dataset, dataset
+        )
+
+
+def _stage_problems(parts: Parts) -> Iterator[Problem]:
+    longest = None
+    if parts.text_encoder is not None and parts.text_encoder.pretrained is None:
+        longest = parts.text_encoder.max_position_embeddings
+    for name, stage in parts.stages.items():
+        at = ("stages", name)
+        yield from _known_dataset(parts, (*at, "dataset"), stage.dataset)
+        dataset = parts.datasets.get(stage.dataset)
+        if dataset is not None:
+            yield from _large_enough(
+                (*at, "resolution_px"), stage.resolution_px, stage.dataset, dataset
+            )
+            yield from _captions_there(at, stage, dataset)
+        yield from _divisible(parts, at, stage)
+        if longest is not None and stage.text_tokens > longest:
+            yield problem(
+                (*at, "text_tokens"),
+                f"expected at most {longest}, text_encoder.max_position_embeddings; got "
+                f"{stage.text_tokens}; lower it, or raise that",
+            )
+    yield from _order_problems(parts)
+
+
+def _order_problems(parts: Parts) -> Iterator[Problem]:
+    """Compression is put in once and never taken out; what it adds has to be named."""
+    compressed_by = None
+    for name in parts.stage_names:
+        stage = parts.stages.get(name)
+        if stage is None:
+            return  # told already; what follows it would be guessed
+        if stage.init.source == "fresh":
+            compressed_by = name if stage.compress else None
+            continue
+        if compressed_by is not None and not stage.compress:
+            yield problem(
+                ("stages", name, "compress"),
+                f"expected true, because the stage {compressed_by} before it compresses and its "
+                "weights are taken over; got false; set it, or init.source: fresh",
+            )
+        if stage.compress and compressed_by is None and name != parts.stage_names[0]:
+            compressed_by = name
+            if not stage.init.new_parameters:
+                yield problem(
+                    ("stages", name, "init", "new_parameters"),
+                    "missing; compression adds parameters that the stage before it does not "
+                    "have; name their prefixes",
+                )
+
+
+def _known_dataset(parts: Parts, path: tuple[str, ...], name: str) -> Iterator[Problem]:
+    if name not in parts.dataset_names:
+        hint = did_you_mean(name, parts.dataset_names) if parts.dataset_names else "add one"
+        yield problem(path, f"no dataset {name!r} under `datasets`; {hint}")
+
+
+def _large_enough(
+    path: tuple[str, ...], side_px: int, name: str, dataset: CurationConfig
+) -> Iterator[Problem]:
+    stored_px = dataset.resize.image_size_px
+    if stored_px < side_px:
+        yield problem(
+            path,
+            f"expected at most {stored_px}, the side that datasets.{name}.resize stores; got "
+            f"{side_px}; lower it, or raise datasets.{name}.resize.image_size_px",
+        )
+
+
+def _captions_there(
+    at: tuple[str, ...], stage: StageConfig, dataset: CurationConfig
+) -> Iterator[Problem]:
+    if stage.caption_mix.get("synthetic", 0) > 0 and not dataset.captions.files:
+        yield problem(
+            (*at, "caption_mix", "synthetic"),
+            f"the dataset {stage.dataset} has no synthetic captions; add "
+            f"datasets.{stage.dataset}.captions.files, or remove this weight",
+        )
+
+
+def _divisible(parts: Parts, at: tuple[str, ...], stage: StageConfig) -> Iterator[Problem]:
+    tokenizer = parts.tokenizer
+    if tokenizer is None:
+        return
+    factor = PUBLISHED_DOWNSAMPLING
+    if tokenizer.pretrained is None:
+        factor = int(2 ** (len(tokenizer.block_out_channels) - 1))
+    step = 2 * factor if stage.compress else factor
+    if stage.resolution_px % step:
+        yield problem(
+            (*at, "resolution_px"),
+            f"expected a multiple of {step} px (the tokenizer's {factor}"
+            f"{', doubled by compression' if stage.compress else ''}); got {stage.resolution_px}; "
+            f"take {max(step, stage.resolution_px // step * step)}",
+        )

@@ -1,0 +1,275 @@
+"""The steps of a run: each decides, records why, works or skips, and records what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from app.recipe import Recipe
+from app.recipe_checks import WORLD_MARK
+from app.selection import DATASET_PREFIX, SHEET, WORLD
+from app.session import Session
+from app.status import StepStatus
+from infra import storage
+from infra.config import semantic_part
+from infra.digests import canonical_json, code_digest, sha256_bytes
+from infra.errors import UserError
+from infra.manifest import load_manifest, verify_dataset
+from infra.progress import progress
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pipelines.config import CurationConfig
+    from pipelines.curate import CurationPlan
+    from training.plan import Pin, PlanContext, StagePlan
+    from training.progress import StageProgress
+    from training.stages import DatasetPin, StageSpec
+
+REMEDY = "restore it, or give the same command with --repair to make it again"
+
+
+# --- the painted world ---------------------------------------------------------------------------
+
+
+def make_world(session: Session, repair: bool) -> None:
+    """Have the painted world of the recipe, if it has one."""
+    config = session.recipe.world
+    if config is None:
+        return
+
+    from app.world import make_world, plan_world
+
+    plan = plan_world(config, session.home)
+    session.world_folder = plan.folder
+    if not any(step.name == WORLD for step in session.file.status.steps):
+        return
+    with session.running(WORLD) as step:
+        session.decide(step, plan.decision, plan.reason, plan.key)
+        step.output = str(plan.folder)
+        if plan.damaged and not repair:
+            raise UserError(f"{plan.folder / plan.damaged[0]} is damaged; {REMEDY}")
+        if plan.decision != "SKIP":
+            make_world(config, plan)
+
+
+# --- datasets ------------------------------------------------------------------------------------
+
+
+def placed(config: CurationConfig, world_folder: Path | None) -> CurationConfig:
+    """The configuration with the painted world's folder in its paths."""
+    if world_folder is None:
+        return config
+
+    def put(paths: list[str]) -> list[str]:
+        return [path.replace(WORLD_MARK, str(world_folder)) for path in paths]
+
+    captions = config.captions.model_copy(update={"files": put(config.captions.files)})
+    return config.model_copy(update={"metadata": put(config.metadata), "captions": captions})
+
+
+def uses_world(config: CurationConfig) -> bool:
+    """Whether a dataset is made of the painted world."""
+    return any(WORLD_MARK in path for path in (*config.metadata, *config.captions.files))
+
+
+def curate_dataset(session: Session, name: str, may_curate: bool, repair: bool) -> DatasetPin:
+    """Have a dataset's version for this recipe and these inputs; returns it, pinned."""
+    from pipelines.curate import plan_curation
+    from pipelines.publish import funnel_of
+    from training.stages import DatasetPin
+
+    written = session.recipe.datasets[name]
+    config = placed(written, session.world_folder)
+    place = session.place
+    with session.running(DATASET_PREFIX + name) as step:
+        plan = plan_curation(name, config, place.store_uri)
+        session.decide(step, plan.decision, plan.reason, plan.build_key)
+        if plan.manifest_uri is None:
+            if not repair:
+                refuse_damage(name, plan)
+            if not may_curate:
+                path = session.file.status.recipe_path
+                raise UserError(
+                    f"dataset {name} is not curated for this recipe; run `atelier curate {path}`"
+                )
+            uri = _curate(session, step, name, config, uses_world(written), plan.rows_in)
+        else:
+            uri = plan.manifest_uri
+        manifest = load_manifest(uri)
+        step.manifest_uri = uri
+        step.dataset_version = manifest.version
+        step.funnel = funnel_of(manifest)
+        step.output = place.local_path(uri) or uri
+    return DatasetPin(name, manifest.version, uri)
+
+
+def refuse_damage(name: str, plan: CurationPlan) -> None:
+    """A finished version with changed bytes is told, not mended; missing files are made again."""
+    try:
+        result: Any = storage.read_json(plan.build.result_uri)
+    except storage.ObjectMissing:
+        return
+    version = result.get("version") if isinstance(result, dict) else None
+    if not isinstance(version, str):
+        return
+    manifest_uri = storage.join(plan.build.dataset_root, version, "manifest.json")
+    problems = [line for line in verify_dataset(manifest_uri) if not line.endswith(": missing")]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"dataset {name} is damaged: {problems[0]}{more}; {REMEDY}")
+
+
+def _curate(
+    session: Session,
+    step: StepStatus,
+    name: str,
+    config: CurationConfig,
+    of_world: bool,
+    num_rows: int,
+) -> str:
+    """Curate; returns the manifest's address."""
+    from pipelines.curate import curate
+
+    if of_world:
+        connect_to = {**session.connect_to(), **config.fetch.connect_to}
+        fetch = config.fetch.model_copy(update={"connect_to": connect_to})
+        config = config.model_copy(update={"fetch": fetch})
+    place = session.place
+    with progress(f"curating {name}", num_rows, "rows") as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.update(done, total)
+            session.report(step, done, total, "rows")
+
+        return curate(
+            name, config, place.store_uri, session.spark, place.environment, report
+        ).manifest_uri
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def plan_context(session: Session, pins: Mapping[str, DatasetPin]) -> PlanContext:
+    """Where training looks for what is there."""
+    from training.plan import PlanContext
+
+    key = evaluation_key(session.recipe)
+    return PlanContext(session.server, session.place.store_uri, dict(pins), key)
+
+
+def evaluation_key(recipe: Recipe) -> str:
+    """How stages are scored, as one digest; scores of another evaluation do not count as done."""
+    if recipe.evaluation is None or recipe.world is None:
+        return ""
+    how = semantic_part(recipe.evaluation)
+    how.pop("min_scores")  # decides about a score, not what it is
+    identity = {
+        "evaluation": how,
+        "world": recipe.world.model_dump(mode="json"),
+        "code": code_digest("demo.oracle", "demo.questions"),
+    }
+    return sha256_bytes(canonical_json(identity))
+
+
+def train_stage(
+    session: Session,
+    spec: StageSpec,
+    pins: Mapping[str, DatasetPin],
+    parent: Pin | None,
+    repair: bool,
+) -> Pin:
+    """Have a stage trained, scored and handed over; returns it, pinned for the next one."""
+    from training.driver import record_skip
+    from training.plan import TAG_SCORES, json_tag, plan_stage
+
+    context = plan_context(session, pins)
+    with session.running(spec.stage) as step:
+        if repair:
+            _drop_if_damaged(session, spec)
+        plan = plan_stage(spec, context, parent=parent)
+        session.decide(step, plan.decision, plan.reason, plan.key)
+        pin, version = plan.pin, plan.existing
+        if pin is None or version is None:
+            pin = _train(session, step, plan, context)
+        else:
+            record_skip(session.server, session.tracked_run_id, plan)
+            step.mlflow_run_id = version.run_id
+            step.scores = json_tag(version, TAG_SCORES) or None
+        step.model_version = f"{pin.model}/{pin.version}"
+        step.checkpoint_uri = pin.uri
+        step.checkpoint_path = session.place.local_path(pin.uri)
+        step.checkpoint_sha256 = pin.sha256
+    return pin
+
+
+def _train(session: Session, step: StepStatus, plan: StagePlan, context: PlanContext) -> Pin:
+    from training.driver import DriverContext, run_stage
+
+    if plan.needs_training:
+        session.need_ray()
+    recipe = session.recipe
+    driver = DriverContext(context, recipe.cluster, recipe.name, session.tracked_run_id)
+    evaluate = None
+    if recipe.evaluation is not None and recipe.world is not None:
+        from app.evaluate import evaluate_stage
+
+        evaluate = partial(
+            evaluate_stage, plan.spec.stage, world=recipe.world, config=recipe.evaluation
+        )
+    with progress(f"training {plan.spec.stage}", plan.spec.steps, "steps") as bar:
+
+        def report(at: StageProgress) -> None:
+            bar.update(at.step, at.steps or None)
+            session.report(
+                step, at.step, at.steps, "steps", loss=at.loss,
+                images_per_second=at.images_per_second, eta_seconds=at.eta_seconds,
+            )  # fmt: skip
+
+        result = run_stage(plan, driver, on_progress=report, evaluate=evaluate)
+    step.mlflow_run_id = result.run_id
+    if result.scores:
+        step.scores = dict(result.scores)
+        session.log_scores(result.scores, plan.spec.stage)
+    return result.pin
+
+
+def _drop_if_damaged(session: Session, spec: StageSpec) -> None:
+    """Remove damaged checkpoints of a stage: its plan then finds them gone and makes them again."""
+    from training.keys import model_name
+    from training.publish import verify_checkpoint
+    from training.versions import all_versions
+
+    for version in all_versions(session.server, model_name(spec.recipe, spec.stage)):
+        try:
+            damaged = bool(verify_checkpoint(version.uri))
+        except storage.ObjectMissing:
+            damaged = True
+        if damaged and storage.delete_prefix(version.uri):
+            session.out.say(f"removed the damaged checkpoint {version.uri}")
+
+
+# --- the contact sheet ---------------------------------------------------------------------------
+
+
+def paint_sheet(session: Session) -> None:
+    """Have a picture of the same prompts painted by every stage."""
+    recipe, status = session.recipe, session.file.status
+    if recipe.evaluation is None or not any(step.name == SHEET for step in status.steps):
+        return
+
+    from app.sheet import SheetRequest, plan_sheet, write_sheet
+
+    stages = [step for step in status.steps if step.kind == "stage"]
+    request = SheetRequest(recipe, status, stages, session.home / "sheets")
+    with session.running(SHEET) as step:
+        plan = plan_sheet(request)
+        session.decide(step, plan.decision, plan.reason, plan.key)
+        if plan.decision != "SKIP":
+            started = time.monotonic()
+            write_sheet(request, plan)
+            step.reason = f"{plan.reason}; painted in {time.monotonic() - started:.0f} s"
+            session.put_artifact("contact_sheet.png", plan.path.read_bytes())
+        step.output = status.contact_sheet = str(plan.path)

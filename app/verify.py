@@ -1,0 +1,43 @@
+"""`atelier verify`: read everything the newest run made, and compare it with its digests."""
+
+from __future__ import annotations
+
+from app.sample import with_services
+from app.status import read_latest
+from app.verb import Output
+from infra.config import atelier_home
+from infra.errors import UserError
+
+
+def verify_run(out: Output) -> list[str]:
+    """The problems found, one line each; empty when every byte is right."""
+    run = read_latest(atelier_home())
+    made = [] if run is None else [s for s in run.steps if s.manifest_uri or s.checkpoint_uri]
+    if run is None or not made:
+        raise UserError("there is nothing to verify yet; try `atelier run recipes/demo.yaml`")
+
+    from infra.manifest import verify_dataset
+    from infra.progress import progress
+    from infra.storage import ObjectMissing
+    from training.publish import verify_checkpoint
+
+    with_services()
+    problems = []
+    for step in made:
+        try:
+            if step.manifest_uri is not None:
+                what = f"dataset {step.name} {str(step.dataset_version)[:12]}"
+                with progress(f"reading {step.name}", None, "files") as bar:
+                    found = verify_dataset(step.manifest_uri, bar)
+            else:
+                what = f"stage {step.name} {str(step.checkpoint_sha256)[:12]}"
+                found = verify_checkpoint(str(step.checkpoint_uri))
+        except ObjectMissing as error:
+            found = [str(error)]
+        out.say(f"{'damaged' if found else 'ok     '}  {what}")
+        for problem in found:
+            out.say(f"         {problem}")
+        problems += [f"{what}: {problem}" for problem in found]
+    if problems:
+        out.say(f"to make what is damaged again: atelier run {run.recipe_path} --repair")
+    return problems
