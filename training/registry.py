@@ -1,0 +1,206 @@
+"""Aliases of registered models: which version is `ready`, moved with care and a history.
+
+An alias in MLflow is last-writer-wins and remembers nothing. Here it is moved under a lease,
+against the version its mover saw, re-read afterwards, and written down in
+``<store>/models/<stage>/alias_log.json``, from which ``rollback`` takes the version before.
+"""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from infra import storage
+from infra.errors import UserError
+from infra.lease import Lease
+from infra.storage import ObjectMissing
+from infra.tracking_server import TrackingRefused, TrackingServer
+from training.publish import damage_message, verify_checkpoint
+from training.versions import (
+    PASSED,
+    TAG_GATE,
+    TAG_STAGE,
+    RegisteredVersion,
+    get_version,
+    version_from_json,
+)
+
+READY = "ready"
+CANDIDATE = "candidate"
+SETTLE_SECONDS = 0.2
+
+Kind = Literal["promote", "rollback"]
+
+
+@dataclass(frozen=True)
+class AliasMove:
+    """One line of the history; ``at`` is ISO time in UTC, ``old`` None at first."""
+
+    model: str
+    alias: str
+    old: int | None
+    new: int
+    kind: Kind
+    who: str
+    why: str
+    at: str
+
+
+def version_by_alias(
+    server: TrackingServer, name: str, alias: str = READY
+) -> RegisteredVersion | None:
+    """The version an alias points to now, or None. Resolve once in a plan, then pin it."""
+    query = {"name": name, "alias": alias}
+    try:
+        answer = server.call("GET", "mlflow/registered-models/alias", query=query)
+    except TrackingRefused as error:
+        if error.code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return version_from_json(answer["model_version"])
+
+
+def promote(
+    server: TrackingServer,
+    store_uri: str,
+    version: RegisteredVersion,
+    alias: str = READY,
+    *,
+    why: str,
+    expected: int | Literal["any"] | None = "any",
+    kind: Kind = "promote",
+    who: str | None = None,
+) -> AliasMove | None:
+    """Point ``alias`` to ``version`` and write it down; None when both is so already.
+
+    ``expected`` is the version number the alias must have now (None: no alias yet). Raises
+    ``UserError`` when it has another, when somebody else is moving it, or when a version that
+    did not pass its gate is to be ready.
+    """
+    if alias == READY and version.tags.get(TAG_GATE) != PASSED:
+        raise UserError(
+            expected=f"{version.name} version {version.version} to have passed its gate",
+            got=version.tags.get(TAG_GATE, "no gate result"),
+            remedy="promote a version that did",
+        )
+    stage = version.tags.get(TAG_STAGE, "")
+    owner = who or _who()
+    lease_uri = storage.join(store_uri, "models", stage, "alias_lease.json")
+    with Lease(lease_uri, owner, settle_seconds=SETTLE_SECONDS) as lease:
+        current = version_by_alias(server, version.name, alias)
+        old = None if current is None else current.version
+        if expected != "any" and old != expected:
+            raise UserError(
+                expected=f"{version.name}@{alias} to be version {expected}",
+                got=f"version {old}",
+                remedy="somebody moved it: look at its history and decide again",
+            )
+        lease.check()
+        if old != version.version:
+            _set_alias(server, version, alias)
+        log_uri = _log_uri(store_uri, stage)
+        moves = _read_log(log_uri)
+        logged = _latest([move for move in moves if move.model == version.name], alias)
+        if logged == version.version:
+            return None
+        before = logged if old == version.version else old
+        move = AliasMove(version.name, alias, before, version.version, kind, owner, why, _now())
+        storage.write_json(log_uri, [asdict(each) for each in (*moves, move)])
+        return move
+
+
+def _set_alias(server: TrackingServer, version: RegisteredVersion, alias: str) -> None:
+    body = {"name": version.name, "alias": alias, "version": str(version.version)}
+    server.call("POST", "mlflow/registered-models/alias", body)
+    after = version_by_alias(server, version.name, alias)
+    if after is None or after.version != version.version:
+        raise UserError(
+            expected=f"{version.name}@{alias} to be version {version.version}",
+            got="no version" if after is None else f"version {after.version}",
+            remedy="somebody else moves it too; run the command again",
+        )
+
+
+def rollback(
+    server: TrackingServer, store_uri: str, name: str, stage: str, *, why: str = "rollback"
+) -> AliasMove:
+    """Point ``ready`` back to the version that was ready before; doing it twice goes back twice.
+
+    Its files are verified first. Raises ``UserError`` when there is none, or it is damaged.
+    """
+    current = version_by_alias(server, name, READY)
+    before = _ready_before(history(store_uri, stage, name), current)
+    if current is None or before is None:
+        raise UserError(
+            expected=f"an earlier ready version of {name}",
+            got="none in its history",
+            remedy="choose one and promote it",
+        )
+    target = get_version(server, name, before)
+    problems = verify_checkpoint(target.uri)
+    if problems:
+        raise UserError(damage_message(target.uri, problems))
+    move = promote(
+        server, store_uri, target, READY, why=why, expected=current.version, kind="rollback"
+    )
+    if move is None:
+        raise UserError(f"{name}@{READY} is version {before} already")
+    return move
+
+
+def _ready_before(moves: Iterable[AliasMove], current: RegisteredVersion | None) -> int | None:
+    """The history as a stack: a promotion puts a version on it, a rollback takes one off."""
+    stack: list[int] = []
+    for move in moves:
+        if move.alias != READY:
+            continue
+        if move.kind == "rollback" and move.new in stack:
+            while stack[-1] != move.new:
+                stack.pop()
+        else:
+            stack.append(move.new)
+    if current is not None and stack and stack[-1] == current.version:
+        stack.pop()
+    return stack[-1] if stack else None
+
+
+def history(store_uri: str, stage: str, model: str | None = None) -> list[AliasMove]:
+    """Every move of the aliases of a stage, oldest first; of one registered model when given."""
+    moves = _read_log(_log_uri(store_uri, stage))
+    return [move for move in moves if model is None or move.model == model]
+
+
+def _latest(moves: Iterable[AliasMove], alias: str) -> int | None:
+    versions = [move.new for move in moves if move.alias == alias]
+    return versions[-1] if versions else None
+
+
+def _log_uri(store_uri: str, stage: str) -> str:
+    return storage.join(store_uri, "models", stage, "alias_log.json")
+
+
+def _read_log(uri: str) -> list[AliasMove]:
+    try:
+        raw: Any = storage.read_json(uri)
+    except ObjectMissing:
+        return []
+    names = {one.name for one in fields(AliasMove)}
+    if not isinstance(raw, list) or any(set(move) != names for move in raw):
+        raise UserError(
+            expected=f"an alias history at {uri}", got="something else", remedy="restore it"
+        )
+    return [AliasMove(**move) for move in raw]
+
+
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
