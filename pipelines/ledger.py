@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import polars as pl
 import pyarrow as pa
@@ -99,6 +100,12 @@ class LedgerFile:
         self._path = folder / "ledger.parquet"
         self._writer = pq.ParquetWriter(self._path, LEDGER_SCHEMA, compression="zstd")
         self._num_rows = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
 
     def add(self, rows: pl.DataFrame) -> None:
         """Append rows; columns that are missing are null."""

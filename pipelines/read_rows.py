@@ -68,15 +68,15 @@ def read_rows(build: Build, unit: Unit, slots: Slots) -> Iterator[pa.RecordBatch
             rows = read_metadata(unit, build.config).with_columns(first_reason(filters))
             kept = pl.col("reason").is_null()
             if build.read(ReadMarker, unit.index) is None:
-                ledger = LedgerFile(folder)
                 rejected = rows.filter(~kept).with_columns(pl.lit(REJECTED).alias("disposition"))
-                ledger.add(rejected)
-                marker = ReadMarker(
-                    num_rows=rows.height,
-                    num_kept=rows.height - rejected.height,
-                    rejected=count(rejected).rejected,
-                    ledger=ledger.publish(build.dataset_root),
-                )
+                with LedgerFile(folder) as ledger:
+                    ledger.add(rejected)
+                    marker = ReadMarker(
+                        num_rows=rows.height,
+                        num_kept=rows.height - rejected.height,
+                        rejected=count(rejected).rejected,
+                        ledger=ledger.publish(build.dataset_root),
+                    )
                 build.write(marker, unit.index)
             rows = rows.filter(kept).with_columns(pl.lit(False).alias("is_caption"))
         yield from _travelling(rows, slots).to_batches()

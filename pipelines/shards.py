@@ -7,7 +7,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from infra import storage
 from infra.digests import canonical_json, sha256_file
@@ -22,8 +22,8 @@ _SCORE_DIGITS = 6
 class ShardWriter:
     """Packs samples into tars on local disk and publishes each when it is full.
 
-    Samples must come in strictly rising key order: a key cannot repeat, and the same samples
-    always fall into the same shards.
+    Use it in a ``with`` block. Samples must come in strictly rising key order: a key cannot
+    repeat, and the same samples always fall into the same shards.
     """
 
     def __init__(self, config: ShardConfig, dataset_root: str, folder: Path) -> None:
@@ -37,6 +37,13 @@ class ShardWriter:
         self._keys: list[str] = []
         self.shards: list[ShardEntry] = []
         self.shard_of: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._tar is not None:  # something went wrong: what is unfinished is not published
+            self._tar.close()
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
         """Add one sample: extension -> bytes. ``ValueError`` for an odd or unordered key."""

@@ -41,10 +41,11 @@ def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> N
             .alias("disposition"),
             pl.when(is_duplicate).then(pl.lit(DUPLICATE_IMAGE)).otherwise("reason").alias("reason"),
         )
-        writer = ShardWriter(build.config.shards, build.dataset_root, folder)
         images_path = build.fetch_staged(staged.images, folder)
-        _pack(rows.filter(pl.col("disposition") == COMMITTED), images_path, build.config, writer)
-        shards = writer.finish()
+        with ShardWriter(build.config.shards, build.dataset_root, folder) as writer:
+            kept = rows.filter(pl.col("disposition") == COMMITTED)
+            _pack(kept, images_path, build.config, writer)
+            shards = writer.finish()
         # A rejected copy of a row has the id of the one that stayed, and no shard.
         in_shard = pl.col("sample_id").replace_strict(
             writer.shard_of, default=None, return_dtype=pl.String
@@ -52,11 +53,12 @@ def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> N
         is_committed = pl.col("disposition") == COMMITTED
         rows = rows.with_columns(pl.when(is_committed).then(in_shard).alias("shard"))
         counts = count(rows)
-        ledger = LedgerFile(folder)
-        ledger.add(rows)
+        with LedgerFile(folder) as ledger:
+            ledger.add(rows)
+            ledger_entry = ledger.publish(build.dataset_root)
         marker = PartMarker(
             shards=shards,
-            ledger=ledger.publish(build.dataset_root),
+            ledger=ledger_entry,
             committed=counts.committed,
             rejected=counts.rejected,
             failed=counts.failed,

@@ -1,0 +1,146 @@
+"""Finding input files, and one line for whatever is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import pipelines.inputs
+from infra import storage
+from infra.errors import UserError
+from pipelines.config import CurationConfig
+from pipelines.inputs import find_inputs, read_captions, read_metadata, units_of
+from pipelines.plan import plan_curation
+
+
+def config(*metadata: str, captions: tuple[str, ...] = ()) -> CurationConfig:
+    return CurationConfig.model_validate(
+        {"metadata": list(metadata), "captions": {"files": list(captions)}}
+    )
+
+
+def parquet(path: Path, num_rows: int = 10, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    urls = [f"http://a.example/{path.stem}/{number}" for number in range(num_rows)]
+    table = pa.table({"URL": urls, "TEXT": ["some text"] * num_rows})
+    pq.write_table(table, path, **options)
+    return path
+
+
+def test_paths_folders_globs_and_addresses_all_work(tmp_path: Path) -> None:
+    for name in ("a", "b", "c d"):
+        parquet(tmp_path / "in" / f"{name}.parquet")
+    (tmp_path / "in" / "README.txt").write_text("not parquet")
+    folder = tmp_path / "in"
+    for pattern in (
+        str(folder),
+        f"{folder}/*.parquet",
+        folder.as_uri(),
+        f"{folder.as_uri()}/*.parquet",
+        f"{tmp_path}/**/*.parquet",
+    ):
+        files = find_inputs(config(pattern))
+        assert len(files) == 3, pattern
+        assert sum(file.num_rows for file in files) == 30
+    one = find_inputs(config(str(folder / "c d.parquet"), (folder / "c d.parquet").as_uri()))
+    assert len(one) == 1
+
+
+def test_s3_addresses_folders_and_globs(tmp_path: Path, s3_server: Any) -> None:
+    root = f"{s3_server.store_uri}/inputs-{tmp_path.name}"
+    for name in ("a", "b"):
+        path = parquet(tmp_path / f"{name}.parquet")
+        storage.upload(path, f"{root}/part/{name}.parquet")
+    storage.write_bytes(f"{root}/part/_SUCCESS", b"")
+    for pattern in (f"{root}/part", f"{root}/part/*.parquet", f"{root}/*/?.parquet"):
+        assert len(find_inputs(config(pattern))) == 2, pattern
+    files = find_inputs(config(f"{root}/part/a.parquet"))
+    local = find_inputs(config(str(tmp_path / "a.parquet")))
+    assert [file.identity() for file in files] == [file.identity() for file in local]
+    assert read_metadata(units_of(files)[0], config("x")).height == 10
+
+
+@pytest.mark.parametrize("pattern", ["{}/nothing", "{}/*.parquet", "file://{}/x.parquet"])
+def test_a_pattern_that_matches_nothing_is_one_line(tmp_path: Path, pattern: str) -> None:
+    pattern = pattern.format(tmp_path)
+    with pytest.raises(UserError, match="at least one parquet file at"):
+        find_inputs(config(pattern))
+
+
+@pytest.mark.parametrize("address", ["http://a.example/x.parquet", "pipe:ls", "gs://b/k", "s4://x"])
+def test_other_addresses_are_refused(address: str) -> None:
+    with pytest.raises(UserError):
+        find_inputs(config(address))
+
+
+def test_the_order_and_names_of_files_do_not_matter(tmp_path: Path) -> None:
+    first = parquet(tmp_path / "a.parquet")
+    second = parquet(tmp_path / "b.parquet")
+    there = [file.identity() for file in find_inputs(config(str(first), str(second)))]
+    first.rename(tmp_path / "z.parquet")
+    back = [file.identity() for file in find_inputs(config(str(tmp_path)))]
+    assert there == back
+
+
+@pytest.mark.parametrize("keep", [0, 3, 4, 100, 0.5, 0.9, -1, -4, -8, -9])
+def test_a_cut_file_is_named(tmp_path: Path, keep: float) -> None:
+    path = parquet(tmp_path / "cut.parquet", 1000)
+    body = path.read_bytes()
+    path.write_bytes(body[: int(len(body) * keep) if isinstance(keep, float) else keep])
+    with pytest.raises(UserError, match=r"a whole parquet file at file://.*cut\.parquet") as caught:
+        find_inputs(config(str(path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_pages_are_named_when_read(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "bad.parquet", 5000, compression="snappy")
+    body = bytearray(path.read_bytes())
+    body[100:3000] = bytes(2900)
+    path.write_bytes(body)
+    files = find_inputs(config(str(path)))
+    with pytest.raises(UserError, match=r"a whole parquet file at .*bad\.parquet"):
+        read_metadata(units_of(files)[0], config("x"))
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin.parquet"
+    bad = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"URL": ["u"], "TEXT": bad}), path)
+    files = find_inputs(config(str(path)))
+    with pytest.raises(UserError, match=r"latin\.parquet; got .*UTF8"):
+        read_metadata(units_of(files)[0], config("x"))
+
+
+def test_every_row_group_is_in_exactly_one_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet(tmp_path / "a.parquet", 100, row_group_size=7)
+    parquet(tmp_path / "b.parquet", 30, row_group_size=30)
+    monkeypatch.setattr(pipelines.inputs, "ROWS_PER_UNIT", 20)
+    files = find_inputs(config(str(tmp_path)))
+    units = units_of(files)
+    assert [unit.index for unit in units] == list(range(len(units)))
+    assert len(units) > 5
+    rows = [url for unit in units for url in read_metadata(unit, config("x"))["url"]]
+    assert len(rows) == len(set(rows)) == 130
+
+
+def test_caption_files_are_found_checked_and_read(tmp_path: Path) -> None:
+    metadata = parquet(tmp_path / "m.parquet")
+    captions = tmp_path / "long.parquet"
+    pq.write_table(pa.table({"url": ["u"], "caption": ["c"], "other": [1]}), captions)
+    files = find_inputs(config(str(metadata), captions=(str(captions),)))
+    assert [file.kind for file in files] == ["captions", "metadata"]
+    assert read_captions(units_of(files)[0], config("x")).rows() == [("u", "c", None)]
+    with pytest.raises(UserError, match="text columns url, caption"):
+        find_inputs(config(str(metadata), captions=(str(metadata),)))
+
+
+def test_metadata_without_rows_is_no_dataset(tmp_path: Path) -> None:
+    parquet(tmp_path / "empty.parquet", 0)
+    with pytest.raises(UserError, match="holds no rows"):
+        plan_curation("x", config(str(tmp_path / "empty.parquet")), tmp_path.as_uri())
