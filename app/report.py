@@ -57,7 +57,7 @@ def closing_page(status: RunStatus) -> str:
 def results(status: RunStatus) -> list[str]:
     """The funnel, the scores and the places to look, as far as there are any."""
     lines: list[str] = []
-    funnels = {s.name: s.funnel for s in status.steps if s.funnel}
+    funnels = {s.label: s.funnel for s in status.steps if s.funnel}
     if funnels:
         lines += ["Where the rows went", *funnel_table(funnels), ""]
     scored = [step for step in status.steps if step.scores]

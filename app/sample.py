@@ -154,7 +154,7 @@ def lineage_of(run: RunStatus, step: StepStatus) -> dict[str, str]:
     """What an image of ``step`` carries: the run, the checkpoint, and what it was made from."""
     stages = [s for s in run.steps if s.checkpoint_sha256]
     until = stages[: stages.index(step) + 1] if step in stages else [step]
-    datasets = {s.name: str(s.dataset_version) for s in run.steps if s.kind == "dataset"}
+    datasets = {s.label: str(s.dataset_version) for s in run.steps if s.kind == "dataset"}
     return {
         "software": "atelier",
         "recipe": run.recipe_name,

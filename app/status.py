@@ -49,6 +49,11 @@ class StepStatus:
     output: str | None = None
     progress: dict[str, Any] | None = None
 
+    @property
+    def label(self) -> str:
+        """The dataset or stage, without the verb in a step's name."""
+        return self.name.rpartition(":")[2]
+
 
 @dataclass
 class RunStatus:
@@ -87,7 +92,7 @@ class RunStatus:
         return {
             **{name.name: getattr(self, name.name) for name in fields(self)},
             "steps": steps,
-            "funnel": {s.name: s.funnel for s in self.steps if s.funnel is not None},
+            "funnel": {s.label: s.funnel for s in self.steps if s.funnel is not None},
             "scores": {s.name: s.scores for s in self.steps if s.scores is not None},
         }
 

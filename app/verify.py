@@ -26,8 +26,8 @@ def verify_run(out: Output) -> list[str]:
     for step in made:
         try:
             if step.manifest_uri is not None:
-                what = f"dataset {step.name} {str(step.dataset_version)[:12]}"
-                with progress(f"reading {step.name}", None, "files") as bar:
+                what = f"dataset {step.label} {str(step.dataset_version)[:12]}"
+                with progress(f"reading {step.label}", None, "files") as bar:
                     found = verify_dataset(step.manifest_uri, bar)
             else:
                 what = f"stage {step.name} {str(step.checkpoint_sha256)[:12]}"

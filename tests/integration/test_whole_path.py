@@ -1,0 +1,214 @@
+"""A tiny recipe through the whole path with real parts; then again; then damaged and repaired."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RECIPE = "tests/recipes/tiny.yaml"
+STAGES = ["concepts", "alignment", "compression", "aesthetics"]
+GENEVAL = {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
+AGAIN_SECONDS = 30.0
+HEAVY = ("torch", "ray", "pyspark", "mlflow", "lightning")
+ENTRY = f"""
+import os, sys
+from app.cli import main
+try:
+    main()
+finally:
+    heavy = [name for name in {HEAVY} if name in sys.modules]
+    open(os.environ["MODULES_FILE"], "w").write(str(heavy))
+"""
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@dataclass
+class Home:
+    """A home of this test alone, and the command in it."""
+
+    path: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "ATELIER_HOME": str(self.path), "PYTHONDONTWRITEBYTECODE": ""}
+
+    def atelier(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", "from app.cli import main; main()", *arguments],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+
+    def run(self, *options: str) -> subprocess.CompletedProcess[str]:
+        return self.atelier("run", RECIPE, *options)
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads(self.atelier("status", "--json").stdout)
+        return status
+
+    def steps(self) -> dict[str, dict[str, Any]]:
+        return {step["name"]: step for step in self.status()["steps"]}
+
+    def stored(self, pattern: str) -> Path:
+        return next((self.path / "s3" / "atelier").glob(pattern))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    home = Home(tmp_path_factory.mktemp("home"))
+    done = home.run()
+    try:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        (home.path / "first.txt").write_text(done.stdout, encoding="utf-8")
+        yield home
+    finally:
+        home.atelier("down")
+
+
+def flip(path: Path) -> bytes:
+    """Change one bit in the middle of a file; returns what was there."""
+    before = path.read_bytes()
+    data = bytearray(before)
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return before
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *expected: str) -> None:
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("atelier: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for text in expected:
+        assert text in lines[0]
+
+
+def test_everything_is_made_and_recorded(home: Home) -> None:
+    status = home.status()
+    assert status["state"] == "done"
+    assert set(status["funnel"]) == {"concepts", "captioned"}
+    for funnel in status["funnel"].values():
+        taken = sum(n for name, n in funnel.items() if name not in ("rows_in", "committed"))
+        assert funnel["rows_in"] == 240 == taken + funnel["committed"]
+        assert funnel["committed"] > 50
+    assert list(status["scores"]) == STAGES
+    for scores in status["scores"].values():
+        assert set(scores) >= GENEVAL | {"background", "one_color", "one_color_shape"}
+        assert all(0 <= value <= 1 for value in scores.values())
+    for step in status["steps"]:
+        assert step["decision"] in ("RUN", "INIT")
+        assert step["seconds"] > 0
+        assert len(step["key"]) == 64
+        assert step["reason"]
+    for name in ["tokenizer", *STAGES]:
+        step = home.steps()[name]
+        assert (Path(step["checkpoint_path"]) / "CHECKPOINT.json").is_file()
+        assert step["model_version"] == f"tiny-{name}/1"
+        assert step["mlflow_run_id"]
+    assert status["mlflow_uri"].startswith("http://127.0.0.1:")
+
+
+def test_the_end_shows_what_a_newcomer_wants_to_see(home: Home) -> None:
+    page = (home.path / "first.txt").read_text(encoding="utf-8")
+    for expected in ("Contact sheet", "MLflow", "committed", "background", "What to try next"):
+        assert expected in page
+    with Image.open(home.status()["contact_sheet"]) as sheet:
+        assert min(sheet.size) > 500
+        assert sheet.info["recipe"] == "tiny"
+
+
+def test_the_compression_layers_were_put_into_the_parents_weights(home: Home) -> None:
+    steps = home.steps()
+    plain = Path(steps["alignment"]["checkpoint_path"]) / "transformer" / "config.json"
+    compressed = Path(steps["compression"]["checkpoint_path"]) / "transformer" / "config.json"
+    assert json.loads(plain.read_text())["downsample"] is False
+    assert json.loads(compressed.read_text())["downsample"] is True
+
+
+def test_again_everything_is_skipped_in_seconds_and_without_engines(home: Home) -> None:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", ENTRY, "run", RECIPE, "--json"],
+        cwd=ROOT,
+        env={**home.environment, "MODULES_FILE": str(home.path / "modules")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    status = json.loads(done.stdout)
+    assert {step["decision"] for step in status["steps"]} == {"SKIP"}
+    assert list(status["scores"]) == STAGES
+    assert (home.path / "modules").read_text() == "[]"
+    assert seconds < AGAIN_SECONDS
+
+
+def test_the_plan_says_the_same(home: Home) -> None:
+    steps = json.loads(home.atelier("plan", RECIPE, "--json").stdout)["steps"]
+    assert {step["decision"] for step in steps} == {"SKIP"}
+    options = ("--set", "stages.compression.steps=7", "--json")
+    steps = json.loads(home.atelier("plan", RECIPE, *options).stdout)["steps"]
+    changed = {step["name"]: step["decision"] for step in steps if step["decision"] != "SKIP"}
+    assert changed == {"compression": "INIT", "aesthetics": "INIT", "contact sheet": "RUN"}
+    reason = next(step["reason"] for step in steps if step["name"] == "compression")
+    assert "steps" in reason
+
+
+def test_a_flipped_byte_in_a_shard_is_told_and_repaired(home: Home) -> None:
+    version = home.steps()["curate:captioned"]["dataset_version"]
+    before = flip(home.stored("datasets/captioned/shards/*.tar"))
+    assert_one_line(home.run(), "dataset captioned is damaged: shards/", "--repair")
+    verified = home.atelier("verify", "--json")
+    assert verified.returncode == 1
+    assert json.loads(verified.stdout)["ok"] is False
+    done = home.run("--repair")
+    assert done.returncode == 0, done.stderr
+    steps = home.steps()
+    assert steps["curate:captioned"]["dataset_version"] == version
+    assert steps["aesthetics"]["decision"] == "SKIP"
+    assert home.atelier("verify").returncode == 0
+    assert before in [path.read_bytes() for path in
+                      (home.path / "s3/atelier/datasets/captioned/shards").iterdir()]  # fmt: skip
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_told_and_restored(home: Home) -> None:
+    path = home.stored("models/alignment/*/transformer/*.safetensors")
+    before = flip(path)
+    assert_one_line(home.run(), "/models/alignment/", "is damaged", "transformer/", "restore it")
+    path.write_bytes(before)
+    done = home.run()
+    assert done.returncode == 0, done.stderr
+    assert {step["decision"] for step in home.status()["steps"]} == {"SKIP"}
+
+
+def test_a_stage_paints_and_the_image_knows_where_it_comes_from(home: Home) -> None:
+    out = home.path / "fox.png"
+    done = home.atelier("sample", "a red circle", "--stage", "alignment", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    step = home.steps()["alignment"]
+    with Image.open(out) as image:
+        assert image.size == (32, 32)
+        assert image.info["prompt"] == "a red circle"
+        checkpoints = json.loads(image.info["checkpoints"])
+        datasets = json.loads(image.info["datasets"])
+    assert checkpoints["alignment"] == step["checkpoint_sha256"]
+    assert list(checkpoints) == ["tokenizer", "concepts", "alignment"]
+    assert datasets["captioned"] == home.steps()["curate:captioned"]["dataset_version"]
