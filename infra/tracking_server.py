@@ -322,9 +322,12 @@ class TrackingServer:
         self.call("POST", "mlflow/runs/log-inputs", body)
 
     def log_outputs(self, run_id: str, model_ids: Sequence[str], step: int) -> None:
-        """The logged models a run made, at a step."""
-        models = [{"model_id": model_id, "step": step} for model_id in model_ids]
-        self.call("POST", "mlflow/runs/outputs", {"run_id": run_id, "models": models})
+        """The logged models a run made, at a step; MLflow refuses one said twice, so look first."""
+        run = self.call("GET", "mlflow/runs/get", query={"run_id": run_id})["run"]
+        known = {each["model_id"] for each in run.get("outputs", {}).get("model_outputs", [])}
+        models = [{"model_id": each, "step": step} for each in model_ids if each not in known]
+        if models:
+            self.call("POST", "mlflow/runs/outputs", {"run_id": run_id, "models": models})
 
     def put_artifact(
         self, run: TrackedRun, path: str, data: bytes, *, patience_seconds: float | None = None

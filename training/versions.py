@@ -154,12 +154,12 @@ def logged_model(
     params: Mapping[str, str],
     tags: Mapping[str, str],
 ) -> str:
-    """The id of the READY logged model of a stage key, made when there is none yet."""
+    """The id of the READY logged model of a run and stage key, made when there is none yet."""
 
     def find() -> str | None:
         body = {
             "experiment_ids": [experiment_id],
-            "filter": tag_filter("tags", {TAG_STAGE_KEY: stage_key}),
+            "filter": f"{_key_filter(stage_key)} and source_run_id = '{run_id}'",
             "max_results": 1,
         }
         models = server.call("POST", "mlflow/logged-models/search", body).get("models", [])

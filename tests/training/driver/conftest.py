@@ -5,17 +5,20 @@ from __future__ import annotations
 import secrets
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from infra import storage
+from infra.cluster import ClusterConfig
 from infra.local.processes import free_port
 from infra.local.programs import PROGRAMS
 from infra.tracking_server import TrackingServer
 from model import CLIPTokenizer, TextToImage, VQConfig, VQTokenizer
+from training import publish
 from training.config import (
     NetworkConfig,
     OptimizerConfig,
@@ -24,7 +27,7 @@ from training.config import (
     TokenizerConfig,
 )
 from training.networks import new_text_encoder, new_transformer, transformer_config
-from training.plan import PlanContext
+from training.plan import PUBLISHED_NAME, PlanContext, StagePlan
 from training.stages import DatasetPin, StageSpec, stage_specs
 
 CODEBOOK_SIZE = 32
@@ -44,6 +47,12 @@ TEXT = TextEncoderConfig(
     max_position_embeddings=16,
 )
 START_SECONDS = 120.0
+
+
+@pytest.fixture(autouse=True)
+def _fixed_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys stay what they are when somebody saves a module of ``training`` during a test."""
+    monkeypatch.setattr("training.keys.result_code_digest", lambda: "c" * 64)
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +113,7 @@ class House:
     evaluation_key: str = ""
     min_scores: dict[str, float] = field(default_factory=dict)
     dataset_version: str = "d" * 64
+    cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(cpus_per_worker=1))
 
     def specs(self, **changes: Any) -> list[StageSpec]:
         """tokenizer, concepts, alignment; ``changes`` are fields of concepts."""
@@ -152,3 +162,22 @@ def local_house(server: TrackingServer, tmp_path: Path) -> House:
 def local_store(tmp_path: Path) -> str:
     """An empty store in a folder."""
     return (tmp_path / "store").as_uri()
+
+
+@pytest.fixture
+def finish_training() -> Callable[[House, StagePlan, Path], str]:
+    """Leave behind what a driver leaves that was killed right after publishing a checkpoint."""
+
+    def finish(house: House, plan: StagePlan, exported: Path) -> str:
+        provenance = {
+            "stage_key": plan.key,
+            "key_parts": plan.key_parts,
+            "step": plan.spec.steps,
+            "metrics": {"final_loss": 2.0},
+        }
+        folder = publish.publish_folder(exported, house.store_uri, plan.spec.stage, provenance)
+        run_uri = storage.join(house.store_uri, "runs", plan.run_name or "")
+        storage.write_json(storage.join(run_uri, PUBLISHED_NAME), {"uri": folder.uri})
+        return folder.uri
+
+    return finish

@@ -1,0 +1,189 @@
+"""Every decision a plan can come to, on real storage and a real registry."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra import storage
+from infra.errors import UserError
+from training import registry
+from training.driver import DriverContext, run_stage
+from training.plan import PUBLISHED_NAME, SNAPSHOT_NAME, StagePlan, plan_chain, plan_stage
+
+pytestmark = pytest.mark.slow
+
+House = Any  # of conftest.py, which tests cannot import
+
+
+@pytest.fixture
+def finish(exported: Path, finish_training: Callable[..., str]) -> Callable[..., StagePlan]:
+    """Plan a stage, put a finished training in place, hand it over; returns its SKIP plan."""
+
+    def run(house: House, stage: str = "tokenizer", **changes: Any) -> StagePlan:
+        specs = {spec.stage: spec for spec in house.specs(**changes)}
+        plan = plan_stage(specs[stage], house.context())
+        finish_training(house, plan, exported)
+        plan = plan_stage(specs[stage], house.context())
+        assert (plan.decision, plan.needs_training) == ("RESUME", False)
+        run_stage(plan, DriverContext(house.context(), house.cluster, "plan tests"))
+        return plan_stage(specs[stage], house.context())
+
+    return run
+
+
+def _names(house: House) -> set[str]:
+    return {info.uri for info in storage.list_objects(house.store_uri)}
+
+
+def test_an_empty_house_is_planned_without_writing(house: House) -> None:
+    before = _names(house)
+    plans = plan_chain(house.specs(), house.context())
+    assert [plan.decision for plan in plans] == ["RUN", "INIT", "INIT"]
+    assert plans[0].reason == "never trained; starts from fresh weights"
+    assert plans[0].run_name == f"tokenizer-{(plans[0].key or '')[:12]}"
+    assert [plan.key for plan in plans[1:]] == [None, None]
+    assert plans[1].reason == f"starts from the result of {plans[0].run_name}, which comes first"
+    assert plans[2].reason == "starts from the result of stage concepts, which comes first"
+    assert _names(house) == before
+
+
+def test_what_is_finished_is_skipped_and_pins_the_next(house: House, finish: Any) -> None:
+    skip = finish(house)
+    assert skip.decision == "SKIP"
+    assert "every digest verified" in skip.reason
+    plans = plan_chain(house.specs(), house.context())
+    assert [plan.decision for plan in plans] == ["SKIP", "INIT", "INIT"]
+    assert plans[1].parent == skip.pin
+    assert plans[1].key is not None
+    assert plans[1].reason.endswith(f"starts from version 1 of {house.recipe}-tokenizer")
+    finish(house, "concepts")
+    assert [p.decision for p in plan_chain(house.specs(), house.context())] == [
+        "SKIP", "SKIP", "INIT"
+    ]  # fmt: skip
+
+
+def test_a_pin_stays_whatever_happens_to_the_alias(local_house: House, finish: Any) -> None:
+    house = local_house
+    first = finish(house)
+    other = house.tokenizer.model_copy(update={"seed": 5})
+    original, house.tokenizer = house.tokenizer, other
+    second = finish(house)
+    assert second.existing.version == 2
+    assert registry.version_by_alias(house.server, f"{house.recipe}-tokenizer").version == 2
+    house.tokenizer = original
+    plans = plan_chain(house.specs(), house.context())
+    assert plans[0].decision == "SKIP"
+    assert plans[1].parent == first.pin
+    alone = plan_stage(house.specs()[1], house.context())  # not in a chain: what is ready now
+    assert alone.parent == second.pin
+
+
+def test_a_stage_without_a_ready_parent_says_so(local_house: House) -> None:
+    with pytest.raises(UserError, match="has no ready version; train stage tokenizer first"):
+        plan_stage(local_house.specs()[1], local_house.context())
+
+
+def test_a_checkpoint_of_its_own_is_resumed(local_house: House) -> None:
+    house = local_house
+    plan = plan_stage(house.specs()[0], house.context())
+    snapshot = {"latest_checkpoint_result": {"metrics": {"step": 42}}}
+    uri = storage.join(house.store_uri, "runs", plan.run_name or "", SNAPSHOT_NAME)
+    storage.write_json(uri, snapshot)
+    resumed = plan_stage(house.specs()[0], house.context())
+    assert (resumed.decision, resumed.step) == ("RESUME", 42)
+    assert resumed.reason == "a checkpoint at step 42 of 600"
+    for other in ({}, {"latest_checkpoint_result": None}, []):
+        storage.write_json(uri, other)
+        assert plan_stage(house.specs()[0], house.context()).decision == "RUN"
+
+
+def test_a_dataset_that_is_not_there_yet(local_house: House) -> None:
+    context = local_house.context()
+    plan = plan_stage(local_house.specs()[0], type(context)(context.server, context.store_uri, {}))
+    assert (plan.decision, plan.key) == ("RUN", None)
+    assert plan.reason == "dataset toy is not curated yet"
+
+
+def test_a_change_is_named(local_house: House, finish: Any) -> None:
+    house = local_house
+    finish(house)
+    finish(house, "concepts")
+    (_, changed, _) = plan_chain(house.specs(steps=4), house.context())
+    assert changed.decision == "INIT"
+    assert changed.reason.startswith("config.stage.steps changed since version 1; starts from")
+    assert plan_chain(house.specs(num_workers=3), house.context())[1].decision == "SKIP"
+    house.dataset_version = "e" * 64
+    assert plan_chain(house.specs(), house.context())[0].reason.startswith(
+        "dataset_sha256s changed"
+    )
+
+
+def test_damage_is_an_error_and_absence_is_not(house: House, finish: Any) -> None:
+    skip = finish(house)
+    uri = skip.existing.uri
+    spec, context = house.specs()[0], house.context()
+    whole = storage.read_bytes(storage.join(uri, "model_index.json"))
+    storage.write_bytes(storage.join(uri, "model_index.json"), whole[:-1] + b"?")
+    with pytest.raises(UserError) as caught:
+        plan_stage(spec, context)
+    for part in ("model_index.json: expected sha256", "got", "delete the folder to train"):
+        assert part in str(caught.value)
+    storage.write_bytes(storage.join(uri, "model_index.json"), whole)
+    assert plan_stage(spec, context).decision == "SKIP"
+    storage.delete(storage.join(uri, "CHECKPOINT.json"))
+    with pytest.raises(UserError, match=r"CHECKPOINT\.json: missing"):
+        plan_stage(spec, context)
+    storage.delete_prefix(uri)
+    again = plan_stage(spec, context)
+    assert (again.decision, again.needs_training) == ("RUN", True)
+    assert again.reason.startswith("the files of version 1 are gone; ")
+
+
+def test_scores_of_another_evaluation_do_not_count(local_house: House, finish: Any) -> None:
+    house = local_house
+    finish(house)
+    finish(house, "concepts")
+    house.evaluation_key = "e2"
+    plan = plan_chain(house.specs(), house.context())[1]
+    assert (plan.decision, plan.needs_training) == ("RESUME", False)
+    assert plan.reason.endswith("is trained; its scores are of another evaluation")
+    assert plan_chain(house.specs(), house.context())[0].decision == "SKIP"
+
+
+def test_a_bound_that_moved_asks_the_gate_again(local_house: House, finish: Any) -> None:
+    house = local_house
+    finish(house)
+    finish(house, "concepts")
+    plan = plan_chain(house.specs(max_final_loss=1.0), house.context())[1]
+    assert (plan.decision, plan.needs_training) == ("RESUME", False)
+    assert "final_loss is 2: expected at most 1" in plan.reason
+
+
+def test_a_trained_stage_waits_for_its_registration(
+    local_house: House, exported: Path, finish_training: Callable[..., str]
+) -> None:
+    house = local_house
+    spec = house.specs()[0]
+    finish_training(house, plan_stage(spec, house.context()), exported)
+    plan = plan_stage(spec, house.context())
+    assert plan.reason == "trained and published, not registered yet"
+    storage.delete_prefix(plan.published or "")
+    assert plan_stage(spec, house.context()).decision == "RUN"
+    storage.write_json(
+        storage.join(house.store_uri, "runs", plan.run_name or "", PUBLISHED_NAME), []
+    )
+    assert plan_stage(spec, house.context()).decision == "RUN"
+
+
+def test_a_finished_chain_is_planned_in_a_moment(local_house: House, finish: Any) -> None:
+    for stage in ("tokenizer", "concepts", "alignment"):
+        finish(local_house, stage)
+    started_at = time.monotonic()
+    plans = plan_chain(local_house.specs(), local_house.context())
+    assert time.monotonic() - started_at < 3.0
+    assert [plan.decision for plan in plans] == ["SKIP"] * 3

@@ -1,0 +1,392 @@
+"""One training stage from plan to `ready`: lease, run, train, gate, publish, score, hand over.
+
+Each step leaves something that the next try finds: Ray's snapshot, ``published.json``, the
+registered version, the alias, the tag ``handoff``. A driver killed anywhere and started again with
+the same inputs goes on from there. Nothing that others see is written without the lease.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra import storage
+from infra.cluster import ClusterConfig
+from infra.errors import UserError
+from infra.lease import Lease, LeaseHeld, LeaseLost
+from infra.tracking_server import DatasetInput, TrackedRun, TrackingServer
+from training import handoff, publish
+from training.handoff import Outcome
+from training.plan import PUBLISHED_NAME, Pin, PlanContext, StagePlan, published_uri
+from training.progress import OnProgress, following_progress
+from training.publish import PublishedCheckpoint
+from training.versions import RegisteredVersion
+
+if TYPE_CHECKING:
+    from training.launch import Trained
+
+Evaluate = Callable[[Path], Mapping[str, float]]
+WorkerFunction = Callable[[dict[str, Any]], object]
+
+DIGEST_CHARACTERS = 32  # of the 36 that MLflow keeps of a dataset's digest
+PARAMS_PER_CALL = 100
+EXPORT_FOLDER = "export"
+
+
+class GateFailed(UserError):
+    """The stage was trained and did not pass; it stays a candidate."""
+
+
+@dataclass(frozen=True)
+class DriverContext:
+    """Where a stage runs and is recorded. ``parent_run_id`` is the MLflow run of the pipeline."""
+
+    plan: PlanContext
+    cluster: ClusterConfig
+    experiment: str
+    parent_run_id: str | None = None
+    owner: str = field(default_factory=lambda: default_owner())
+
+    @property
+    def server(self) -> TrackingServer:
+        """The MLflow server."""
+        return self.plan.server
+
+    @property
+    def store_uri(self) -> str:
+        """Where runs and models lie."""
+        return self.plan.store_uri
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage. ``seconds`` says how long each part took."""
+
+    stage: str
+    key: str
+    run_id: str
+    version: RegisteredVersion
+    pin: Pin
+    step: int
+    metrics: Mapping[str, float]
+    scores: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+
+def default_owner() -> str:
+    """Who holds a lease, for whoever is refused: user, host and process."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = "somebody"
+    return f"{user}@{socket.gethostname()}:{os.getpid()}"
+
+
+def run_stage(
+    plan: StagePlan,
+    context: DriverContext,
+    *,
+    on_progress: OnProgress | None = None,
+    evaluate: Evaluate | None = None,
+    function: WorkerFunction | None = None,
+) -> StageResult:
+    """Do what ``plan`` says is left of a stage, up to the alias `ready`.
+
+    Needs a connected Ray (``infra.sessions.ray_session``) when ``plan.needs_training``.
+    ``evaluate`` scores the exported folder; ``function`` is what runs in each worker
+    (``training.worker.train_worker``). Raises ``UserError`` in one line: a failed training, a
+    checkpoint that does not pass (``GateFailed``), somebody else at work (``LeaseHeld``).
+    """
+    if plan.key is None or plan.run_name is None:
+        raise ValueError(f"stage {plan.spec.stage} is planned without its inputs; plan it again")
+    run_uri = storage.join(context.store_uri, "runs", plan.run_name)
+    clock = _Clock()
+    with Lease(storage.join(run_uri, "lease.json"), context.owner) as lease:
+        run = _open_run(plan, context, lease.attempt)
+        clock.lap("open")
+        with _closing_run(context.server, run):
+            stage = _Stage(plan, context, run, lease, clock, run_uri)
+            published, step, metrics = stage.train_and_publish(on_progress, function)
+            scores = stage.score(published, evaluate)
+            problems = tuple(plan.spec.bounds.problems({**metrics, **scores}))
+            outcome = Outcome(
+                published, step, metrics, scores, context.plan.evaluation_key, problems
+            )
+            version = stage.hand_over(outcome)
+    if problems:
+        raise GateFailed(
+            f"stage {plan.spec.stage} is trained (version {version.version} of {version.name}) "
+            f"and did not pass: {'; '.join(problems)}; train it longer, or change the bound and "
+            "run the same command again"
+        )
+    return StageResult(
+        stage=plan.spec.stage,
+        key=plan.key,
+        run_id=run.run_id,
+        version=version,
+        pin=handoff.pin_of(plan, version),
+        step=step,
+        metrics=metrics,
+        scores=scores,
+        seconds=clock.seconds,
+    )
+
+
+class _Clock:
+    """Seconds since the last lap, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._at = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._at, 3)
+        self._at = now
+
+
+# --- MLflow's run --------------------------------------------------------------------------------
+
+
+def _open_run(plan: StagePlan, context: DriverContext, attempt: int) -> TrackedRun:
+    """The one run of this stage key, RUNNING, with its tags, params and inputs."""
+    server = context.server
+    experiment_id = server.experiment_id(context.experiment)
+    identity = {"stage_key": plan.key or "", "recipe": plan.spec.recipe}
+    tags = handoff.run_tags(plan, attempt, context.parent_run_id)
+    run = server.find_or_create_run(experiment_id, plan.run_name or "", identity, tags)
+    if run.status != "RUNNING":
+        server.update_run(run.run_id, "RUNNING")
+    server.log_batch(run.run_id, tags=tags)
+    params = list(handoff.flat_params(plan.spec.semantic).items())
+    for start in range(0, len(params), PARAMS_PER_CALL):
+        server.log_batch(run.run_id, params=dict(params[start : start + PARAMS_PER_CALL]))
+    datasets = []
+    if plan.dataset is not None:
+        datasets.append(
+            DatasetInput(
+                name=plan.dataset.name,
+                digest=plan.dataset.version[:DIGEST_CHARACTERS],
+                source_uri=plan.dataset.manifest_uri,
+                tags={"sha256": plan.dataset.version, "mlflow.data.context": "training"},
+            )
+        )
+    parent = plan.parent
+    models = [parent.model_id] if parent is not None and parent.model_id else []
+    server.log_inputs(run.run_id, datasets, models)
+    return run
+
+
+@contextmanager
+def _closing_run(server: TrackingServer, run: TrackedRun) -> Iterator[None]:
+    """End the run as FAILED or KILLED when its stage does, whatever it was, and keep the cause."""
+    try:
+        yield
+    except LeaseLost:
+        raise  # the run belongs to the attempt that took over
+    except KeyboardInterrupt:
+        _end_run(server, run, "KILLED", "interrupted from the keyboard", "")
+        raise
+    except Exception as error:
+        detail = getattr(error, "detail", "") or repr(error)
+        _end_run(server, run, "FAILED", str(error), detail)
+        raise
+
+
+def _end_run(server: TrackingServer, run: TrackedRun, status: str, cause: str, detail: str) -> None:
+    """Best effort: the cause itself is on its way to the person."""
+    try:
+        server.log_batch(run.run_id, tags={"failure": cause[:5000]}, patience_seconds=0)
+        server.put_artifact(run, "failure.txt", detail.encode(), patience_seconds=0)
+        server.update_run(run.run_id, status)
+    except UserError:
+        return
+
+
+# --- the steps -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Stage:
+    """What the steps of one stage share."""
+
+    plan: StagePlan
+    context: DriverContext
+    run: TrackedRun
+    lease: Lease
+    clock: _Clock
+    run_uri: str
+
+    def train_and_publish(
+        self, on_progress: OnProgress | None, function: WorkerFunction | None
+    ) -> tuple[PublishedCheckpoint, int, dict[str, float]]:
+        """The published checkpoint, its step and its training metrics."""
+        uri = self._already_published()
+        if uri is None:
+            trained = self._train(on_progress, function)
+            self.clock.lap("train")
+            uri = self._publish(trained)
+        facts = publish.read_provenance(uri)
+        self.clock.lap("publish")
+        return publish.read_listing(uri), int(facts["step"]), dict(facts["metrics"])
+
+    def _already_published(self) -> str | None:
+        """Looked up again, under the lease: an earlier attempt may have come further."""
+        uri = self.plan.published or published_uri(self.context.store_uri, self.plan.run_name or "")
+        if uri is None:
+            return None
+        problems = publish.verify_checkpoint(uri)
+        if problems:
+            raise UserError(publish.damage_message(uri, problems))
+        return uri
+
+    def _train(self, on_progress: OnProgress | None, function: WorkerFunction | None) -> Trained:
+        from training import launch
+
+        if function is None:
+            from training.worker import train_worker
+
+            function = train_worker
+        cluster, spec = self.context.cluster, self.plan.spec
+        progress_uri = storage.join(self.run_uri, "progress.json")
+        with following_progress(progress_uri, on_progress):
+            return launch.train(
+                worker_job(self.plan, self.context, self.run, self.lease.attempt, progress_uri),
+                launch.Launch(
+                    name=self.plan.run_name or "",
+                    store_uri=self.context.store_uri,
+                    num_workers=spec.num_workers,
+                    cpus_per_worker=cluster.cpus_per_worker,
+                    use_gpu=cluster.use_gpu,
+                    is_local=cluster.ray_address is None,
+                ),
+                function,
+            )
+
+    def _publish(self, trained: Trained) -> str:
+        """Gate the exported model, then make it visible, then remember where."""
+        spec, store_uri = self.plan.spec, self.context.store_uri
+        with tempfile.TemporaryDirectory(prefix="atelier-gate-") as scratch:
+            folder = publish.fetch_export(trained.checkpoint_uri, Path(scratch))
+            self.clock.lap("fetch")
+            self._gate(folder)
+            self.clock.lap("gate")
+            metrics = {name: float(value) for name, value in trained.metrics.items()}
+            step = int(metrics.pop("step", spec.steps))
+            self.lease.check()
+            published = publish.publish_folder(
+                folder,
+                store_uri,
+                spec.stage,
+                handoff.provenance(self.plan, self.run, step, metrics),
+                before_listing=self.lease.check,
+            )
+        marker = {"stage_key": self.plan.key, "uri": published.uri, "sha256": published.sha256}
+        storage.write_json(storage.join(self.run_uri, PUBLISHED_NAME), marker)
+        return published.uri
+
+    def _gate(self, folder: Path) -> None:
+        from training.gate import gate
+
+        spec = self.plan.spec
+        result = gate(folder, next_stage=spec.next_stage, has_transformer=spec.kind != "tokenizer")
+        if not result.passed:
+            more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
+            raise GateFailed(
+                f"the checkpoint of stage {spec.stage} was refused and not published: "
+                f"{result.problems[0]}{more}; delete {self.run_uri} to train it again"
+            )
+
+    def score(self, published: PublishedCheckpoint, evaluate: Evaluate | None) -> dict[str, float]:
+        """The scores of the published model; none for the tokenizer, which cannot paint."""
+        if evaluate is None or self.plan.spec.kind == "tokenizer":
+            return {}
+        folder = publish.fetch_checkpoint(published.uri)
+        scores = {name: float(value) for name, value in evaluate(folder).items()}
+        self.clock.lap("score")
+        return scores
+
+    def hand_over(self, outcome: Outcome) -> RegisteredVersion:
+        """Register, and make it `ready` when it passed."""
+        self.lease.check()
+        server = self.context.server
+        version = handoff.register(server, self.plan, self.run, outcome)
+        self.lease.check()
+        version = handoff.hand_over(
+            server,
+            self.context.store_uri,
+            version,
+            self.run,
+            passed=not outcome.problems,
+            why=f"{self.plan.run_name}, attempt {self.lease.attempt}",
+        )
+        if outcome.problems:
+            cause = "; ".join(outcome.problems)
+            _end_run(server, self.run, "FAILED", f"did not pass the gate: {cause}", cause)
+        self.clock.lap("register")
+        return version
+
+
+def worker_job(
+    plan: StagePlan,
+    context: DriverContext,
+    run: TrackedRun,
+    attempt: int,
+    progress_uri: str,
+) -> dict[str, Any]:
+    """What a worker is told, as JSON values."""
+    parent, dataset = plan.parent, plan.dataset
+    return {
+        "recipe": plan.spec.recipe,
+        "stage": plan.spec.stage,
+        "kind": plan.spec.kind,
+        "stage_key": plan.key,
+        "run_name": plan.run_name,
+        "attempt": attempt,
+        "configs": dict(plan.spec.configs),
+        "store_uri": context.store_uri,
+        "manifest_uri": None if dataset is None else dataset.manifest_uri,
+        "manifest_sha256": None if dataset is None else dataset.version,
+        "init_uri": None if parent is None else parent.uri,
+        "init_sha256": None if parent is None else parent.sha256,
+        "progress_uri": progress_uri,
+        "tracking_uri": context.server.uri,
+        "mlflow_run_id": run.run_id,
+    }
+
+
+# --- the pipeline's own run ----------------------------------------------------------------------
+
+
+def start_pipeline_run(
+    server: TrackingServer, experiment: str, name: str, tags: Mapping[str, str]
+) -> TrackedRun:
+    """A new MLflow run that stands for one ``atelier run``; stages become its children."""
+    return server.create_run(server.experiment_id(experiment), name, tags)
+
+
+def record_skip(server: TrackingServer, parent_run_id: str, plan: StagePlan) -> None:
+    """Say on the pipeline's run which earlier run and version a skipped stage reuses."""
+    existing = plan.existing
+    if existing is not None:
+        reused = f"run {existing.run_id}, version {existing.version}, {existing.sha256}"
+        server.log_batch(parent_run_id, tags={f"skipped.{plan.spec.stage}": reused})
+
+
+__all__ = [
+    "DriverContext",
+    "GateFailed",
+    "LeaseHeld",
+    "StageResult",
+    "record_skip",
+    "run_stage",
+    "start_pipeline_run",
+]

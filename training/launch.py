@@ -1,0 +1,300 @@
+"""Running a worker function under Ray Train: start, retries, errors in one line.
+
+Ray Train's defaults start four helper processes and torch in its controller for every run: 19
+CPU seconds before the first line of training. This keeps the worker, the controller and the one
+helper that reports need: 9 CPU seconds. On a shared cluster the helpers that clean up after a
+dead controller and watch for preemption stay.
+
+Retries: a lost worker, storage that was away and unknown errors are tried again from the last
+checkpoint; a ``UserError`` (a diverged loss, a bad configuration) is final at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray._private.ray_logging import stdout_deduplicator
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import (
+    PlacementGroupCleanerCallback,
+)
+from ray.train.v2._internal.execution.failure_handling import (
+    DefaultFailurePolicy,
+    FailureDecision,
+)
+from ray.train.v2.api.config import (
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+from infra import storage
+from infra.environment import applied
+from infra.errors import UserError
+from infra.storage import StorageUnavailable
+from infra.tracking_server import TrackingUnavailable
+
+MAX_FAILURES = 3
+MAX_CONTROLLER_FAILURES = 3
+MAX_PREEMPTIONS = 20
+CHECKPOINTS_KEPT = 2
+POLL_SECONDS = 0.25  # Ray's default of 2 s delays every report and the end by as much
+SNAPSHOT_NAME = "checkpoint_manager_snapshot.json"
+TRANSIENT_ERRORS = (StorageUnavailable, TrackingUnavailable)
+LOCAL_SETTINGS = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+
+WorkerFunction = Callable[[dict[str, Any]], object]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What Ray needs to know: nothing here changes the result."""
+
+    name: str
+    store_uri: str
+    num_workers: int = 1
+    cpus_per_worker: int = 2
+    use_gpu: bool = False
+    is_local: bool = True
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The last checkpoint that was reported, and what was reported with it."""
+
+    checkpoint_uri: str
+    metrics: Mapping[str, float]
+
+
+class TrainingFailed(UserError):
+    """Training ended without a result; ``detail`` is the worker's own account, for a file."""
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message)
+        self.detail = detail
+
+
+# --- what runs in Ray's controller ---------------------------------------------------------------
+
+
+class FinalUserErrors(DefaultFailurePolicy):
+    """Ray's retry budgets, except that a user's mistake is not repeated."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """RAISE for a ``UserError`` in any worker, else what Ray decides."""
+        if isinstance(training_failed_error, WorkerGroupError):
+            failures = training_failed_error.worker_failures.values()
+            if any(is_final(failure) for failure in failures):
+                return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+def is_final(failure: BaseException) -> bool:
+    """Whether trying again would fail in the same way."""
+    return isinstance(failure, UserError) and not isinstance(failure, TRANSIENT_ERRORS)
+
+
+class TorchGroupBackend(Backend):
+    """A torch process group over the workers, without torch in the controller."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Let every worker join; returns when all have."""
+        from ray.train._internal.utils import get_address_and_port
+
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        num_gpus = worker_group.get_resources_per_worker().get("GPU", 0)
+        backend = "nccl" if num_gpus else "gloo"
+        joining = [
+            worker_group.execute_single_async(
+                rank, _join_group, address, port, rank, len(worker_group), backend
+            )
+            for rank in range(len(worker_group))
+        ]
+        ray.get(joining)
+
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Leave the group, when there is more than one worker to leave."""
+        if len(worker_group) > 1:
+            ray.wait(worker_group.execute_async(_leave_group), timeout=5.0)
+
+
+@dataclass
+class TorchGroupConfig(BackendConfig):
+    """Chooses ``TorchGroupBackend``."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """The backend's class."""
+        return TorchGroupBackend
+
+
+def _join_group(address: str, port: int, rank: int, world_size: int, backend: str) -> None:
+    """Runs in a worker."""
+    import ray.train
+    import torch
+    import torch.distributed
+
+    context = ray.train.get_context()
+    os.environ |= {
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "NODE_RANK": str(context.get_node_rank()),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+    }
+    if backend == "nccl":
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+        torch.cuda.set_device(context.get_local_rank())
+    torch.distributed.init_process_group(
+        backend, init_method="env://", rank=rank, world_size=world_size
+    )
+
+
+def _leave_group() -> None:
+    """Runs in a worker."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class StageTrainer(DataParallelTrainer):
+    """Ray's trainer with fewer helpers, final user errors, and Ctrl-C left to the driver."""
+
+    def __init__(self, *arguments: Any, is_local: bool, **options: Any) -> None:
+        self._is_local = is_local
+        super().__init__(*arguments, backend_config=TorchGroupConfig(), **options)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unused: tuple[type, ...] = (DatasetsCallback,)
+        if self._is_local:  # the cluster ends with the driver, and so does what is on it
+            unused = (*unused, PlacementGroupCleanerCallback)
+        defaults = super()._create_default_callbacks()
+        return [each for each in defaults if not isinstance(each, unused)]
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        config: Any = self.run_config.failure_config
+        options["failure_policy"] = FinalUserErrors(config)
+        return super()._initialize_and_run_controller(**options)
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ray's handler would leave with exit code 0."""
+
+
+# --- what the driver calls -----------------------------------------------------------------------
+
+
+def train(job: Mapping[str, Any], launch: Launch, function: WorkerFunction) -> Trained:
+    """Run ``function(job)`` in every worker until it ends well; returns the last checkpoint.
+
+    The same ``launch.name`` continues the same run from its last checkpoint. Raises
+    ``TrainingFailed`` with the cause in one line.
+    """
+    runs_uri = storage.join(launch.store_uri, "runs")
+    filesystem, path = storage.arrow_filesystem(runs_uri)
+    settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_SECONDS)}
+    if launch.is_local:
+        settings |= LOCAL_SETTINGS
+    unset = {name: value for name, value in settings.items() if name not in os.environ}
+    # Ray tells of a lost worker on stdout, ten lines each time; `explain` does it in one.
+    stdout_deduplicator.skip_re = re.compile("")
+    with applied(unset):
+        trainer = StageTrainer(
+            function,
+            is_local=launch.is_local,
+            train_loop_config=dict(job),
+            scaling_config=ScalingConfig(
+                num_workers=launch.num_workers,
+                use_gpu=launch.use_gpu,
+                resources_per_worker={"CPU": launch.cpus_per_worker},
+            ),
+            run_config=RunConfig(
+                name=launch.name,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(
+                    max_failures=MAX_FAILURES,
+                    controller_failure_limit=MAX_CONTROLLER_FAILURES,
+                    max_preemption_failures=MAX_PREEMPTIONS,
+                ),
+                checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except (TrainingFailedError, ray.exceptions.RayError) as error:
+            raise explain(error, launch) from error
+    if result.checkpoint is None:
+        raise TrainingFailed(f"training {launch.name} ended without a checkpoint; this is a bug")
+    folder = result.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
+    return Trained(storage.join(runs_uri, launch.name, folder), dict(result.metrics or {}))
+
+
+def explain(error: BaseException, launch: Launch) -> TrainingFailed:
+    """The one line a person needs, from what Ray raises."""
+    again = "run the same command again to continue from the last checkpoint"
+    if isinstance(error, WorkerGroupError) and error.worker_failures:
+        rank, failure = _root_failure(error.worker_failures)
+        if isinstance(failure, UserError):
+            return TrainingFailed(f"training {launch.name} stopped: {failure}", str(error))
+        if _is_lost_worker(failure):
+            return TrainingFailed(
+                f"training {launch.name} lost a worker {MAX_FAILURES + 1} times (killed, or out of "
+                f"memory); lower max_microbatch_size or free memory, then {again}",
+                str(error),
+            )
+        return TrainingFailed(
+            f"training {launch.name} failed in worker {rank}: {type(failure).__name__}: {failure}; "
+            "the trace is in the run's failure.txt",
+            str(error),
+        )
+    cause = error.controller_failure if isinstance(error, ControllerError) else error
+    text = " ".join(str(cause).split())
+    if "CheckpointManagerInitializationError" in f"{type(cause).__name__} {text}":
+        folder = storage.join(launch.store_uri, "runs", launch.name)
+        return TrainingFailed(
+            f"the checkpoints under {folder} are not the ones its {SNAPSHOT_NAME} lists; "
+            "restore them, or delete that folder to train the stage from its start",
+            str(error),
+        )
+    if type(cause).__name__ == "InsufficientClusterResourcesError":
+        return TrainingFailed(
+            f"Ray has too few resources for {launch.num_workers} workers of "
+            f"{launch.cpus_per_worker} CPUs{' and a GPU' if launch.use_gpu else ''}; "
+            "lower cluster.cpus_per_worker or the stage's num_workers",
+            str(error),
+        )
+    return TrainingFailed(
+        f"training {launch.name} failed outside its workers: {type(cause).__name__}: "
+        f"{text[:300]}; {again}",
+        str(error),
+    )
+
+
+def _root_failure(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
+    """The telling failure: a worker's own error before the collateral of a lost neighbour."""
+    ranked = sorted(failures.items(), key=lambda item: (_is_lost_worker(item[1]), item[0]))
+    final = [item for item in ranked if is_final(item[1])]
+    return (final or ranked)[0]
+
+
+def _is_lost_worker(failure: BaseException) -> bool:
+    inner = getattr(failure, "health_check_failure", failure)
+    return isinstance(inner, ray.exceptions.RayActorError)
