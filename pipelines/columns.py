@@ -169,13 +169,12 @@ def canonical_rows(table: pa.Table, layout: Layout, source: str) -> pl.DataFrame
     def score(canonical: str) -> pl.Expr:
         low, high = RANGES[canonical]
         value = column(canonical, pl.Float64())
-        # NaN is between nothing, so it falls out with the values that are out of range.
-        return pl.when(value.is_between(low, high) & value.is_not_nan()).then(value)
+        # Polars ranks NaN above every number, so it falls out with what is out of range.
+        return pl.when(value.is_between(low, high)).then(value)
 
     def side(canonical: str) -> pl.Expr:
         value = column(canonical, pl.Float64())
-        fits = value.is_between(1, MAX_SIDE_PX) & value.is_not_nan()
-        return pl.when(fits).then(value).cast(pl.Int32).alias(canonical)
+        return pl.when(value.is_between(1, MAX_SIDE_PX)).then(value).cast(pl.Int32).alias(canonical)
 
     rows = raw.select(
         column("url", pl.String()).fill_null(""),

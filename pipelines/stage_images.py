@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -67,13 +67,11 @@ OUTCOME_SCHEMA: dict[str, pl.DataType] = {
 }
 
 
-def stage_images(
-    build: Build, partition: int, batches: Iterable[pa.RecordBatch], fetcher: Fetcher | None = None
-) -> None:
+def stage_images(build: Build, partition: int, batches: Iterable[pa.RecordBatch]) -> None:
     """Fetch the partition's images and leave them, with its rows, behind a ``StagedMarker``."""
     with build.task(f"staged-{partition:05d}") as folder:
         rows = prepared_rows(pa.Table.from_batches(batches, TRAVEL_SCHEMA), build.config)
-        fetcher = fetcher or Fetcher(build.config.fetch)
+        fetcher = Fetcher(build.config.fetch)
         try:
             images_path = folder / "images"
             rows = fetch_rows(rows, build.config, fetcher, images_path)
@@ -106,8 +104,8 @@ def fetch_rows(
     rows: pl.DataFrame, config: CurationConfig, fetcher: Fetcher, images_path: Path
 ) -> pl.DataFrame:
     """Fetch every row without a reason; images go to ``images_path``, outcomes into columns."""
-    outcomes: list[tuple[object, ...]] = [
-        (REJECTED, reason, False, "") + (None,) * 9 if reason is not None else ()
+    outcomes = [
+        _columns(None if reason is None else NotStored(REJECTED, reason, False, ""))
         for reason in rows["reason"]
     ]
     todo = [
@@ -118,34 +116,30 @@ def fetch_rows(
     offset = 0
     with images_path.open("wb") as images:
         for index, outcome in _in_threads(todo, config, fetcher):
-            if isinstance(outcome, NotStored):
-                outcomes[index] = (
-                    outcome.disposition,
-                    outcome.reason,
-                    outcome.retryable,
-                    outcome.detail,
-                    *(None,) * 9,
-                )
-                continue
-            images.write(outcome.data)
-            outcomes[index] = (
-                None,
-                None,
-                None,
-                None,
-                outcome.sha256,
-                outcome.width_px,
-                outcome.height_px,
-                outcome.original_width_px,
-                outcome.original_height_px,
-                outcome.crop_left_px,
-                outcome.crop_top_px,
-                offset,
-                len(outcome.data),
-            )
-            offset += len(outcome.data)
+            outcomes[index] = _columns(outcome, offset)
+            if isinstance(outcome, StoredImage):
+                offset += images.write(outcome.data)
     columns = pl.DataFrame(outcomes, schema=OUTCOME_SCHEMA, orient="row")
     return rows.drop("reason").hstack(columns)
+
+
+def _columns(outcome: StoredImage | NotStored | None, offset: int = 0) -> dict[str, object]:
+    """The outcome under the names of ``OUTCOME_SCHEMA``; the rest is null."""
+    if outcome is None:
+        return {}
+    if isinstance(outcome, NotStored):
+        return asdict(outcome)
+    return {
+        "sha256": outcome.sha256,
+        "image_width_px": outcome.width_px,
+        "image_height_px": outcome.height_px,
+        "original_width_px": outcome.original_width_px,
+        "original_height_px": outcome.original_height_px,
+        "crop_left_px": outcome.crop_left_px,
+        "crop_top_px": outcome.crop_top_px,
+        "offset": offset,
+        "num_bytes": len(outcome.data),
+    }
 
 
 def _in_threads(

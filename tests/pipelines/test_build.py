@@ -6,6 +6,7 @@ import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,23 @@ def test_changed_recipes_inputs_and_names_are_other_builds(trap_world: Any, tmp_
     trap_world.rows[0]["TEXT"] = "changed"
     trap_world.write()
     assert plan_curation("traps", config, store_uri).build_key != key
+
+
+def test_a_row_that_is_lost_stops_the_publication(trap_world: Any, tmp_path: Path) -> None:
+    plan = plan_curation("traps", trap_world.config(), tmp_path.as_uri())
+    run(plan)
+    marker = plan.build.read(PartMarker, 1)
+    assert marker is not None
+    for wrong in (
+        replace(marker, committed=marker.committed - 1),
+        replace(marker, rejected=marker.rejected | {"address": 7}),
+        replace(marker, ledger=None),
+    ):
+        plan.build.write(wrong, 1)
+        with pytest.raises(RuntimeError, match="rows went in"):
+            assemble_manifest("traps", plan)
+    plan.build.write(marker, 1)
+    assemble_manifest("traps", plan)
 
 
 @pytest.mark.parametrize("name", ["", "Upper", "a/b", "..", "-x", "a" * 65])
