@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from app.place import Place, connect
 from app.recipe import Recipe
 from app.selection import DATASET_PREFIX, SHEET, WORLD, specs_of
-from app.steps import evaluation_key, placed, uses_world
+from app.steps import evaluation_key, placed, refuse_damage, refuse_damaged_world, uses_world
 from app.verb import Output
 from infra.config import atelier_home
 from infra.tracking_server import TrackingServer
@@ -46,6 +46,7 @@ def plan_run(recipe: Recipe, out: Output) -> list[PlannedStep]:
 
         world = plan_world(recipe.world, home)
         world_folder = world.folder
+        refuse_damaged_world(world)
         rows = {"rows": recipe.world.num_rows}
         steps.append(PlannedStep(WORLD, world.decision, world.reason, world.key, work=rows))
     is_world_there = all(step.decision == "SKIP" for step in steps)
@@ -82,6 +83,8 @@ def _plan_dataset(
     plan = plan_curation(name, config, place.store_uri)
     if plan.manifest_uri is not None and plan.version is not None:
         pins[name] = DatasetPin(name, plan.version, plan.manifest_uri)
+    else:
+        refuse_damage(name, plan)
     return PlannedStep(
         DATASET_PREFIX + name,
         plan.decision,

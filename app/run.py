@@ -50,6 +50,7 @@ def run_recipe(
     with run_lock(home, command):
         file = _new_record(recipe, recipe_path, selection, home, command)
         session = Session(recipe, home, file, out)
+        out.say(f"{recipe.name}: {len(file.status.steps)} steps; what they make lies in {home}")
         try:
             _do_steps(session, selection, repair)
         except BaseException as error:

@@ -22,6 +22,7 @@ from infra.progress import progress
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from app.world import WorldPlan
     from pipelines.config import CurationConfig
     from pipelines.curate import CurationPlan
     from training.plan import Pin, PlanContext, StagePlan
@@ -45,14 +46,22 @@ def make_world(session: Session, repair: bool) -> None:
     plan = plan_world(config, session.home)
     session.world_folder = plan.folder
     if not any(step.name == WORLD for step in session.file.status.steps):
+        if plan.decision != "SKIP":
+            raise _not_curated(session, "the painted world is not made")
         return
     with session.running(WORLD) as step:
         session.decide(step, plan.decision, plan.reason, plan.key)
         step.output = str(plan.folder)
-        if plan.damaged and not repair:
-            raise UserError(f"{plan.folder / plan.damaged[0]} is damaged; {REMEDY}")
+        if not repair:
+            refuse_damaged_world(plan)
         if plan.decision != "SKIP":
             make_world(config, plan)
+
+
+def refuse_damaged_world(plan: WorldPlan) -> None:
+    """A finished world with changed bytes is told, not mended."""
+    if plan.damaged:
+        raise UserError(f"{plan.folder / plan.damaged[0]} is damaged; {REMEDY}")
 
 
 # --- datasets ------------------------------------------------------------------------------------
@@ -91,10 +100,7 @@ def curate_dataset(session: Session, name: str, may_curate: bool, repair: bool) 
             if not repair:
                 refuse_damage(name, plan)
             if not may_curate:
-                path = session.file.status.recipe_path
-                raise UserError(
-                    f"dataset {name} is not curated for this recipe; run `atelier curate {path}`"
-                )
+                raise _not_curated(session, f"dataset {name} is not curated for this recipe")
             uri = _curate(session, step, name, config, uses_world(written), plan.rows_in)
         else:
             uri = plan.manifest_uri
@@ -104,6 +110,10 @@ def curate_dataset(session: Session, name: str, may_curate: bool, repair: bool) 
         step.funnel = funnel_of(manifest)
         step.output = place.local_path(uri) or uri
     return DatasetPin(name, manifest.version, uri)
+
+
+def _not_curated(session: Session, what: str) -> UserError:
+    return UserError(f"{what}; run `atelier curate {session.file.status.recipe_path}`")
 
 
 def refuse_damage(name: str, plan: CurationPlan) -> None:
