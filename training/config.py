@@ -123,7 +123,7 @@ class TokenizerConfig(StrictModel):
         None, "folder (path or URI) of a published CLIP vocabulary; None trains one"
     )
     block_out_channels: tuple[int, ...] = semantic(
-        (32, 64, 64, 96), "channels per level; each level after the first halves the image"
+        (16, 32, 64, 96), "channels per level; each level after the first halves the image"
     )
     latent_channels: int = semantic(16, "channels of a code", ge=1)
     codebook_size: int = semantic(1024, "codes", ge=2, le=65_536)

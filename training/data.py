@@ -21,6 +21,7 @@ from training.order import PlannedOrder, Visit
 from training.randomness import uniforms
 
 Captions = tuple[tuple[str, str], ...]  # (origin, text) pairs
+Rows = NDArray[np.int64] | range
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class TokenDataset:
     """
 
     load: Callable[[int], TokenShard]
-    rows: list[NDArray[np.int64]]
+    rows: list[Rows]
     config: StageConfig
     left_out: dict[str, int] = field(default_factory=dict)
 
@@ -88,7 +89,7 @@ class TokenDataset:
         """The visited samples, each with the caption that its (seed, epoch, sample) draws."""
         shard_of = np.searchsorted(self._ends, visit.indices, side="right")
         draws = _caption_draws(visit, self.config.seed)
-        mix: dict[str, float] = {**self.config.caption_mix}
+        mix: dict[str, float] = {o: weight for o, weight in self.config.caption_mix.items()}
         tokens: list[NDArray[np.uint16]] = []
         conditions: list[NDArray[np.float32]] = []
         captions, ids = [], []
@@ -178,13 +179,22 @@ def _at_least(scores: NDArray[np.float32], minimum: float | None) -> NDArray[np.
 
 def in_memory(shards: Sequence[TokenShard], config: StageConfig) -> TokenDataset:
     """A dataset over shards that are already loaded."""
-    return select(lambda number: shards[number], len(shards), config)
+    return select(lambda number: shards[number], [None] * len(shards), config)
 
 
-def select(load: Callable[[int], TokenShard], num_shards: int, config: StageConfig) -> TokenDataset:
-    """Apply the stage's filters to every shard; raises ``UserError`` when no sample is left."""
-    rows, left_out = [], dict[str, int]()
-    for number in range(num_shards):
+def select(
+    load: Callable[[int], TokenShard], whole_sizes: Sequence[int | None], config: StageConfig
+) -> TokenDataset:
+    """Apply the stage's filters to every shard; raises ``UserError`` when no sample is left.
+
+    ``whole_sizes[i]`` is the size of a shard of which every sample is known to pass, else None.
+    """
+    rows: list[Rows] = []
+    left_out: dict[str, int] = {}
+    for number, size in enumerate(whole_sizes):
+        if size is not None:
+            rows.append(range(size))
+            continue
         chosen, reasons = select_rows(load(number), config)
         rows.append(chosen)
         for reason, count in reasons.items():

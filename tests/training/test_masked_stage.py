@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from model import CLIPTokenizer
+from training.config import OptimizerConfig, StageConfig
+from training.data import TokenDataset, TokenShard, in_memory
+from training.masked_stage import (
+    MaskedStage,
+    TrainingDiverged,
+    apply_update,
+    backward,
+    step_inputs,
+    train_step,
+    use_averaged_weights,
+)
+from training.order import rank_slice
+
+NewStage = Callable[[StageConfig], MaskedStage]
+SmallConfig = Callable[..., StageConfig]
+NewShard = Callable[..., TokenShard]
+
+
+def _dataset(config: StageConfig, token_shard: NewShard) -> TokenDataset:
+    return in_memory([token_shard(5, 0), token_shard(6, 1), token_shard(4, 2)], config)
+
+
+def _gradients(stage: MaskedStage) -> list[torch.Tensor]:
+    return [
+        parameter.grad.clone()
+        for parameter in stage.transformer.parameters()
+        if parameter.grad is not None
+    ]
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess(
+    new_stage: NewStage, small_config: SmallConfig, token_shard: NewShard
+) -> None:
+    config = small_config()
+    result = train_step(new_stage(config), _dataset(config, token_shard).batch_at(0))
+    assert result.loss == pytest.approx(math.log(32), abs=1e-4)
+    assert result.learning_rate == pytest.approx(5e-4)
+    assert result.grad_norm > 0
+
+
+def test_training_learns_one_sample_by_heart(
+    new_stage: NewStage, small_config: SmallConfig, token_shard: NewShard
+) -> None:
+    optimizer = OptimizerConfig(learning_rate=1e-2)
+    config = small_config(steps=80, global_batch_size=4, optimizer=optimizer)
+    dataset = in_memory([token_shard(1)], config)
+    stage = new_stage(config)
+    losses = [train_step(stage, dataset.batch_at(step)).loss for step in range(80)]
+    assert sum(losses[-10:]) / 10 < 0.5 * losses[0]
+
+
+def test_workers_and_microbatches_change_neither_loss_nor_gradients(
+    new_stage: NewStage, small_config: SmallConfig, token_shard: NewShard
+) -> None:
+    alone_config = small_config(prompt_dropout_prob=0.5)
+    dataset = _dataset(alone_config, token_shard)
+
+    def loss_and_gradients(
+        world_size: int, microbatch: int | None
+    ) -> tuple[float, list[torch.Tensor]]:
+        config = small_config(prompt_dropout_prob=0.5, max_microbatch_size=microbatch)
+        stage = new_stage(config)
+        torch.nn.init.normal_(stage.transformer.mlm_layer.conv2.weight, generator=_generator())
+        losses = []
+        for rank in range(world_size):
+            rows = rank_slice(config.global_batch_size, rank, world_size)
+            inputs = step_inputs(dataset.batch_at(0, rows), stage, rows)
+            losses.append(float(backward(stage, inputs, world_size)))
+        return sum(losses) / world_size, [g / world_size for g in _gradients(stage)]
+
+    loss, gradients = loss_and_gradients(1, None)
+    for world_size, microbatch in ((2, None), (3, None), (1, 1), (4, 1)):
+        other_loss, others = loss_and_gradients(world_size, microbatch)
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_a_dropped_prompt_is_the_empty_prompt(
+    new_stage: NewStage,
+    small_config: SmallConfig,
+    token_shard: NewShard,
+    tokenizer: CLIPTokenizer,
+) -> None:
+    empty_T = tokenizer([""], 12)[0]
+    for probability, num_empty in ((0.0, 0), (1.0, 6)):
+        config = small_config(prompt_dropout_prob=probability)
+        batch = _dataset(config, token_shard).batch_at(0)
+        inputs = step_inputs(batch, new_stage(config), slice(None))
+        empty_rows = (inputs.input_ids_BT == empty_T).all(dim=1)
+        assert int(empty_rows.sum()) == num_empty
+
+
+def test_a_frozen_text_encoder_stays_and_a_trained_one_moves(
+    new_stage: NewStage, small_config: SmallConfig, token_shard: NewShard
+) -> None:
+    for is_trained in (False, True):
+        config = small_config(train_text_encoder=is_trained, prompt_dropout_prob=0.0)
+        stage = new_stage(config)
+        before = [p.detach().clone() for p in stage.text_encoder.parameters()]
+        dataset = _dataset(config, token_shard)
+        for step in range(3):
+            train_step(stage, dataset.batch_at(step))
+        after = stage.text_encoder.parameters()
+        moved = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert any(moved) == is_trained
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
+    new_stage: NewStage, small_config: SmallConfig, token_shard: NewShard
+) -> None:
+    config = small_config()
+    stage = new_stage(config)
+    batch = _dataset(config, token_shard).batch_at(0)
+    inputs = step_inputs(batch, stage, slice(None))
+    loss = backward(stage, inputs)
+    before = [p.detach().clone() for p in stage.transformer.parameters()]
+    next(stage.transformer.parameters()).grad = None
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(TrainingDiverged) as caught:
+            apply_update(stage, loss * bad, batch.sample_ids)
+        assert all(name in str(caught.value) for name in batch.sample_ids)
+        assert "step 0" in str(caught.value)
+    assert stage.step == 0
+    after = stage.transformer.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_average_follows_and_replaces_the_weights(
+    new_stage: NewStage, small_config: SmallConfig, token_shard: NewShard
+) -> None:
+    config = small_config(ema_decay=0.5)
+    stage = new_stage(config)
+    dataset = _dataset(config, token_shard)
+    name = "transformer.mlm_layer.conv2.weight"
+    parameter = stage.transformer.mlm_layer.conv2.weight
+    expected = parameter.detach().clone()
+    for step in range(4):
+        train_step(stage, dataset.batch_at(step))
+        decay = min(0.5, (2 + step) / (11 + step))
+        expected = decay * expected + (1 - decay) * parameter.detach()
+    assert stage.ema is not None
+    torch.testing.assert_close(stage.ema[name], expected)
+    assert not torch.equal(parameter, expected)
+    use_averaged_weights(stage)
+    torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_bf16_trains_float32_weights(
+    new_stage: NewStage, small_config: SmallConfig, token_shard: NewShard
+) -> None:
+    config = small_config(precision="bf16")
+    stage = new_stage(config)
+    result = train_step(stage, _dataset(config, token_shard).batch_at(0))
+    assert result.loss == pytest.approx(math.log(32), rel=1e-2)
+    assert {p.dtype for p in stage.transformer.parameters()} == {torch.float32}

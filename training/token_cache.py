@@ -1,0 +1,385 @@
+"""Image tokens, computed once per dataset, tokenizer, resolution and crop policy.
+
+Under ``<store>/datasets/<name>/tokens/<encoder12>-<resolution>px-<crop>/`` lie
+``<shard32>.parquet`` and, after it, its entry ``<shard32>.json``, both named by the shard's content
+and so shared between versions of the dataset; and ``<version>/manifest.json``, written last.
+``encoder`` stands for the tokenizer's weights and the code that applies them. A cache that was cut
+off goes on with the shards that have no entry.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from infra import storage
+from infra.digests import canonical_json, code_digest, sha256_bytes, sha256_file
+from infra.errors import UserError
+from infra.manifest import ShardEntry, dataset_root, load_manifest
+from infra.storage import ObjectMissing
+from model import VQTokenizer
+from training.config import CropPolicy, StageConfig
+from training.data import Captions, TokenDataset, TokenShard, select
+from training.images import Square, decode_image, square_crop
+from training.publish import fetch_checkpoint
+from training.randomness import derive
+from training.token_format import (
+    CachedSample,
+    CacheEntry,
+    CacheManifest,
+    load_cache_manifest,
+    load_tokens,
+    parse_entry,
+    write_tokens,
+)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+ENCODED_PIXELS = 1 << 20  # pixels in one pass of the tokenizer
+TOO_SMALL = "smaller_than_resolution"
+UNREADABLE = "unreadable_image"
+NO_CAPTION = "no_caption"
+VQ_FOLDER = "vqvae"
+ENCODING_CODE = ("model.vq", "model.vq_layers", "training.images")
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to encode: all that a process elsewhere needs to know."""
+
+    shard_uri: str
+    shard_sha256: str
+    tokenizer: str
+    cache_uri: str
+    resolution_px: int
+    crop: CropPolicy
+
+    @property
+    def stem(self) -> str:
+        """The name of the shard's files in the cache."""
+        return self.shard_sha256[:32]
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a cache consists of. ``manifest_uri`` exists once it is complete."""
+
+    manifest_uri: str
+    tasks: list[ShardTask]
+    dataset_sha256: str
+    encoder_sha256: str
+    grid_side: int
+
+
+Submit = Callable[[Callable[[ShardTask], CacheEntry], list[ShardTask]], Iterable[CacheEntry]]
+
+
+def in_turn(
+    function: Callable[[ShardTask], CacheEntry], tasks: list[ShardTask]
+) -> list[CacheEntry]:
+    """Encode shard after shard in this process."""
+    return [function(task) for task in tasks]
+
+
+def ensure_token_cache(
+    dataset_manifest_uri: str,
+    tokenizer: str,
+    resolution_px: int,
+    crop: CropPolicy = "center",
+    submit: Submit = in_turn,
+    dataset_sha256: str | None = None,
+) -> str:
+    """Encode what is missing and return the address of the cache's manifest.
+
+    ``tokenizer`` is the address of a published checkpoint or a local model folder, with ``vqvae/``.
+    ``submit`` runs a function over shards, here or on other machines.
+    """
+    plan = plan_cache(dataset_manifest_uri, tokenizer, resolution_px, crop, dataset_sha256)
+    if not storage.exists(plan.manifest_uri):
+        for _ in submit(ensure_shard, plan.tasks):
+            continue
+        publish_cache(plan)
+    return plan.manifest_uri
+
+
+def plan_cache(
+    dataset_manifest_uri: str,
+    tokenizer: str,
+    resolution_px: int,
+    crop: CropPolicy,
+    dataset_sha256: str | None = None,
+) -> CachePlan:
+    """Where the tokens of a dataset lie or will lie, and one task per shard."""
+    manifest = load_manifest(dataset_manifest_uri, dataset_sha256)
+    vq_folder = find_vq(tokenizer)
+    encoder_sha256 = sha256_bytes(f"{folder_sha256(vq_folder)} {_code_sha256()}".encode())
+    factor = load_vq(str(vq_folder), "cpu").downsample_factor
+    if resolution_px % factor:
+        raise UserError(
+            expected=f"a resolution_px that is a multiple of {factor}, the tokenizer's",
+            got=str(resolution_px),
+        )
+    root = dataset_root(dataset_manifest_uri)
+    name = f"{encoder_sha256[:12]}-{resolution_px}px-{crop}"
+    cache_uri = storage.join(root, "tokens", name)
+    shards = {shard.sha256: shard for shard in manifest.shards}
+    return CachePlan(
+        manifest_uri=storage.join(cache_uri, manifest.version, "manifest.json"),
+        tasks=[
+            _task(root, shard, tokenizer, cache_uri, resolution_px, crop)
+            for shard in shards.values()
+        ],
+        dataset_sha256=manifest.version,
+        encoder_sha256=encoder_sha256,
+        grid_side=resolution_px // factor,
+    )
+
+
+def _task(
+    root: str,
+    shard: ShardEntry,
+    tokenizer: str,
+    cache_uri: str,
+    resolution_px: int,
+    crop: CropPolicy,
+) -> ShardTask:
+    uri = storage.join(root, shard.path)
+    return ShardTask(uri, shard.sha256, tokenizer, cache_uri, resolution_px, crop)
+
+
+def publish_cache(plan: CachePlan) -> CacheManifest:
+    """Write the manifest over the shards' entries; raises ``UserError`` when one is missing."""
+    entries = [read_entry(task) for task in plan.tasks]
+    missing = [task.stem for task, entry in zip(plan.tasks, entries, strict=True) if entry is None]
+    if missing:
+        raise UserError(
+            expected=f"the tokens of all {len(entries)} shards",
+            got=f"{len(missing)} without, the first being {missing[0]}",
+            remedy="run the same command again; it keeps what is whole",
+        )
+    first = plan.tasks[0] if plan.tasks else None
+    manifest = CacheManifest(
+        dataset_sha256=plan.dataset_sha256,
+        encoder_sha256=plan.encoder_sha256,
+        resolution_px=first.resolution_px if first else 0,
+        crop=first.crop if first else "center",
+        grid_height=plan.grid_side,
+        grid_width=plan.grid_side,
+        shards=[entry for entry in entries if entry is not None],
+    )
+    storage.write_json(plan.manifest_uri, manifest.to_json())
+    return manifest
+
+
+# --- one shard -----------------------------------------------------------------------------------
+
+
+def read_entry(task: ShardTask) -> CacheEntry | None:
+    """The entry of a shard whose tokens are there in full size; None when they are not."""
+    uri = storage.join(task.cache_uri, f"{task.stem}.json")
+    try:
+        entry = parse_entry(storage.read_json(uri), uri)
+        num_bytes = storage.stat(storage.join(task.cache_uri, entry.path)).num_bytes
+    except ObjectMissing:
+        return None
+    is_same = entry.shard_sha256 == task.shard_sha256 and num_bytes == entry.num_bytes
+    return entry if is_same else None
+
+
+def ensure_shard(task: ShardTask) -> CacheEntry:
+    """The entry of a shard, encoded now unless it was before."""
+    return read_entry(task) or encode_shard(task)
+
+
+def encode_shard(task: ShardTask) -> CacheEntry:
+    """Encode a shard and store its tokens, then its entry."""
+    with tempfile.TemporaryDirectory(prefix="atelier-tokens-") as scratch:
+        path = Path(scratch) / "shard.tar"
+        storage.download(task.shard_uri, path, sha256=task.shard_sha256)
+        samples, tokens_NHW, left_out = _encode_samples(_read_samples(path), task)
+    data = write_tokens(samples, tokens_NHW)
+    entry = CacheEntry(
+        path=f"{task.stem}.parquet",
+        num_bytes=len(data),
+        sha256=sha256_bytes(data),
+        num_samples=len(samples),
+        shard_sha256=task.shard_sha256,
+        left_out=left_out,
+        num_with_origin=_num_with_origin(samples),
+    )
+    storage.write_bytes(storage.join(task.cache_uri, entry.path), data)
+    storage.write_json(storage.join(task.cache_uri, f"{task.stem}.json"), asdict(entry))
+    return entry
+
+
+def _num_with_origin(samples: list[CachedSample]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for sample in samples:
+        for origin in {origin for origin, _ in sample.captions}:
+            counts[origin] = counts.get(origin, 0) + 1
+    return counts
+
+
+def _read_samples(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """(what is known, image bytes) of each sample in a WebDataset tar, in its order."""
+    known: dict[str, Any] | None = None
+    image: bytes | None = None
+    stem: str | None = None
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            key, _, suffix = member.name.partition(".")
+            file = tar.extractfile(member)
+            if file is None:
+                continue
+            if key != stem:
+                if known is not None and image is not None:
+                    yield known, image
+                stem, known, image = key, None, None
+            if suffix == "json":
+                known = json.loads(file.read())
+            elif f".{suffix}" in IMAGE_SUFFIXES:
+                image = file.read()
+    if known is not None and image is not None:
+        yield known, image
+
+
+def _encode_samples(
+    pairs: Iterable[tuple[dict[str, Any], bytes]], task: ShardTask
+) -> tuple[list[CachedSample], np.ndarray[Any, np.dtype[np.uint16]], dict[str, int]]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vq = load_vq(str(find_vq(task.tokenizer)), device)
+    batch_size = max(1, ENCODED_PIXELS // task.resolution_px**2)
+    side = task.resolution_px // vq.downsample_factor
+    samples: list[CachedSample] = []
+    tokens = [np.empty((0, side, side), np.uint16)]
+    waiting: list[Square] = []
+    left_out = {TOO_SMALL: 0, UNREADABLE: 0, NO_CAPTION: 0}
+    for known, data in pairs:
+        reason, sample, square = _prepare(known, data, task)
+        if sample is None or square is None:
+            left_out[reason] += 1
+            continue
+        samples.append(sample)
+        waiting.append(square)
+        if len(waiting) == batch_size:
+            tokens.append(_encode(vq, waiting, device))
+            waiting = []
+    if waiting:
+        tokens.append(_encode(vq, waiting, device))
+    return samples, np.concatenate(tokens), left_out
+
+
+def _prepare(
+    known: dict[str, Any], data: bytes, task: ShardTask
+) -> tuple[str, CachedSample | None, Square | None]:
+    """(why not, the sample, its square): the last two are None for a sample that is left out."""
+    sample_id = str(known["sample_id"])
+    captions = _captions(known)
+    if not captions:
+        return NO_CAPTION, None, None
+    try:
+        image = decode_image(data)
+    except (OSError, ValueError):
+        return UNREADABLE, None, None
+    key = int(sha256_bytes(sample_id.encode())[:8], 16)
+    draws = (derive(key, "crop top") / 2**64, derive(key, "crop left") / 2**64)
+    square = square_crop(image, task.resolution_px, task.crop, draws)
+    if square is None:
+        return TOO_SMALL, None, None
+    width_px = int(known.get("original_width_px") or image.width)
+    height_px = int(known.get("original_height_px") or image.height)
+    # Curation may have cut a square from the original; its offsets shrink with the image.
+    scale = task.resolution_px / min(width_px, height_px)
+    cut_top_px, cut_left_px = known.get("crop_top_px") or 0, known.get("crop_left_px") or 0
+    return (
+        "",
+        CachedSample(
+            sample_id=sample_id,
+            original_width_px=width_px,
+            original_height_px=height_px,
+            crop_top_px=square.crop_top_px + round(cut_top_px * scale),
+            crop_left_px=square.crop_left_px + round(cut_left_px * scale),
+            preference_score=known.get("preference_score"),
+            aesthetic_score=known.get("aesthetic_score"),
+            captions=captions,
+        ),
+        square,
+    )
+
+
+def _captions(known: dict[str, Any]) -> Captions:
+    pairs = [(str(c["origin"]), str(c["text"])) for c in known.get("captions") or () if c["text"]]
+    if not pairs and known.get("caption"):
+        pairs = [("alt", str(known["caption"]))]
+    return tuple(pairs)
+
+
+def _encode(vq: VQTokenizer, squares: list[Square], device: str) -> Any:
+    pixels = torch.from_numpy(np.stack([square.pixels_HW3 for square in squares])).to(device)
+    images_B3HW = pixels.permute(0, 3, 1, 2).float() / 255.0
+    return vq.encode(images_B3HW.contiguous()).cpu().numpy().astype(np.uint16)
+
+
+# --- the tokenizer -------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def find_vq(tokenizer: str) -> Path:
+    """The local ``vqvae`` folder of a model folder or of a published checkpoint's address."""
+    folder = fetch_checkpoint(tokenizer) if "://" in tokenizer else Path(tokenizer)
+    return folder / VQ_FOLDER
+
+
+@lru_cache(maxsize=4)
+def load_vq(folder: str, device: str) -> VQTokenizer:
+    """The tokenizer in float32, read once per process."""
+    return VQTokenizer.from_pretrained(folder).to(device)
+
+
+@lru_cache(maxsize=1)
+def _code_sha256() -> str:
+    return code_digest(*ENCODING_CODE)
+
+
+def folder_sha256(folder: Path) -> str:
+    """The digest of a part of a model: its files' names and digests."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return sha256_bytes(
+        canonical_json({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
+    )
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def open_tokens(manifest_uri: str, config: StageConfig) -> TokenDataset:
+    """The cached samples that a stage trains on; shards are read and verified when first needed.
+
+    Shards are looked through for the stage's filters now, unless their entries already say that
+    every sample passes.
+    """
+    manifest = load_cache_manifest(manifest_uri)
+    folder_uri = manifest_uri.rsplit("/", 2)[0]
+
+    def load(number: int) -> TokenShard:
+        return load_tokens(folder_uri, manifest.shards[number])
+
+    whole = [_passes_whole(entry, config) for entry in manifest.shards]
+    sizes = [entry.num_samples if is_whole else None for entry, is_whole in
+             zip(manifest.shards, whole, strict=True)]  # fmt: skip
+    return select(load, sizes, config)
+
+
+def _passes_whole(entry: CacheEntry, config: StageConfig) -> bool:
+    if config.min_aesthetic_score is not None or config.min_preference_score is not None:
+        return False
+    wanted = [origin for origin, weight in config.caption_mix.items() if weight > 0]
+    return any(entry.num_with_origin.get(o, 0) == entry.num_samples for o in wanted)
