@@ -1,8 +1,8 @@
 """A Ray that starts fast, stays on loopback and leaves nothing behind.
 
-Measured on 2 busy cores, ``ray.init`` with its defaults took 19 s and 6.9 CPU seconds; this
-takes 3.7 s and 2.6, because it does not start what a laptop has no use for: the autoscaler, the
-API server (no dashboard), the log monitor (logs stay in files) and idle workers.
+Not started is what a laptop has no use for: the autoscaler, the API server (no dashboard) and the
+log monitor (logs stay in files). On 2 busy cores that halves ``ray.init`` (8.1 s to 4.3 s), saves
+2.6 CPU seconds and 265 MB, and Ray Train behaves as before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ QUIET = {
 }
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # off: Ray's own address is 127.0.0.1
 LEAN = {
+    # Nobody serves Ray's state API here. Ray Train asks it whether its controller lives and takes
+    # a refusal as "not known", but without an address it would look for one for 40 s.
+    "RAY_API_SERVER_ADDRESS": f"http://{HOST}:1",
     "RAY_enable_metrics_collection": "0",
-    "RAY_enable_worker_prestart": "0",
-    "RAY_prestart_worker_first_driver": "0",
 }
 
 
@@ -127,7 +128,18 @@ def _local_ray(cluster: ClusterConfig, environment: Mapping[str, str]) -> Iterat
         finally:
             ray.shutdown()
             if sys.exc_info()[0] is None:
-                shutil.rmtree(session, ignore_errors=True)
+                _sweep(session)
+
+
+def _sweep(session: Path) -> None:
+    """Remove a session's files, and the folders above it unless another session is in them."""
+    shutil.rmtree(session, ignore_errors=True)
+    latest = session.with_name("session_latest")
+    with suppress(OSError):  # another session's folders stay
+        if latest.is_symlink() and not latest.exists():
+            latest.unlink()
+        session.parent.rmdir()
+        session.parent.parent.rmdir()
 
 
 def _node(ray: Any) -> Any:
