@@ -13,14 +13,10 @@ NORM_EPS = 1e-6
 SINUSOID_CHANNELS = 256
 FLOAT16_MAX = 65504.0
 
-# Truncated-normal standard deviation is INIT_GAIN / sqrt(inputs): 0.02 at the published width of
-# 1024, and the same gain at any other width.
-INIT_GAIN = 0.64
-
 
 def init_linear(weight: Tensor, num_inputs: int) -> None:
-    """Fill `weight` from a truncated normal whose spread keeps the gain the same at every width."""
-    std = INIT_GAIN / math.sqrt(num_inputs)
+    """Fill `weight` from a normal cut at two deviations of 1 / sqrt(num_inputs): gain near one."""
+    std = 1 / math.sqrt(num_inputs)
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
@@ -91,6 +87,11 @@ class Modulation(nn.Module):
         """Modulated x_BSC, gate_B1C and, with six chunks, the second shift, scale and gate."""
         chunks = self.linear(F.silu(condition_BC))[:, None].chunk(self.num_chunks, dim=-1)
         return modulate(x_BSC, chunks[0], chunks[1]), *chunks[2:]
+
+    def open_gates(self, gate: float) -> None:
+        """Set the gates' biases: what they are as long as the weights are zero."""
+        with torch.no_grad():
+            self.linear.bias.view(self.num_chunks, -1)[2::3] = gate
 
 
 def modulate(x_BSC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor) -> Tensor:

@@ -114,7 +114,6 @@ class CLIPTokenizer:
             raise ModelError("prompts must be a list of strings")
         rows = torch.full((len(prompts), length), self.pad_token_id, dtype=torch.long)
         for row, prompt in zip(rows, prompts, strict=True):
-            # A token takes at least one character, so no more than this can matter.
             ids = [self.bos_token_id, *self.encode(prompt)[: length - 2], self.eos_token_id]
             row[: len(ids)] = torch.tensor(ids)
         return rows

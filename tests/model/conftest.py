@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import settings
 
 from model.schedule import MASK_RATIO
 from model.text import CLIPTextConfig, CLIPTextEncoder
@@ -11,6 +12,10 @@ from model.text_to_image import PainterDefaults, TextToImage
 from model.text_tokenizer import CLIPTokenizer
 from model.transformer import MaskedImageTransformer, TransformerConfig
 from model.vq import VQConfig, VQTokenizer
+
+# A busy machine is no failure.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 CAPTIONS = [
     "a red circle on a blue background",
