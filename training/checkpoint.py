@@ -142,7 +142,7 @@ def load_checkpoint(folder: Path, config_sha256: str) -> Checkpoint:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as ``<parameter>/<moment>``; groups carry their parameters' ``names``."""
+    """The optimizer's state as ``<parameter>/<moment>``; groups carry ``names``."""
     return {
         f"{name}/{key}": torch.as_tensor(value)
         for name, parameter in _named(optimizer)

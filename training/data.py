@@ -110,6 +110,26 @@ class TokenDataset:
             ids,
         )
 
+    def preference_scores(self) -> NDArray[np.float32]:
+        """The known preference scores of the selected samples, (N,)."""
+        chosen = [
+            self._shard(number).preference_score_N[np.asarray(rows)]
+            for number, rows in enumerate(self.rows)
+            if len(rows)
+        ]
+        scores = np.concatenate([np.empty(0, np.float32), *chosen])
+        return scores[~np.isnan(scores)]
+
+    def preference_scores(self, num_shards: int) -> NDArray[np.float32]:
+        """The scores of the selected samples of the first shards; unknown ones are filled in."""
+        parts = []
+        for number, rows in enumerate(self.rows[:num_shards]):
+            if len(rows):
+                parts.append(self._shard(number).preference_score_N[np.asarray(rows)])
+        scores = np.concatenate(parts or [np.empty(0, np.float32)])
+        unknown = np.float32(self.config.unknown_preference_score)
+        return np.where(np.isnan(scores), unknown, scores) if len(scores) else unknown[None]
+
     def _shard(self, number: int) -> TokenShard:
         if number in self._resident:
             self._resident.move_to_end(number)

@@ -11,6 +11,7 @@ question asked later is answered truthfully.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def import_lightning() -> ModuleType:
     """``lightning.pytorch``; imported lean unless it was imported before."""
     if "lightning.pytorch" not in sys.modules:
         with _hidden(UNUSED):
-            import lightning.pytorch
+            importlib.import_module("lightning.pytorch")
     return sys.modules["lightning.pytorch"]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,17 @@ class StepInputs:
     num_masked_globally: int
     sample_ids: list[str]
 
+    def to(self, device: torch.device | str) -> StepInputs:
+        """The same on ``device``."""
+        return replace(
+            self,
+            tokens_BHW=self.tokens_BHW.to(device),
+            mask_BHW=self.mask_BHW.to(device),
+            mask_ratio_B=self.mask_ratio_B.to(device),
+            input_ids_BT=self.input_ids_BT.to(device),
+            micro_conditions_B5=self.micro_conditions_B5.to(device),
+        )
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -100,21 +111,20 @@ def named_trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Pa
 
 
 def step_inputs(
-    batch: Batch, stage: MaskedStage, rows: slice, device: torch.device | str = "cpu"
+    batch: Batch, config: StageConfig, tokenizer: CLIPTokenizer, step: int, rows: slice
 ) -> StepInputs:
-    """Draw this step's masks and dropped prompts; ``batch`` holds ``rows`` of the global batch."""
-    config = stage.config
+    """Draw a step's masks and dropped prompts; ``batch`` holds ``rows`` of the global batch."""
     height, width = batch.tokens_BHW.shape[1:]
     size = config.global_batch_size
-    mask_BHW, ratio_B = draw_masks(size, height, width, config.seed, stage.step)
-    dropped_B = draw_dropped(size, config.prompt_dropout_prob, config.seed, stage.step)
+    mask_BHW, ratio_B = draw_masks(size, height, width, config.seed, step)
+    dropped_B = draw_dropped(size, config.prompt_dropout_prob, config.seed, step)
     prompts = drop_prompts(batch.captions, dropped_B[rows])
     return StepInputs(
-        tokens_BHW=batch.tokens_BHW.to(device),
-        mask_BHW=mask_BHW[rows].to(device),
-        mask_ratio_B=ratio_B[rows].to(device),
-        input_ids_BT=stage.tokenizer(prompts, config.text_tokens).to(device),
-        micro_conditions_B5=batch.micro_conditions_B5.to(device),
+        tokens_BHW=batch.tokens_BHW,
+        mask_BHW=mask_BHW[rows],
+        mask_ratio_B=ratio_B[rows],
+        input_ids_BT=tokenizer(prompts, config.text_tokens),
+        micro_conditions_B5=batch.micro_conditions_B5,
         num_masked_globally=int(mask_BHW.sum()),
         sample_ids=batch.sample_ids,
     )
@@ -205,8 +215,9 @@ def update_ema(stage: MaskedStage) -> None:
 
 def train_step(stage: MaskedStage, batch: Batch, device: torch.device | str = "cpu") -> StepResult:
     """One optimizer step of a single worker, on a whole global batch."""
-    inputs = step_inputs(batch, stage, slice(None), device)
-    return apply_update(stage, backward(stage, inputs), batch.sample_ids)
+    inputs = step_inputs(batch, stage.config, stage.tokenizer, stage.step, slice(None))
+    loss = backward(stage, inputs.to(device))
+    return apply_update(stage, loss, batch.sample_ids)
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ def ensure_token_cache(
     ``submit`` runs a function over shards, here or on other machines.
     """
     plan = plan_cache(dataset_manifest_uri, tokenizer, resolution_px, crop, dataset_sha256)
-    if not storage.exists(plan.manifest_uri):
+    if not is_complete(plan):
         for _ in submit(ensure_shard, plan.tasks):
             continue
         publish_cache(plan)
@@ -155,6 +155,11 @@ def _task(
     return ShardTask(uri, shard.sha256, tokenizer, cache_uri, resolution_px, crop)
 
 
+def is_complete(plan: CachePlan) -> bool:
+    """Whether the cache's manifest was written."""
+    return storage.exists(plan.manifest_uri)
+
+
 def publish_cache(plan: CachePlan) -> CacheManifest:
     """Write the manifest over the shards' entries; raises ``UserError`` when one is missing."""
     entries = [read_entry(task) for task in plan.tasks]
@@ -204,7 +209,7 @@ def encode_shard(task: ShardTask) -> CacheEntry:
     with tempfile.TemporaryDirectory(prefix="atelier-tokens-") as scratch:
         path = Path(scratch) / "shard.tar"
         storage.download(task.shard_uri, path, sha256=task.shard_sha256)
-        samples, tokens_NHW, left_out = _encode_samples(_read_samples(path), task)
+        samples, tokens_NHW, left_out = _encode_samples(read_samples(path), task)
     data = write_tokens(samples, tokens_NHW)
     entry = CacheEntry(
         path=f"{task.stem}.parquet",
@@ -228,7 +233,7 @@ def _num_with_origin(samples: list[CachedSample]) -> dict[str, int]:
     return counts
 
 
-def _read_samples(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+def read_samples(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     """(what is known, image bytes) of each sample in a WebDataset tar, in its order."""
     known: dict[str, Any] | None = None
     image: bytes | None = None

@@ -8,9 +8,10 @@ import torch
 
 from model import CLIPTokenizer
 from training.config import OptimizerConfig, StageConfig
-from training.data import TokenDataset, TokenShard, in_memory
+from training.data import Batch, TokenDataset, TokenShard, in_memory
 from training.masked_stage import (
     MaskedStage,
+    StepInputs,
     TrainingDiverged,
     apply_update,
     backward,
@@ -27,6 +28,10 @@ NewShard = Callable[..., TokenShard]
 
 def _dataset(config: StageConfig, token_shard: NewShard) -> TokenDataset:
     return in_memory([token_shard(5, 0), token_shard(6, 1), token_shard(4, 2)], config)
+
+
+def _inputs(batch: Batch, stage: MaskedStage, rows: slice = slice(None)) -> StepInputs:
+    return step_inputs(batch, stage.config, stage.tokenizer, stage.step, rows)
 
 
 def _gradients(stage: MaskedStage) -> list[torch.Tensor]:
@@ -73,7 +78,7 @@ def test_workers_and_microbatches_change_neither_loss_nor_gradients(
         losses = []
         for rank in range(world_size):
             rows = rank_slice(config.global_batch_size, rank, world_size)
-            inputs = step_inputs(dataset.batch_at(0, rows), stage, rows)
+            inputs = _inputs(dataset.batch_at(0, rows), stage, rows)
             losses.append(float(backward(stage, inputs, world_size)))
         return sum(losses) / world_size, [g / world_size for g in _gradients(stage)]
 
@@ -98,7 +103,7 @@ def test_a_dropped_prompt_is_the_empty_prompt(
     for probability, num_empty in ((0.0, 0), (1.0, 6)):
         config = small_config(prompt_dropout_prob=probability)
         batch = _dataset(config, token_shard).batch_at(0)
-        inputs = step_inputs(batch, new_stage(config), slice(None))
+        inputs = _inputs(batch, new_stage(config))
         empty_rows = (inputs.input_ids_BT == empty_T).all(dim=1)
         assert int(empty_rows.sum()) == num_empty
 
@@ -124,7 +129,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     config = small_config()
     stage = new_stage(config)
     batch = _dataset(config, token_shard).batch_at(0)
-    inputs = step_inputs(batch, stage, slice(None))
+    inputs = _inputs(batch, stage)
     loss = backward(stage, inputs)
     before = [p.detach().clone() for p in stage.transformer.parameters()]
     next(stage.transformer.parameters()).grad = None
