@@ -110,16 +110,6 @@ class TokenDataset:
             ids,
         )
 
-    def preference_scores(self) -> NDArray[np.float32]:
-        """The known preference scores of the selected samples, (N,)."""
-        chosen = [
-            self._shard(number).preference_score_N[np.asarray(rows)]
-            for number, rows in enumerate(self.rows)
-            if len(rows)
-        ]
-        scores = np.concatenate([np.empty(0, np.float32), *chosen])
-        return scores[~np.isnan(scores)]
-
     def preference_scores(self, num_shards: int) -> NDArray[np.float32]:
         """The scores of the selected samples of the first shards; unknown ones are filled in."""
         parts = []
@@ -127,8 +117,8 @@ class TokenDataset:
             if len(rows):
                 parts.append(self._shard(number).preference_score_N[np.asarray(rows)])
         scores = np.concatenate(parts or [np.empty(0, np.float32)])
-        unknown = np.float32(self.config.unknown_preference_score)
-        return np.where(np.isnan(scores), unknown, scores) if len(scores) else unknown[None]
+        unknown = self.config.unknown_preference_score
+        return np.nan_to_num(scores, nan=unknown) if len(scores) else np.full(1, unknown, "f4")
 
     def _shard(self, number: int) -> TokenShard:
         if number in self._resident:

@@ -33,6 +33,7 @@ DRIVER_MODULES = frozenset(
         "progress",
         "publish",
         "registry",
+        "run_filesystem",
         "stages",
         "versions",
     }

@@ -43,6 +43,7 @@ from infra.environment import applied
 from infra.errors import UserError
 from infra.storage import StorageUnavailable
 from infra.tracking_server import TrackingUnavailable
+from training.run_filesystem import run_filesystem
 
 MAX_FAILURES = 3
 MAX_CONTROLLER_FAILURES = 3
@@ -208,7 +209,7 @@ def train(job: Mapping[str, Any], launch: Launch, function: WorkerFunction) -> T
     ``TrainingFailed`` with the cause in one line.
     """
     runs_uri = storage.join(launch.store_uri, "runs")
-    filesystem, path = storage.arrow_filesystem(runs_uri)
+    filesystem, path = run_filesystem(runs_uri)
     settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_SECONDS)}
     if launch.is_local:
         settings |= LOCAL_SETTINGS
@@ -266,8 +267,8 @@ def explain(error: BaseException, launch: Launch) -> TrainingFailed:
             str(error),
         )
     cause = error.controller_failure if isinstance(error, ControllerError) else error
-    text = " ".join(str(cause).split())
-    if "CheckpointManagerInitializationError" in f"{type(cause).__name__} {text}":
+    text = _last_words(cause)
+    if "CheckpointManagerInitializationError" in f"{type(cause).__name__} {cause}":
         folder = storage.join(launch.store_uri, "runs", launch.name)
         return TrainingFailed(
             f"the checkpoints under {folder} are not the ones its {SNAPSHOT_NAME} lists; "
@@ -286,6 +287,12 @@ def explain(error: BaseException, launch: Launch) -> TrainingFailed:
         f"{text[:300]}; {again}",
         str(error),
     )
+
+
+def _last_words(cause: BaseException) -> str:
+    """The cause's own line: what Ray quotes from another process ends with it."""
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 def _root_failure(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from model import (
     CLIPTextConfig,
@@ -24,18 +21,10 @@ from training.randomness import derive
 
 Built = TypeVar("Built")
 
-MIN_GROUP_CHANNELS = 4  # channels that share a norm in the image tokenizer
-RESIDUAL_GAIN = 0.3  # of a residual branch's last convolution at the start
-
 
 def vq_config(config: TokenizerConfig) -> VQConfig:
-    """The image tokenizer that stage 0 trains.
-
-    Norm groups stay wide: a group of one or two channels would take a plain image's colour out.
-    """
-    small = VQConfig.small(config.block_out_channels, config.codebook_size, config.latent_channels)
-    num_groups = max(1, math.gcd(*config.block_out_channels) // MIN_GROUP_CHANNELS)
-    return replace(small, norm_num_groups=num_groups)
+    """The image tokenizer that stage 0 trains."""
+    return VQConfig.small(config.block_out_channels, config.codebook_size, config.latent_channels)
 
 
 def text_config(config: TextEncoderConfig, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
@@ -86,31 +75,7 @@ def _seeded(build: Callable[[], Built], seed: int, purpose: str) -> Built:
 
 def new_vq(config: TokenizerConfig) -> VQTokenizer:
     """A fresh image tokenizer; the same for the same seed."""
-
-    def build() -> VQTokenizer:
-        vq = VQTokenizer(vq_config(config))
-        init_vq(vq)
-        return vq
-
-    return _seeded(build, config.seed, "vq weights")
-
-
-@torch.no_grad()
-def init_vq(vq: VQTokenizer) -> None:
-    """Start where images are: convolutions keep their input's variance, residual branches are
-    small, pixels count from the middle of [0, 1] and the first output is middle grey."""
-    for name, module in vq.named_modules():
-        if isinstance(module, nn.Conv2d) and module.bias is not None:
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            nn.init.zeros_(module.bias)
-            if name.endswith("conv2"):
-                module.weight.mul_(RESIDUAL_GAIN)
-    first, last = vq.encoder.conv_in, vq.decoder.conv_out
-    first.weight.mul_(2.0)
-    if first.bias is not None and last.bias is not None:
-        first.bias.copy_(-0.5 * first.weight.sum(dim=(1, 2, 3)))
-        last.bias.fill_(0.5)
-    last.weight.mul_(RESIDUAL_GAIN)
+    return _seeded(lambda: VQTokenizer(vq_config(config)), config.seed, "vq weights")
 
 
 def new_text_encoder(

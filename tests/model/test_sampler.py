@@ -233,6 +233,17 @@ def test_masked_counts_follow_the_schedule(transformer: MaskedImageTransformer) 
     assert counts == expected
 
 
+def test_a_late_start_follows_the_schedule_from_there(transformer: MaskedImageTransformer) -> None:
+    network = recorder(transformer)
+    tokens = torch.zeros(1, 8, 8, dtype=torch.long)
+    masked_at_half = int(64 * cosine_schedule(torch.tensor(0.5)))
+    tokens.view(-1)[:masked_at_half] = MASK
+    unmask(network, tokens, condition(1), [0], SamplingOptions(8, 1.0), first_step=4)
+    counts = [int((seen == MASK).sum()) for seen, _ in network.calls]
+    expected = [int(64 * cosine_schedule(torch.tensor(step / 8))) for step in range(4, 8)]
+    assert all(abs(a - b) <= 1 for a, b in zip(counts, expected, strict=True))
+
+
 def test_progress_counts_every_step(transformer: MaskedImageTransformer) -> None:
     seen: list[tuple[int, int, int]] = []
 

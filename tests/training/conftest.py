@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
+from infra import storage
+from infra.digests import sha256_bytes
+from infra.manifest import DatasetManifest, ShardEntry, publish_manifest, shard_path
 from model import CLIPTokenizer
-from training.config import NetworkConfig, OptimizerConfig, StageConfig, TextEncoderConfig
+from training.config import (
+    NetworkConfig,
+    OptimizerConfig,
+    StageConfig,
+    TextEncoderConfig,
+    TokenizerConfig,
+)
 from training.data import TokenShard
 from training.masked_stage import MaskedStage, start_stage
-from training.networks import new_text_encoder, new_transformer, transformer_config
+from training.networks import new_text_encoder, new_transformer, new_vq, transformer_config
 
 CODEBOOK_SIZE = 32
 NETWORK = NetworkConfig(
@@ -82,6 +96,18 @@ def small_config() -> Callable[..., StageConfig]:
 
 
 @pytest.fixture
+def network_config() -> NetworkConfig:
+    """Two blocks of 16 channels."""
+    return NETWORK
+
+
+@pytest.fixture
+def text_encoder_config() -> TextEncoderConfig:
+    """Two layers of 16 channels."""
+    return TEXT
+
+
+@pytest.fixture
 def token_shard() -> Callable[..., TokenShard]:
     """``token_shard(num_samples, number, side)``: random tokens, two captions each."""
     return _token_shard
@@ -103,3 +129,82 @@ def new_stage(tokenizer: CLIPTokenizer) -> Callable[[StageConfig], MaskedStage]:
         return start_stage(config, new_transformer(sizes, seed=2), text_encoder, tokenizer)
 
     return build
+
+
+def _painted(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """A plain background with one plain rectangle."""
+    back, front = (tuple(255 * int(c) for c in rng.integers(0, 2, 3)) for _ in range(2))
+    image = Image.new("RGB", (width, height), back)
+    left, top = (int(v) for v in rng.integers(0, min(width, height) // 2, 2))
+    ImageDraw.Draw(image).rectangle([left, top, left + 14, top + 14], fill=front)
+    return image
+
+
+def _curated_sample(number: int, size: tuple[int, int]) -> dict[str, bytes]:
+    rng = np.random.default_rng(number)
+    image = io.BytesIO()
+    _painted(rng, *size).save(image, "PNG")
+    sample_id = f"{number:016x}"
+    known = {
+        "sample_id": sample_id,
+        "caption": f"a rectangle number {number}",
+        "captions": [
+            {"origin": "alt", "text": f"a rectangle number {number}", "model": None},
+            {"origin": "synthetic", "text": f"a long text about rectangle {number}", "model": "m"},
+        ][: 1 + number % 2],
+        "original_width_px": 2 * size[0] + 16,
+        "original_height_px": 2 * size[1],
+        "crop_left_px": 8,
+        "crop_top_px": 0,
+        "preference_score": None if number % 5 == 0 else 4.0 + number % 3,
+        "aesthetic_score": 5.0 + 0.1 * number,
+    }
+    return {
+        f"{sample_id}.json": json.dumps(known).encode(),
+        f"{sample_id}.png": image.getvalue(),
+        f"{sample_id}.txt": str(known["caption"]).encode(),
+    }
+
+
+def _tar(members: dict[str, bytes]) -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return sink.getvalue()
+
+
+@pytest.fixture
+def curated(tmp_path: Path) -> Callable[..., str]:
+    """``curated(sizes_per_shard)``: a published dataset of small images, one list of (width,
+    height) per shard; returns its manifest's address."""
+
+    def build(sizes_per_shard: list[list[tuple[int, int]]], name: str = "toy") -> str:
+        root = storage.join((tmp_path / "store").as_uri(), "datasets", name)
+        entries, number = [], 0
+        for sizes in sizes_per_shard:
+            members: dict[str, bytes] = {}
+            for size in sizes:
+                members |= _curated_sample(number, size)
+                number += 1
+            data = _tar(members)
+            path = shard_path(sha256_bytes(data))
+            storage.write_bytes(storage.join(root, path), data)
+            entries.append(ShardEntry(path, len(data), sha256_bytes(data), len(sizes)))
+        counts = {"rows_in": number, "committed": number, "rejected": 0, "failed": 0}
+        return publish_manifest(root, DatasetManifest(name, "0" * 64, entries, [], counts))
+
+    return build
+
+
+@pytest.fixture
+def vq_folder(tmp_path: Path) -> Path:
+    """A model folder with an untrained tokenizer of 4 px per token in ``vqvae/``."""
+    config = TokenizerConfig(
+        block_out_channels=(8, 8, 8), latent_channels=4, codebook_size=CODEBOOK_SIZE
+    )
+    folder = tmp_path / "tokenizer-model"
+    new_vq(config).save_pretrained(folder / "vqvae")
+    return folder

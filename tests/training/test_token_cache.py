@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from infra import storage
+from infra.errors import UserError
+from infra.storage import DigestMismatch
+from model import VQTokenizer
+from training import token_cache
+from training.config import StageConfig
+from training.images import shrink, square_crop
+from training.token_cache import ensure_token_cache, open_tokens
+from training.token_format import CacheEntry, load_cache_manifest, load_tokens
+
+SIZES = [[(32, 32), (48, 32), (12, 40)], [(16, 24), (40, 16)]]
+
+Curated = Callable[..., str]
+SmallConfig = Callable[..., StageConfig]
+
+
+def test_tokens_are_those_of_the_shrunk_square(curated: Curated, vq_folder: Path) -> None:
+    uri = ensure_token_cache(curated(SIZES), str(vq_folder), 16)
+    manifest = load_cache_manifest(uri)
+    assert (manifest.grid_height, manifest.grid_width) == (4, 4)
+    assert manifest.num_samples == 4
+    assert manifest.left_out()["smaller_than_resolution"] == 1
+    shard = load_tokens(uri.rsplit("/", 2)[0], manifest.shards[0])
+    assert shard.sample_ids == [f"{0:016x}", f"{1:016x}"]
+    assert shard.tokens_NHW.dtype == np.uint16
+    image = Image.open(_image_file(uri, manifest.shards[0].shard_sha256, shard.sample_ids[1]))
+    square = square_crop(image.convert("RGB"), 16, "center")
+    assert square is not None
+    pixels = torch.tensor(square.pixels_HW3).permute(2, 0, 1)[None].float() / 255
+    expected = VQTokenizer.from_pretrained(vq_folder / "vqvae").encode(pixels)[0]
+    assert shard.tokens_NHW[1].tolist() == expected.tolist()
+
+
+def _image_file(manifest_uri: str, shard_sha256: str, sample_id: str) -> io.BytesIO:
+    """The image of a sample, read from its shard without the code under test."""
+    root = manifest_uri.rsplit("/", 4)[0]
+    data = storage.read_bytes(f"{root}/shards/{shard_sha256[:32]}.tar")
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        file = tar.extractfile(f"{sample_id}.png")
+        assert file is not None
+        return io.BytesIO(file.read())
+
+
+def test_sizes_crops_scores_and_captions_come_along(curated: Curated, vq_folder: Path) -> None:
+    uri = ensure_token_cache(curated(SIZES), str(vq_folder), 16)
+    shard = load_tokens(uri.rsplit("/", 2)[0], load_cache_manifest(uri).shards[0])
+    # 48 x 32 stored from 112 x 64: shrunk to 24 x 16, the middle 16 begin at 4; curation's own
+    # offset of 8 shrinks by 16/64 to 2.
+    assert shard.sizes_and_crops_N4[1].tolist() == [112, 64, 0, 6]
+    assert shard.sizes_and_crops_N4[0].tolist() == [80, 64, 0, 2]
+    assert np.isnan(shard.preference_score_N[0])
+    assert shard.preference_score_N[1] == 5.0
+    assert shard.aesthetic_score_N[1] == np.float32(5.1)
+    assert [origin for origin, _ in shard.captions[1]] == ["alt", "synthetic"]
+    assert shard.captions[0] == (("alt", "a rectangle number 0"),)
+
+
+def test_a_cut_off_cache_goes_on_and_a_finished_one_is_left_alone(
+    curated: Curated, vq_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = curated(SIZES)
+    encoded: list[str] = []
+    encode = token_cache.encode_shard
+
+    def counting(task: token_cache.ShardTask) -> object:
+        encoded.append(task.stem)
+        if len(encoded) == 2:
+            raise RuntimeError("the machine went away")
+        return encode(task)
+
+    monkeypatch.setattr(token_cache, "encode_shard", counting)
+    with pytest.raises(RuntimeError, match="went away"):
+        ensure_token_cache(dataset, str(vq_folder), 16)
+    uri = ensure_token_cache(dataset, str(vq_folder), 16)
+    assert len(encoded) == 3
+    assert encoded[1] == encoded[2] != encoded[0]
+    before = storage.read_bytes(uri)
+    assert ensure_token_cache(dataset, str(vq_folder), 16) == uri
+    assert len(encoded) == 3
+    assert storage.read_bytes(uri) == before
+
+
+def test_a_flipped_byte_in_the_tokens_is_told(curated: Curated, vq_folder: Path) -> None:
+    uri = ensure_token_cache(curated(SIZES), str(vq_folder), 16)
+    folder_uri = uri.rsplit("/", 2)[0]
+    entry = load_cache_manifest(uri).shards[0]
+    data = bytearray(storage.read_bytes(storage.join(folder_uri, entry.path)))
+    data[len(data) // 2] ^= 1
+    storage.write_bytes(storage.join(folder_uri, entry.path), bytes(data))
+    with pytest.raises(DigestMismatch):
+        load_tokens(folder_uri, entry)
+
+
+def test_a_flipped_byte_in_a_shard_is_told(curated: Curated, vq_folder: Path) -> None:
+    dataset = curated(SIZES)
+    root = dataset.rsplit("/", 2)[0]
+    shard = next(iter(storage.list_objects(storage.join(root, "shards"))))
+    data = bytearray(storage.read_bytes(shard.uri))
+    data[600] ^= 1
+    storage.write_bytes(shard.uri, bytes(data))
+    with pytest.raises(DigestMismatch):
+        ensure_token_cache(dataset, str(vq_folder), 16)
+
+
+def test_another_tokenizer_resolution_or_crop_has_its_own_cache(
+    curated: Curated, vq_folder: Path
+) -> None:
+    dataset = curated(SIZES)
+    uris = {
+        ensure_token_cache(dataset, str(vq_folder), 16),
+        ensure_token_cache(dataset, str(vq_folder), 8),
+        ensure_token_cache(dataset, str(vq_folder), 16, "random"),
+    }
+    assert len({uri.rsplit("/", 2)[0] for uri in uris}) == 3
+
+
+def test_a_resolution_between_tokens_is_refused(curated: Curated, vq_folder: Path) -> None:
+    with pytest.raises(UserError, match="multiple of 4"):
+        ensure_token_cache(curated(SIZES), str(vq_folder), 18)
+
+
+def test_the_submitter_decides_where_shards_are_encoded(curated: Curated, vq_folder: Path) -> None:
+    seen: list[int] = []
+
+    def submit(
+        function: Callable[[token_cache.ShardTask], CacheEntry],
+        tasks: list[token_cache.ShardTask],
+    ) -> list[CacheEntry]:
+        seen.append(len(tasks))
+        return [function(task) for task in reversed(tasks)]
+
+    ensure_token_cache(curated(SIZES), str(vq_folder), 16, submit=submit)
+    assert seen == [2]
+
+
+def test_a_stage_sees_what_its_filters_pass(
+    curated: Curated, vq_folder: Path, small_config: SmallConfig
+) -> None:
+    uri = ensure_token_cache(curated(SIZES), str(vq_folder), 16)
+    everything = open_tokens(uri, small_config(caption_mix={"alt": 1.0}))
+    assert len(everything) == 4
+    batch = everything.batch_at(0)
+    assert batch.tokens_BHW.shape == (6, 4, 4)
+    assert batch.micro_conditions_B5.shape == (6, 5)
+    long_only = open_tokens(uri, small_config(caption_mix={"synthetic": 1.0}))
+    assert len(long_only) == 2
+    assert all("long text" in caption for caption in long_only.batch_at(0).captions)
+    assert long_only.left_out["caption_origin"] == 2
+    scored = open_tokens(uri, small_config(caption_mix={"alt": 1.0}, min_preference_score=4.5))
+    assert set(scored.batch_at(0).sample_ids) == {f"{1:016x}", f"{4:016x}"}
+    with pytest.raises(UserError, match="loosen"):
+        open_tokens(uri, small_config(min_aesthetic_score=9.0))
+
+
+def test_images_are_shrunk_by_area_and_never_enlarged() -> None:
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[:, ::2] = 200
+    shrunk = shrink(Image.fromarray(pixels), 2)
+    assert shrunk.size == (4, 2)
+    assert np.asarray(shrunk).tolist() == [[[100] * 3] * 4] * 2
+    assert square_crop(Image.fromarray(pixels), 5, "center") is None
+
+
+def test_random_crops_reach_every_place() -> None:
+    image = Image.fromarray(np.zeros((4, 8, 3), np.uint8))
+    lefts = []
+    for draw in (0.0, 0.5, 0.999):
+        square = square_crop(image, 4, "random", (0.0, draw))
+        assert square is not None
+        lefts.append(square.crop_left_px)
+    assert lefts == [0, 2, 4]

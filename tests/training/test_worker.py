@@ -1,0 +1,346 @@
+"""Whole stages in this process, without Ray: what ``train_worker`` does inside a worker."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infra import storage
+from infra.errors import UserError
+from model import MaskedImageTransformer, TextToImage
+from training import worker
+from training.checkpoint import verify_folder
+from training.config import (
+    InitConfig,
+    SampleGridConfig,
+    StageConfig,
+    TokenizerConfig,
+    TokenizerTrainingConfig,
+)
+from training.fit import Stopped
+from training.job import Job
+from training.publish import publish_folder
+from training.session import FolderSession
+from training.worker import train
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers.*", "ignore:The number of training batches.*"
+)
+
+Curated = Callable[..., str]
+
+
+class Notes:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, dict[str, float]]] = []
+        self.artifacts: dict[str, bytes] = {}
+        self.is_closed = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self.points.append((step, dict(metrics)))
+
+    def log_artifact(self, data: bytes, path: str) -> None:
+        self.artifacts[path] = data
+
+    def close(self, timeout_seconds: float = 30.0) -> int:
+        self.is_closed = True
+        return 0
+
+
+def _tokenizer_job(manifest_uri: str, text: Any) -> Job:
+    config = TokenizerConfig(
+        dataset="toy",
+        block_out_channels=(8, 8, 8),
+        latent_channels=4,
+        codebook_size=32,
+        bpe_vocab_size=520,
+        precision="fp32",
+        training=TokenizerTrainingConfig(
+            resolutions_px=(16,), steps=8, batch_pixels=2048, warmup_steps=2
+        ),
+    )
+    return Job(
+        kind="tokenizer",
+        stage="tokenizer",
+        stage_key="a" * 64,
+        configs={
+            "tokenizer": config.model_dump(mode="json"),
+            "text_encoder": text.model_dump(mode="json"),
+        },
+        manifest_uri=manifest_uri,
+        cpus=1,
+    )
+
+
+def _masked_job(
+    stage: str, config: StageConfig, network: Any, manifest_uri: str, init_uri: str
+) -> Job:
+    return Job(
+        kind="masked",
+        stage=stage,
+        stage_key=(stage[0] * 64),
+        configs={
+            "stage": config.model_dump(mode="json"),
+            "network": network.model_dump(mode="json"),
+        },
+        manifest_uri=manifest_uri,
+        init_uri=init_uri,
+        cpus=1,
+    )
+
+
+@pytest.fixture
+def manifest_uri(curated: Curated) -> str:
+    """Sixteen images in two shards."""
+    return curated([[(32, 32)] * 9, [(40, 32)] * 7])
+
+
+@pytest.fixture
+def run_of(tmp_path: Path) -> Callable[[str], Path]:
+    """Where a stage's checkpoint lies."""
+    return lambda stage: tmp_path / "runs" / stage
+
+
+@pytest.fixture
+def published(
+    tmp_path: Path,
+    manifest_uri: str,
+    text_encoder_config: Any,
+    run_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[str], str]:
+    """Publishes a stage's export; the tokenizer is trained first."""
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
+    train(_tokenizer_job(manifest_uri, text_encoder_config), FolderSession(run_of("tokenizer")))
+
+    def publish(stage: str) -> str:
+        store_uri = (tmp_path / "store").as_uri()
+        return publish_folder(run_of(stage) / "export", store_uri, stage, {"stage": stage}).uri
+
+    return publish
+
+
+def test_the_tokenizer_stage_hands_over_three_parts(
+    published: Callable[[str], str], run_of: Callable[[str], Path]
+) -> None:
+    folder = run_of("tokenizer")
+    assert verify_folder(folder) == []
+    assert {path.name for path in (folder / "export").iterdir()} == {
+        "vqvae",
+        "tokenizer",
+        "text_encoder",
+    }
+    assert json.loads((folder / "state.json").read_bytes())["step"] == 8
+
+
+def test_stages_start_from_each_other_and_the_last_one_paints(
+    published: Callable[[str], str],
+    run_of: Callable[[str], Path],
+    manifest_uri: str,
+    network_config: Any,
+    small_config: Callable[..., StageConfig],
+) -> None:
+    notes, session = Notes(), FolderSession(run_of("concepts"))
+    config = small_config(
+        log_interval_steps=2,
+        ema_decay=0.5,
+        sample_grid=SampleGridConfig(prompts=("a rectangle",) * 5, steps=2),
+    )
+    job = _masked_job("concepts", config, network_config, manifest_uri, published("tokenizer"))
+    train(job, session, notes)
+
+    assert [step for step, _ in notes.points][:3] == [2, 4, 6]
+    assert set(notes.points[0][1]) == {
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "step_seconds",
+        "images_per_second",
+        "tokens_per_second",
+    }
+    assert notes.artifacts["samples.png"].startswith(b"\x89PNG")
+    assert notes.is_closed
+    metrics = session.reported[-1]
+    assert metrics["step"] == 6
+    assert metrics["final_loss"] == pytest.approx(3.46, abs=0.2)
+    assert all(type(value) is float for value in metrics.values())
+    assert _init(run_of("concepts"))["source"] == "fresh"
+    painter = TextToImage.from_pretrained(run_of("concepts") / "export")
+    assert (painter.defaults.text_tokens, painter.defaults.resolution_px) == (12, 16)
+    assert painter.defaults.preference_score == pytest.approx(6.0)
+
+    bigger = small_config(
+        resolution_px=32,
+        compress=True,
+        init=InitConfig(new_parameters=("down_block.", "up_block.")),
+    )
+    job = _masked_job("compression", bigger, network_config, manifest_uri, published("concepts"))
+    train(job, FolderSession(run_of("compression")))
+    start = _init(run_of("compression"))
+    assert start["source"] == "parent"
+    assert start["new_keys"]
+    assert all(name.startswith(("down_block.", "up_block.")) for name in start["new_keys"])
+    transformer = MaskedImageTransformer.from_pretrained(
+        run_of("compression") / "export" / "transformer"
+    )
+    assert transformer.config.compresses
+
+
+def _init(folder: Path) -> dict[str, Any]:
+    init = json.loads((folder / "state.json").read_bytes())["init"]
+    assert isinstance(init, dict)
+    return init
+
+
+def test_new_parameters_must_be_named(
+    published: Callable[[str], str],
+    run_of: Callable[[str], Path],
+    manifest_uri: str,
+    network_config: Any,
+    small_config: Callable[..., StageConfig],
+) -> None:
+    job = _masked_job(
+        "concepts", small_config(steps=3), network_config, manifest_uri, published("tokenizer")
+    )
+    train(job, FolderSession(run_of("concepts")))
+    config = small_config(resolution_px=32, compress=True)
+    job = _masked_job("compression", config, network_config, manifest_uri, published("concepts"))
+    with pytest.raises(UserError, match=r"down_block\.downsample"):
+        train(job, FolderSession(run_of("compression")))
+
+
+class _Interrupted(FolderSession):
+    """Dies at its second report, as a killed worker does."""
+
+    def report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
+        if self.reported:
+            raise RuntimeError("killed")
+        super().report(metrics, folder)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(
+    published: Callable[[str], str],
+    run_of: Callable[[str], Path],
+    manifest_uri: str,
+    network_config: Any,
+    small_config: Callable[..., StageConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = small_config(ema_decay=0.9)
+    job = _masked_job("concepts", config, network_config, manifest_uri, published("tokenizer"))
+    train(job, FolderSession(run_of("straight")))
+
+    monkeypatch.setattr(worker.Keeper, "wants_checkpoint", lambda keeper: keeper._run.step == 3)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(job, _Interrupted(run_of("killed")))
+    assert json.loads((run_of("killed") / "state.json").read_bytes())["step"] == 3
+    notes = Notes()
+    train(job, FolderSession(run_of("killed")), notes)
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        straight, resumed = (load_file(run_of(run) / name) for run in ("straight", "killed"))
+        assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    states = [
+        json.loads((run_of(run) / "state.json").read_bytes()) for run in ("straight", "killed")
+    ]
+    assert states[0] == states[1]
+
+
+def test_a_finished_run_does_nothing(
+    published: Callable[[str], str],
+    run_of: Callable[[str], Path],
+    manifest_uri: str,
+    text_encoder_config: Any,
+) -> None:
+    session = FolderSession(run_of("tokenizer"))
+    train(_tokenizer_job(manifest_uri, text_encoder_config), session)
+    assert session.reported == []
+
+
+def test_sigterm_saves_the_last_step(
+    published: Callable[[str], str],
+    run_of: Callable[[str], Path],
+    manifest_uri: str,
+    network_config: Any,
+    small_config: Callable[..., StageConfig],
+) -> None:
+    config = small_config(steps=5000)
+    job = _masked_job("concepts", config, network_config, manifest_uri, published("tokenizer"))
+    timer = threading.Timer(2.0, signal.raise_signal, [signal.SIGTERM])
+    before = signal.getsignal(signal.SIGTERM)
+    timer.start()
+    session = FolderSession(run_of("concepts"))
+    with pytest.raises(Stopped):
+        train(job, session)
+    timer.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    step = json.loads((run_of("concepts") / "state.json").read_bytes())["step"]
+    assert 0 < step < 5000
+    assert session.reported[-1]["step"] == step
+    assert verify_folder(run_of("concepts")) == []
+
+
+def test_progress_is_written(
+    published: Callable[[str], str],
+    run_of: Callable[[str], Path],
+    manifest_uri: str,
+    network_config: Any,
+    small_config: Callable[..., StageConfig],
+    tmp_path: Path,
+) -> None:
+    uri = storage.file_uri(tmp_path / "progress.json")
+    config = small_config()
+    job = _masked_job("concepts", config, network_config, manifest_uri, published("tokenizer"))
+    train(replace(job, progress_uri=uri), FolderSession(run_of("concepts")))
+    progress = storage.read_json(uri)
+    assert (progress["step"], progress["steps"], progress["eta_seconds"]) == (6, 6, 0.0)
+    assert progress["loss"] > 0
+    assert progress["images_per_second"] > 0
+
+
+def test_a_parent_of_another_width_is_one_line(
+    published: Callable[[str], str],
+    run_of: Callable[[str], Path],
+    manifest_uri: str,
+    network_config: Any,
+    small_config: Callable[..., StageConfig],
+) -> None:
+    config = small_config(steps=3)
+    job = _masked_job("concepts", config, network_config, manifest_uri, published("tokenizer"))
+    train(job, FolderSession(run_of("concepts")))
+    wide = network_config.model_copy(update={"num_attention_heads": 4})
+    job = _masked_job("alignment", config, wide, manifest_uri, published("concepts"))
+    with pytest.raises(UserError, match="num_attention_heads is 2, expected 4"):
+        train(job, FolderSession(run_of("alignment")))
+
+
+def test_the_drivers_dictionary_is_understood() -> None:
+    raw = {
+        "recipe": "demo",
+        "stage": "concepts",
+        "kind": "masked",
+        "stage_key": "k",
+        "run_name": "concepts-k",
+        "attempt": 2,
+        "configs": {},
+        "store_uri": "file:///store",
+        "manifest_uri": "file:///m",
+        "manifest_sha256": "s",
+        "init_uri": None,
+        "init_sha256": None,
+        "progress_uri": "file:///p",
+        "tracking_uri": "http://localhost:1",
+        "mlflow_run_id": "r",
+    }
+    job = Job.parse(raw)
+    assert (job.kind, job.manifest_sha256, job.cpus) == ("masked", "s", None)

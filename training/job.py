@@ -1,0 +1,37 @@
+"""What a worker is told by the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage, as JSON values. ``configs`` holds the resolved configurations by part:
+    ``tokenizer`` and ``text_encoder``, or ``stage`` and ``network``.
+
+    ``manifest_*`` pin the dataset and ``init_*`` the published checkpoint to start from. ``cpus``
+    is how many threads to use (None: as many as the environment gives) and ``local_dir`` where
+    temporary files lie (None: the system's place).
+    """
+
+    kind: Literal["tokenizer", "masked"]
+    stage: str
+    stage_key: str
+    configs: Mapping[str, Any]
+    manifest_uri: str | None = None
+    manifest_sha256: str | None = None
+    init_uri: str | None = None
+    init_sha256: str | None = None
+    progress_uri: str | None = None
+    tracking_uri: str | None = None
+    mlflow_run_id: str | None = None
+    cpus: int | None = None
+    local_dir: str | None = None
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Job:
+        """The job in the driver's dictionary; what a worker has no use for is left out."""
+        return cls(**{each.name: raw[each.name] for each in fields(cls) if each.name in raw})

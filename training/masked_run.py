@@ -1,0 +1,211 @@
+"""A masked-token stage as something that ``training.fit`` can run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from infra.errors import UserError
+from model import PainterDefaults, TextToImage
+from training import token_cache
+from training.checkpoint import CheckpointDamaged, optimizer_tensors, restore_optimizer
+from training.config import NetworkConfig, StageConfig
+from training.data import TokenDataset
+from training.fit import Measured
+from training.initial import Networks, initial_networks
+from training.job import Job
+from training.masked_stage import (
+    StepInputs,
+    apply_update,
+    backward,
+    named_trained,
+    start_stage,
+    step_inputs,
+    use_averaged_weights,
+)
+from training.order import rank_slice
+from training.publish import fetch_checkpoint
+from training.session import Session
+
+EMA_PREFIX = "ema/"
+SCORED_SHARDS = 8  # shards whose preference scores decide the painter's default
+GOOD_SCORE_QUANTILE = 0.9
+GRID_COLUMNS = 4
+
+
+class MaskedRun:
+    """A stage's networks, its data and its place in both."""
+
+    def __init__(
+        self, config: StageConfig, networks: Networks, dataset: TokenDataset, session: Session
+    ) -> None:
+        self.config = config
+        self.networks = networks
+        self.dataset = dataset
+        self.num_steps = config.steps
+        self.stage = start_stage(
+            config, networks.transformer, networks.text_encoder, networks.tokenizer
+        )
+        self.network: nn.Module = nn.ModuleDict(
+            {"transformer": networks.transformer, "text_encoder": networks.text_encoder}
+        )
+        self.optimizer = self.stage.optimizer
+        self.init_record = networks.record()
+        self._rows = rank_slice(config.global_batch_size, session.rank, session.world_size)
+        self._world_size = session.world_size
+
+    @classmethod
+    def build(cls, job: Job, session: Session) -> MaskedRun:
+        """Fetch the parent, encode what is not encoded yet, and put everything together."""
+        config = StageConfig.model_validate(job.configs["stage"])
+        network = NetworkConfig.model_validate(job.configs["network"])
+        if job.init_uri is None or job.manifest_uri is None:
+            raise ValueError("a masked stage needs init_uri and manifest_uri")
+        folder = fetch_checkpoint(job.init_uri)
+        if job.init_sha256 is not None and folder.name != job.init_sha256:
+            raise UserError(expected=f"checkpoint {job.init_sha256}", got=folder.name)
+        networks = initial_networks(folder, network, config)
+        return cls(config, networks, _open_dataset(job, config, folder, session), session)
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+        return self.stage.step
+
+    def prepare(self, step: int) -> StepInputs:
+        """This worker's part of a step."""
+        batch = self.dataset.batch_at(step, self._rows)
+        return step_inputs(batch, self.config, self.stage.tokenizer, step, self._rows)
+
+    def to(self, device: torch.device) -> None:
+        """Move the averaged weights; the network itself is moved by Lightning."""
+        if self.stage.ema is not None:
+            self.stage.ema = {name: value.to(device) for name, value in self.stage.ema.items()}
+
+    def train(
+        self,
+        inputs: StepInputs,
+        run_backward: Callable[[Tensor], None],
+        without_sync: Callable[[], AbstractContextManager[object]],
+    ) -> Measured:
+        """One optimizer step. With several workers the loss is this worker's estimate of it."""
+        loss = backward(self.stage, inputs, self._world_size, run_backward, without_sync)
+        result = apply_update(self.stage, loss, inputs.sample_ids)
+        num_images = self.config.global_batch_size
+        return Measured(
+            loss=result.loss,
+            num_images=num_images,
+            num_tokens=num_images * inputs.tokens_BHW[0].numel(),
+            values={"learning_rate": result.learning_rate, "grad_norm": result.grad_norm},
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every trained parameter, and its average."""
+        tensors = {name: p.detach() for name, p in named_trained(self.optimizer)}
+        averages = {f"{EMA_PREFIX}{name}": value for name, value in (self.stage.ema or {}).items()}
+        return {**tensors, **averages}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's moments by name."""
+        return optimizer_tensors(self.optimizer)
+
+    @torch.no_grad()
+    def restore(
+        self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+    ) -> None:
+        """Go back to where a checkpoint was taken."""
+        expected = self.weights()
+        if set(expected) != set(weights):
+            odd = sorted(set(expected) ^ set(weights))
+            raise CheckpointDamaged(f"the run's checkpoint differs in {len(odd)} weights: {odd[0]}")
+        for name, parameter in named_trained(self.optimizer):
+            parameter.copy_(weights[name])
+        if self.stage.ema is not None:
+            for name in self.stage.ema:
+                self.stage.ema[name].copy_(weights[EMA_PREFIX + name])
+        restore_optimizer(self.optimizer, optimizer)
+        self.stage.step = step
+
+    def export(self, folder: Path) -> dict[str, float]:
+        """Write the model as it is published, with averaged weights if they are kept; ends the
+        training. Returns what is known about it."""
+        use_averaged_weights(self.stage)
+        self._painter().save_pretrained(folder)
+        return {"num_samples": float(len(self.dataset))}
+
+    def _painter(self) -> TextToImage:
+        for part in (self.networks.transformer, self.networks.text_encoder, self.networks.vq):
+            part.to("cpu").eval().requires_grad_(False)
+        defaults = PainterDefaults(
+            text_tokens=self.config.text_tokens,
+            preference_score=self._painting_score(),
+            resolution_px=self.config.resolution_px,
+        )
+        networks = self.networks
+        return TextToImage(
+            networks.transformer, networks.vq, networks.text_encoder, networks.tokenizer, defaults
+        )
+
+    def _painting_score(self) -> float:
+        if self.config.sample_preference_score is not None:
+            return self.config.sample_preference_score
+        scores = self.dataset.preference_scores(SCORED_SHARDS)
+        return round(float(np.quantile(scores, GOOD_SCORE_QUANTILE)), 3)
+
+    def sample_grid(self, folder: Path) -> bytes | None:
+        """A PNG of the fixed prompts, painted by the exported model; None when there are none."""
+        grid = self.config.sample_grid
+        if not grid.prompts:
+            return None
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        images = TextToImage.from_pretrained(folder, device=device).generate(
+            list(grid.prompts),
+            steps=grid.steps,
+            guidance_scale=grid.guidance_scale,
+            temperature=grid.temperature,
+            seed=grid.seed,
+        )
+        return tile(images)
+
+
+def tile(images: list[Image.Image]) -> bytes:
+    """The images in rows of four, as a PNG."""
+    width, height = images[0].size
+    num_rows = -(-len(images) // GRID_COLUMNS)
+    sheet = Image.new("RGB", (GRID_COLUMNS * width, num_rows * height), "white")
+    for number, image in enumerate(images):
+        row, column = divmod(number, GRID_COLUMNS)
+        sheet.paste(image, (column * width, row * height))
+    sink = io.BytesIO()
+    sheet.save(sink, "PNG")
+    return sink.getvalue()
+
+
+def _open_dataset(job: Job, config: StageConfig, folder: Path, session: Session) -> TokenDataset:
+    """The stage's tokens; the workers share the shards that have none yet."""
+    plan = token_cache.plan_cache(
+        str(job.manifest_uri),
+        str(folder),
+        config.resolution_px,
+        config.crop,
+        job.manifest_sha256,
+    )
+    if not token_cache.is_complete(plan):
+        for task in plan.tasks[session.rank :: session.world_size]:
+            token_cache.ensure_shard(task)
+        session.barrier()
+        if session.rank == 0:
+            token_cache.publish_cache(plan)
+        session.barrier()
+    return token_cache.open_tokens(plan.manifest_uri, config)
+
+
+__all__: list[Any] = ["MaskedRun", "tile"]
