@@ -32,10 +32,6 @@ from training.publish import publish_folder
 from training.session import FolderSession
 from training.worker import train
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*", "ignore:The number of training batches.*"
-)
-
 Curated = Callable[..., str]
 
 

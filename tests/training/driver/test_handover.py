@@ -131,7 +131,7 @@ def _dying(before: int) -> Iterator[None]:
         count()
         return put(uri, data)
 
-    TrackingServer._send = counted_send  # type: ignore[method-assign]  # in a child of its own
+    TrackingServer._send = counted_send  # type: ignore[method-assign,assignment]  # in a child of its own
     storage.write_bytes = counted_put
     yield
 

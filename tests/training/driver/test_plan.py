@@ -74,7 +74,9 @@ def test_a_pin_stays_whatever_happens_to_the_alias(local_house: House, finish: A
     original, house.tokenizer = house.tokenizer, other
     second = finish(house)
     assert second.existing.version == 2
-    assert registry.version_by_alias(house.server, f"{house.recipe}-tokenizer").version == 2
+    ready = registry.version_by_alias(house.server, f"{house.recipe}-tokenizer")
+    assert ready is not None
+    assert ready.version == 2
     house.tokenizer = original
     plans = plan_chain(house.specs(), house.context())
     assert plans[0].decision == "SKIP"
@@ -97,7 +99,8 @@ def test_a_checkpoint_of_its_own_is_resumed(local_house: House) -> None:
     resumed = plan_stage(house.specs()[0], house.context())
     assert (resumed.decision, resumed.step) == ("RESUME", 42)
     assert resumed.reason == "a checkpoint at step 42 of 600"
-    for other in ({}, {"latest_checkpoint_result": None}, []):
+    others: list[Any] = [{}, {"latest_checkpoint_result": None}, []]
+    for other in others:
         storage.write_json(uri, other)
         assert plan_stage(house.specs()[0], house.context()).decision == "RUN"
 
