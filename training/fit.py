@@ -12,6 +12,7 @@ import logging
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,6 +30,13 @@ else:
     pl = import_lightning()
 
 COORDINATION_STEPS = 10  # steps between talks of several workers, or with Ray, about saving
+
+# What Lightning says of torch's newer pytrees, a loader that is no DataLoader, a frozen encoder.
+UNHELPFUL_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"The '\w+' does not have many workers",
+    r"Found \d+ module\(s\) in eval mode",
+)
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,9 @@ def fit(run: StageRun, watcher: Watcher, world_size: int = 1, in_ray: bool = Fal
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     stop = threading.Event()
     module = StageModule(run, watcher, stop)
-    with _on_sigterm(stop):
+    with _on_sigterm(stop), warnings.catch_warnings():
+        for message in UNHELPFUL_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
         _trainer(world_size, in_ray).fit(module, train_dataloaders=_Steps(run))
 
 
