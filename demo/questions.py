@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
@@ -109,7 +109,7 @@ def score(
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts: expected as many")
     answers = [
-        _answer(question, read_scene(image, config))
+        _answer(question, _readable(read_scene(image, config), config))
         for image, question in zip(images, prompts, strict=True)
     ]
     means = {
@@ -124,6 +124,14 @@ def score(
         if asked:
             means[name] = float(np.mean(asked))
     return Scores(means, answers)
+
+
+def _readable(seen: Scene, config: WorldConfig) -> Scene:
+    """The scene without its things when there are more than any scene of this world holds.
+
+    Noise shows something of everything; it answers no question.
+    """
+    return seen if len(seen.things) <= config.max_objects else replace(seen, things=())
 
 
 def _answer(question: EvalPrompt, seen: Scene) -> Answer:

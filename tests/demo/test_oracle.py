@@ -88,6 +88,16 @@ def test_wrong_pictures_answer_nothing() -> None:
     assert means["two_position"] == 0.0
 
 
+@pytest.mark.parametrize("patch_px", [4, 8, 16])
+def test_clutter_answers_nothing(patch_px: int) -> None:
+    questions = geneval_prompts(CONFIG, 60, seed=3)
+    rng = np.random.default_rng(0)
+    tones = np.array([PALETTE[color] for color in CONFIG.colors], np.uint8)
+    small = tones[rng.integers(len(tones), size=(60, 64 // patch_px, 64 // patch_px))]
+    images = list(small.repeat(patch_px, axis=1).repeat(patch_px, axis=2))
+    assert score(images, questions, CONFIG).means["overall"] <= 0.1
+
+
 def recolored(scene: Scene) -> Pixels:
     spare = [
         c for c in CONFIG.colors if c not in {scene.background, *(t.color for t in scene.things)}

@@ -47,8 +47,9 @@ toy = _load_toy()
 
 
 @pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    with ray_session(toy.CLUSTER, {}):
+def ray_here(_session_s3_server: Any) -> Iterator[None]:
+    """A Ray for this file; its workers reach the session's S3 server."""
+    with ray_session(toy.CLUSTER, _session_s3_server.environment):
         yield
 
 
