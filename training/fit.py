@@ -195,6 +195,8 @@ def _trainer(world_size: int, in_ray: bool) -> pl.Trainer:
         for_ray: Any = ray.train.lightning
         options["plugins"] = [for_ray.RayLightningEnvironment()]
         if world_size > 1:
+            import ray.train.torch  # the strategy asks it for the device
+
             options["strategy"] = for_ray.RayDDPStrategy(gradient_as_bucket_view=True)
     return pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",

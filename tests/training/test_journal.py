@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from training.journal import Journal
+
+
+class Notes:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.points: dict[int, dict[str, float]] = {}
+        self.is_closed = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self.points[step] = dict(metrics)
+
+    def log_artifact(self, data: bytes, path: str) -> None:
+        raise AssertionError("no artifact here")
+
+    def close(self, timeout_seconds: float = 30.0) -> int:
+        self.is_closed = True
+        return 0
+
+
+def _run(journal: Journal, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        journal.stepped(step, float(step), 4, 64, 10.0 if step == first else 0.5, {"grad_norm": 2})
+
+
+def test_points_are_means_over_the_interval_and_the_last_step_is_logged() -> None:
+    notes = Notes()
+    journal = Journal(7, 3, notes)
+    _run(journal, 1, 7)
+    assert sorted(notes.points) == [3, 6, 7]
+    assert notes.points[6] == {
+        "loss": 5.0,
+        "step_seconds": 0.5,
+        "images_per_second": 8.0,
+        "tokens_per_second": 128.0,
+        "grad_norm": 2,
+    }
+    journal.close()
+    assert notes.is_closed
+
+
+def test_the_rate_leaves_out_the_first_step() -> None:
+    journal = Journal(5, 2)
+    assert journal.images_per_second == 0.0
+    assert journal.final_loss is None
+    _run(journal, 1, 5)
+    assert journal.images_per_second == pytest.approx(8.0)
+
+
+def test_the_final_loss_is_the_mean_of_the_last_fifty() -> None:
+    journal = Journal(120, 10)
+    journal.losses.extend([100.0] * 10)
+    _run(journal, 1, 120)
+    assert journal.final_loss == pytest.approx(sum(range(71, 121)) / 50)
+
+
+def test_a_resumed_run_logs_at_the_same_steps() -> None:
+    notes = Notes()
+    _run(Journal(9, 4, notes), 6, 9)
+    assert sorted(notes.points) == [8, 9]

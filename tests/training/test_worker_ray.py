@@ -1,0 +1,120 @@
+"""The worker under real Ray Train: one process and two, which must learn the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infra import storage
+from infra.cluster import ClusterConfig
+from infra.errors import UserError
+from infra.sessions import ray_session
+from training.checkpoint import verify_folder
+from training.config import OptimizerConfig, StageConfig
+from training.launch import Launch, Trained
+from training.launch import train as launch_train
+from training.networks import new_text_encoder
+from training.publish import publish_folder
+from training.session import FolderSession
+from training.worker import train, train_worker
+
+pytestmark = [
+    pytest.mark.slow,
+    # ray.train imports ray.data, whose defaults warn about themselves.
+    pytest.mark.filterwarnings("ignore::Warning:ray.data.context"),
+]
+
+
+@pytest.fixture(scope="module")
+def _ray() -> Iterator[None]:
+    with ray_session(ClusterConfig(cpus_per_worker=1), {}):
+        yield
+
+
+@pytest.fixture
+def raw_job(
+    tmp_path: Path,
+    curated: Callable[..., str],
+    vq_folder: Path,
+    tokenizer: Any,
+    text_encoder_config: Any,
+    network_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[StageConfig], dict[str, Any]]:
+    """What the driver would send for a stage that starts from a published tokenizer."""
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
+    tokenizer.save_pretrained(vq_folder / "tokenizer")
+    encoder = new_text_encoder(text_encoder_config, tokenizer, seed=1)
+    encoder.save_pretrained(vq_folder / "text_encoder")
+    store_uri = (tmp_path / "store").as_uri()
+    init_uri = publish_folder(vq_folder, store_uri, "tokenizer", {}).uri
+    manifest_uri = curated([[(32, 32)] * 9, [(40, 32)] * 7])
+
+    def build(config: StageConfig) -> dict[str, Any]:
+        return {
+            "kind": "masked",
+            "stage": "concepts",
+            "stage_key": "k" * 64,
+            "recipe": "toy",
+            "attempt": 1,
+            "configs": {
+                "stage": config.model_dump(mode="json"),
+                "network": network_config.model_dump(mode="json"),
+            },
+            "manifest_uri": manifest_uri,
+            "init_uri": init_uri,
+            "progress_uri": storage.file_uri(tmp_path / "progress.json"),
+        }
+
+    return build
+
+
+def _in_ray(raw: dict[str, Any], store: Path, name: str, num_workers: int) -> Trained:
+    launch = Launch(name, store.as_uri(), num_workers=num_workers, cpus_per_worker=1)
+    return launch_train(raw, launch, train_worker)
+
+
+@pytest.mark.usefixtures("_ray")
+def test_one_worker_and_two_learn_what_no_ray_learns(
+    tmp_path: Path,
+    raw_job: Callable[[StageConfig], dict[str, Any]],
+    small_config: Callable[..., StageConfig],
+) -> None:
+    config = small_config(prompt_dropout_prob=0.3, global_batch_size=5)
+    raw = raw_job(config)
+    from training.job import Job
+
+    train(Job.parse({**raw, "cpus": 1}), FolderSession(tmp_path / "alone"))
+    alone = load_file(tmp_path / "alone" / "weights.safetensors")
+    for num_workers in (1, 2):
+        trained = _in_ray(raw, tmp_path / "ray", f"concepts-{num_workers}", num_workers)
+        assert trained.metrics["step"] == 6
+        folder = tmp_path / f"fetched-{num_workers}"
+        storage.download_folder(trained.checkpoint_uri, folder)
+        assert verify_folder(folder) == []
+        assert (folder / "export" / "model_index.json").is_file()
+        weights = load_file(folder / "weights.safetensors")
+        for name, value in alone.items():
+            if num_workers == 1:
+                assert torch.equal(weights[name], value), name
+            else:
+                torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.usefixtures("_ray")
+def test_a_diverged_run_ends_in_one_line(
+    tmp_path: Path,
+    raw_job: Callable[[StageConfig], dict[str, Any]],
+    small_config: Callable[..., StageConfig],
+) -> None:
+    config = small_config(
+        steps=50, optimizer=OptimizerConfig(learning_rate=1e30, max_grad_norm=None)
+    )
+    with pytest.raises(UserError, match=r"has loss .* lower optimizer\.learning_rate") as caught:
+        _in_ray(raw_job(config), tmp_path / "ray", "concepts-bad", 1)
+    assert "\n" not in str(caught.value)
