@@ -1,6 +1,6 @@
 # The commands of this project. `make setup` is part of each, and takes a moment when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock
+.PHONY: help setup demo test testall lint bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -11,7 +11,10 @@ setup: ## bring what is missing: uv, Java for Spark, the locked environment
 demo: setup ## the whole path on this machine: curate, train four stages, paint, score
 	@.venv/bin/atelier run recipes/demo.yaml
 
-test: setup ## every test; needs no network and no GPU
+test: setup ## the tests of some seconds each; need no network and no GPU
+	@.venv/bin/python -m pytest -m "not slow and not bench"
+
+testall: setup ## those, and the slow ones: real Spark, Ray and MLflow from end to end, kills, faults
 	@.venv/bin/python -m pytest
 
 lint: setup ## style, formatting, strict types

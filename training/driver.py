@@ -8,6 +8,7 @@ the same inputs goes on from there. Nothing that others see is written without t
 from __future__ import annotations
 
 import getpass
+import math
 import os
 import socket
 import tempfile
@@ -279,7 +280,7 @@ class _Stage:
             self.clock.lap("fetch")
             self._gate(folder)
             self.clock.lap("gate")
-            metrics = {name: float(value) for name, value in trained.metrics.items()}
+            metrics = _finite(trained.metrics)
             step = int(metrics.pop("step", spec.steps))
             self.lease.check()
             published = publish.publish_folder(
@@ -333,6 +334,12 @@ class _Stage:
             _end_run(server, self.run, "FAILED", f"did not pass the gate: {cause}", cause)
         self.clock.lap("register")
         return version
+
+
+def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among a run's metrics: Ray keeps NaN and infinity as null, and JSON has none."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
 
 
 def worker_job(

@@ -33,7 +33,6 @@ DRIVER_MODULES = frozenset(
         "progress",
         "publish",
         "registry",
-        "run_filesystem",
         "stages",
         "versions",
     }

@@ -41,9 +41,9 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from infra import storage
 from infra.environment import applied
 from infra.errors import UserError
+from infra.run_filesystem import run_filesystem
 from infra.storage import StorageUnavailable
 from infra.tracking_server import TrackingUnavailable
-from training.run_filesystem import run_filesystem
 
 MAX_FAILURES = 3
 MAX_CONTROLLER_FAILURES = 3

@@ -42,12 +42,12 @@ def _gradients(stage: MaskedStage) -> list[torch.Tensor]:
     ]
 
 
-def test_the_first_loss_is_that_of_a_uniform_guess(
+def test_the_first_loss_is_near_that_of_a_uniform_guess(
     new_stage: NewStage, small_config: SmallConfig, token_shard: NewShard
 ) -> None:
     config = small_config()
     result = train_step(new_stage(config), _dataset(config, token_shard).batch_at(0))
-    assert result.loss == pytest.approx(math.log(32), abs=1e-4)
+    assert math.log(32) - 0.1 < result.loss < math.log(32) + 0.7
     assert result.learning_rate == pytest.approx(5e-4)
     assert result.grad_norm > 0
 
@@ -169,5 +169,6 @@ def test_bf16_trains_float32_weights(
     config = small_config(precision="bf16")
     stage = new_stage(config)
     result = train_step(stage, _dataset(config, token_shard).batch_at(0))
-    assert result.loss == pytest.approx(math.log(32), rel=1e-2)
+    exact = train_step(new_stage(small_config()), _dataset(config, token_shard).batch_at(0))
+    assert result.loss == pytest.approx(exact.loss, rel=1e-2)
     assert {p.dtype for p in stage.transformer.parameters()} == {torch.float32}
