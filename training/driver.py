@@ -109,12 +109,13 @@ def run_stage(
     if plan.key is None or plan.run_name is None:
         raise ValueError(f"stage {plan.spec.stage} is planned without its inputs; plan it again")
     run_uri = storage.join(context.store_uri, "runs", plan.run_name)
-    clock = _Clock()
-    with Lease(storage.join(run_uri, "lease.json"), context.owner) as lease:
+    clock, stopper = _Clock(), _Stopper()
+    lease_uri = storage.join(run_uri, "lease.json")
+    with Lease(lease_uri, context.owner, on_lost=stopper.stop) as lease:
         run = _open_run(plan, context, lease.attempt)
         clock.lap("open")
         with _closing_run(context.server, run):
-            stage = _Stage(plan, context, run, lease, clock, run_uri)
+            stage = _Stage(plan, context, run, lease, clock, stopper, run_uri)
             published, step, metrics = stage.train_and_publish(on_progress, function)
             scores = stage.score(published, evaluate)
             problems = tuple(plan.spec.bounds.problems({**metrics, **scores}))
@@ -152,6 +153,20 @@ class _Clock:
         now = time.monotonic()
         self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._at, 3)
         self._at = now
+
+
+class _Stopper:
+    """Ends a running training when its lease is lost: two may not write the same checkpoints."""
+
+    def __init__(self) -> None:
+        self._stop: Callable[[], None] | None = None
+
+    def started(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
+
+    def stop(self) -> None:
+        if self._stop is not None:
+            self._stop()
 
 
 # --- MLflow's run --------------------------------------------------------------------------------
@@ -224,6 +239,7 @@ class _Stage:
     run: TrackedRun
     lease: Lease
     clock: _Clock
+    stopper: _Stopper
     run_uri: str
 
     def train_and_publish(
@@ -258,19 +274,21 @@ class _Stage:
             function = train_worker
         cluster, spec = self.context.cluster, self.plan.spec
         progress_uri = storage.join(self.run_uri, "progress.json")
+        job = worker_job(self.plan, self.context, self.run, self.lease.attempt, progress_uri)
+        how = launch.Launch(
+            name=self.plan.run_name or "",
+            store_uri=self.context.store_uri,
+            num_workers=spec.num_workers,
+            cpus_per_worker=cluster.cpus_per_worker,
+            use_gpu=cluster.use_gpu,
+            is_local=cluster.ray_address is None,
+        )
         with following_progress(progress_uri, on_progress):
-            return launch.train(
-                worker_job(self.plan, self.context, self.run, self.lease.attempt, progress_uri),
-                launch.Launch(
-                    name=self.plan.run_name or "",
-                    store_uri=self.context.store_uri,
-                    num_workers=spec.num_workers,
-                    cpus_per_worker=cluster.cpus_per_worker,
-                    use_gpu=cluster.use_gpu,
-                    is_local=cluster.ray_address is None,
-                ),
-                function,
-            )
+            try:
+                return launch.train(job, how, function, self.stopper.started)
+            except launch.TrainingFailed:
+                self.lease.check()
+                raise
 
     def _publish(self, trained: Trained) -> str:
         """Gate the exported model, then make it visible, then remember where."""

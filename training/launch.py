@@ -58,6 +58,7 @@ LOCAL_SETTINGS = {
 }
 
 WorkerFunction = Callable[[dict[str, Any]], object]
+OnStart = Callable[[Callable[[], None]], None]
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,11 @@ def _leave_group() -> None:
 class StageTrainer(DataParallelTrainer):
     """Ray's trainer with fewer helpers, final user errors, and Ctrl-C left to the driver."""
 
-    def __init__(self, *arguments: Any, is_local: bool, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, is_local: bool, on_start: OnStart | None, **options: Any
+    ) -> None:
         self._is_local = is_local
+        self._on_start = on_start
         super().__init__(*arguments, backend_config=TorchGroupConfig(), **options)
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -196,17 +200,25 @@ class StageTrainer(DataParallelTrainer):
         return super()._initialize_and_run_controller(**options)
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        """Ray's handler would leave with exit code 0."""
+        """No handler: Ray's would leave with exit code 0."""
+        if self._on_start is not None:
+            self._on_start(lambda: ray.kill(controller))
 
 
 # --- what the driver calls -----------------------------------------------------------------------
 
 
-def train(job: Mapping[str, Any], launch: Launch, function: WorkerFunction) -> Trained:
+def train(
+    job: Mapping[str, Any],
+    launch: Launch,
+    function: WorkerFunction,
+    on_start: OnStart | None = None,
+) -> Trained:
     """Run ``function(job)`` in every worker until it ends well; returns the last checkpoint.
 
-    The same ``launch.name`` continues the same run from its last checkpoint. Raises
-    ``TrainingFailed`` with the cause in one line.
+    The same ``launch.name`` continues the same run from its last checkpoint. In a main thread,
+    ``on_start`` is given a function that stops everything at once. Raises ``TrainingFailed`` with
+    the cause in one line.
     """
     runs_uri = storage.join(launch.store_uri, "runs")
     filesystem, path = run_filesystem(runs_uri)
@@ -220,6 +232,7 @@ def train(job: Mapping[str, Any], launch: Launch, function: WorkerFunction) -> T
         trainer = StageTrainer(
             function,
             is_local=launch.is_local,
+            on_start=on_start,
             train_loop_config=dict(job),
             scaling_config=ScalingConfig(
                 num_workers=launch.num_workers,

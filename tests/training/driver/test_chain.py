@@ -1,4 +1,4 @@
-"""Tokenizer, concepts and compression with the real worker: planned, trained, gated, handed over."""
+"""Tokenizer, concepts and compression with the real worker: planned, trained, handed over."""
 
 from __future__ import annotations
 

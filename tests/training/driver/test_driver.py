@@ -6,10 +6,11 @@ import importlib.util
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from infra import storage
 from infra.errors import UserError
+from infra.lease import LeaseLost
 from infra.sessions import ray_session
 from infra.tracking_server import TrackingServer
 from training import registry, versions
@@ -167,32 +169,84 @@ def test_a_lost_run_checkpoint_is_explained(
     assert result.version.version == 1
 
 
-def test_a_killed_driver_is_taken_over(
-    server: TrackingServer, store_uri: str, recipe: str, exported: Path, tmp_path: Path
+@pytest.mark.usefixtures("ray_here")
+def test_a_driver_that_was_replaced_stops_training(
+    server: TrackingServer, local_store: str, recipe: str, exported: Path, tmp_path: Path
 ) -> None:
+    plan = toy.toy_plan(server.uri, local_store, recipe)
+    uri = storage.join(local_store, "runs", plan.run_name or "", "lease.json")
     log = tmp_path / "log"
-    arguments = [server.uri, store_uri, recipe, str(exported), str(log)]
+
+    def steal(progress: StageProgress) -> None:
+        storage.write_json(uri, {**storage.read_json(uri), "token": "stolen", "owner": "bob"})
+
+    work = toy.toy_worker(str(exported), str(log), step_seconds=3.0)
+    with pytest.raises(LeaseLost, match=r"attempt 1 lost .* to bob"):
+        toy.run_toy(server.uri, local_store, plan, work, steal)
+    assert "end" not in log.read_text()
+    assert versions.all_versions(server, f"{recipe}-tokenizer") == []
+
+
+@pytest.fixture
+def start_script(
+    server: TrackingServer, store_uri: str, recipe: str, exported: Path, tmp_path: Path
+) -> Callable[[float], subprocess.Popen[bytes]]:
+    """``start_script(step_seconds)``: the toy stage in a process of its own."""
+    arguments = [server.uri, store_uri, recipe, str(exported), str(tmp_path / "log")]
 
     def start(step_seconds: float) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, str(SCRIPT), *arguments, str(step_seconds)],
             env={**os.environ, "ATELIER_HOME": str(tmp_path / "home")},
+            stderr=subprocess.DEVNULL,
         )
 
-    first = start(0.7)
-    snapshot = f"runs/{toy.toy_plan(server.uri, store_uri, recipe).run_name}"
+    return start
+
+
+def _await_step(
+    process: subprocess.Popen[bytes], tracking_uri: str, store_uri: str, recipe: str, step: int
+) -> None:
     deadline = time.monotonic() + 120
-    while toy.toy_plan(server.uri, store_uri, recipe).step < 2:
-        assert time.monotonic() < deadline, snapshot
-        assert first.poll() is None
+    while toy.toy_plan(tracking_uri, store_uri, recipe).step < step:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.1)
+
+
+def test_an_interrupted_driver_says_so_and_goes_on(
+    server: TrackingServer,
+    store_uri: str,
+    recipe: str,
+    tmp_path: Path,
+    start_script: Callable[[float], subprocess.Popen[bytes]],
+) -> None:
+    first = start_script(0.7)
+    _await_step(first, server.uri, store_uri, recipe, 1)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(timeout=60) not in (0, -signal.SIGKILL)
+    (run,) = server.search_runs(server.experiment_id("toy stages"), {"recipe": recipe})
+    assert run.status == "KILLED"
+    assert start_script(0.0).wait(timeout=180) == 0
+    assert server.get_run(run.run_id).status == "FINISHED"
+    assert [attempt for _, attempt in _starts(tmp_path / "log")] == [1, 2]
+
+
+def test_a_killed_driver_is_taken_over(
+    server: TrackingServer,
+    store_uri: str,
+    recipe: str,
+    tmp_path: Path,
+    start_script: Callable[[float], subprocess.Popen[bytes]],
+) -> None:
+    first = start_script(0.7)
+    _await_step(first, server.uri, store_uri, recipe, 2)
     first.kill()
     first.wait()
     resumed = toy.toy_plan(server.uri, store_uri, recipe)
     assert resumed.decision == "RESUME"
-    second = start(0.0)
-    assert second.wait(timeout=180) == 0
-    starts = _starts(log)
+    assert start_script(0.0).wait(timeout=180) == 0
+    starts = _starts(tmp_path / "log")
     assert starts[0] == (0, 1)
     assert starts[1][0] >= 2
     assert starts[1][1] == 2

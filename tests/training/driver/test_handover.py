@@ -283,6 +283,19 @@ def test_stages_are_children_of_the_pipelines_run(local_house: House, trained: A
     assert result.run_id in house.server.get_run(parent.run_id).tags["skipped.tokenizer"]
 
 
+def test_what_another_recipe_trained_is_only_registered(local_house: House, trained: Any) -> None:
+    """The same holds for a registry that was lost: what is published heals it."""
+    house = local_house
+    first = _run(house, trained(house))
+    house.recipe = f"{house.recipe}-b"
+    plan = _plan(house)
+    assert (plan.decision, plan.needs_training) == ("RESUME", False)
+    second = _run(house, plan)
+    assert second.version.uri == first.version.uri
+    assert second.version.name == f"{house.recipe}-tokenizer"
+    assert _plan(house).decision == "SKIP"
+
+
 def test_a_plan_without_inputs_cannot_run(local_house: House) -> None:
     context = local_house.context()
     plan = plan_stage(local_house.specs()[0], type(context)(context.server, context.store_uri, {}))
