@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,18 @@ def test_it_learns_to_reconstruct_through_the_codebook() -> None:
     held_out = tokenizer_batch(images[32:], config, 1)
     one_colour = float((held_out - held_out.mean()).abs().mean())
     assert reconstruction_error(stage.vq.eval(), held_out) < 0.6 * one_colour
+
+
+def test_the_codebook_is_made_at_its_step_and_trained_from_then_on() -> None:
+    config = _config(8, warmup_share=0.5)
+    stage = start_tokenizer(config)
+    batch_at = partial(tokenizer_batch, _painted(8), config)
+    codes = []
+    for _ in range(6):
+        run_step(stage, batch_at)
+        codes.append(stage.vq.quantize.embedding.weight.detach().clone())
+    changed = [not torch.equal(a, b) for a, b in pairwise(codes)]
+    assert changed == [False, False, False, True, True]
 
 
 def test_the_same_seed_gives_the_same_tokenizer() -> None:

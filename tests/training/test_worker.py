@@ -173,6 +173,11 @@ def test_stages_start_from_each_other_and_the_last_one_paints(
     assert all(type(value) is float for value in metrics.values())
     assert _init(run_of("concepts"))["source"] == "fresh"
     painter = TextToImage.from_pretrained(run_of("concepts") / "export")
+    name = "transformer.mlm_layer.conv2.weight"
+    saved = load_file(run_of("concepts") / "weights.safetensors")
+    exported = painter.transformer.mlm_layer.conv2.weight
+    assert torch.equal(exported, saved[f"ema/{name}"])
+    assert not torch.equal(exported, saved[name])
     assert (painter.defaults.text_tokens, painter.defaults.resolution_px) == (12, 16)
     assert painter.defaults.preference_score == pytest.approx(6.0)
 
