@@ -24,7 +24,8 @@ HOLDER = """
 import sys, time
 from infra.errors import UserError
 from infra.lease import Lease
-uri, settle = sys.argv[1], float(sys.argv[2])
+uri, settle, start_at = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+time.sleep(max(0.0, start_at - time.time()))
 try:
     lease = Lease(uri, "child", heartbeat_seconds=0.1, settle_seconds=settle)
     print("attempt", lease.acquire(), flush=True)
@@ -41,9 +42,10 @@ lease.release()
 """
 
 
-def _holder(uri: str, settle_seconds: float = 0.05) -> subprocess.Popen[str]:
+def _holder(uri: str, settle_seconds: float = 0.05, start_at: float = 0.0) -> subprocess.Popen[str]:
+    """A process that takes the lease at ``start_at`` (Unix time), or as soon as it can."""
     return subprocess.Popen(
-        [sys.executable, "-c", HOLDER, uri, str(settle_seconds)],
+        [sys.executable, "-c", HOLDER, uri, str(settle_seconds), str(start_at)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -179,7 +181,8 @@ def test_of_two_that_race_one_wins(store_uri: str) -> None:
     num_won = []
     for number in range(4):
         uri = storage.join(store_uri, f"lease-{number}.json")
-        racers = [_holder(uri, settle_seconds=0.5) for _ in range(2)]
+        start_at = time.time() + 1.5
+        racers = [_holder(uri, settle_seconds=0.5, start_at=start_at) for _ in range(2)]
         answers = [_line(racer) for racer in racers]
         num_won.append(sum(answer.startswith("attempt") for answer in answers))
         for racer in racers:

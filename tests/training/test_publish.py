@@ -113,6 +113,12 @@ def test_a_changed_listing_does_not_add_up(exported: Path, tmp_path: Path) -> No
         assert len(problems) == 1
         with pytest.raises(UserError):
             publish.fetch_checkpoint(published.uri, tmp_path / "cache")
+    path.write_bytes(whole)
+    elsewhere = publish.checkpoint_uri((tmp_path / "store").as_uri(), "concepts", "0" * 64)
+    for file in (*published.files, publish.CheckpointFile(publish.LISTING_NAME, 0, "")):
+        data = storage.read_bytes(storage.join(published.uri, file.path))
+        storage.write_bytes(storage.join(elsewhere, file.path), data)
+    assert "to list the files of 0000" in publish.verify_checkpoint(elsewhere)[0]
     for name in ("../outside", "/etc/passwd"):
         raw = json.loads(whole)
         raw["files"][0]["path"] = name
