@@ -192,8 +192,8 @@ def train_stage(
     repair: bool,
 ) -> Pin:
     """Have a stage trained, scored and handed over; returns it, pinned for the next one."""
-    from training.driver import record_skip
     from training.plan import TAG_SCORES, json_tag, plan_stage
+    from training.stage_run import record_skip
 
     context = plan_context(session, pins)
     with session.running(spec.stage) as step:

@@ -13,8 +13,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from infra import storage
 from infra.cluster import ClusterConfig
 from infra.errors import UserError
-from infra.lease import Lease, LeaseHeld, LeaseLost
-from infra.tracking_server import DatasetInput, TrackedRun, TrackingServer
-from training import handoff, publish
+from infra.lease import Lease, LeaseHeld
+from infra.tracking_server import TrackedRun, TrackingServer
+from training import handoff, publish, stage_run
 from training.handoff import Outcome
 from training.plan import PUBLISHED_NAME, Pin, PlanContext, StagePlan, published_uri
 from training.progress import OnProgress, following_progress
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 Evaluate = Callable[[Path], Mapping[str, float]]
 WorkerFunction = Callable[[dict[str, Any]], object]
 
-DIGEST_CHARACTERS = 32  # of the 36 that MLflow keeps of a dataset's digest
-PARAMS_PER_CALL = 100
 EXPORT_FOLDER = "export"
 
 
@@ -112,9 +109,11 @@ def run_stage(
     clock, stopper = _Clock(), _Stopper()
     lease_uri = storage.join(run_uri, "lease.json")
     with Lease(lease_uri, context.owner, on_lost=stopper.stop) as lease:
-        run = _open_run(plan, context, lease.attempt)
+        run = stage_run.open_run(
+            plan, context.server, context.experiment, lease.attempt, context.parent_run_id
+        )
         clock.lap("open")
-        with _closing_run(context.server, run):
+        with stage_run.closing_run(context.server, run):
             stage = _Stage(plan, context, run, lease, clock, stopper, run_uri)
             published, step, metrics = stage.train_and_publish(on_progress, function)
             scores = stage.score(published, evaluate)
@@ -167,64 +166,6 @@ class _Stopper:
     def stop(self) -> None:
         if self._stop is not None:
             self._stop()
-
-
-# --- MLflow's run --------------------------------------------------------------------------------
-
-
-def _open_run(plan: StagePlan, context: DriverContext, attempt: int) -> TrackedRun:
-    """The one run of this stage key, RUNNING, with its tags, params and inputs."""
-    server = context.server
-    experiment_id = server.experiment_id(context.experiment)
-    identity = {"stage_key": plan.key or "", "recipe": plan.spec.recipe}
-    tags = handoff.run_tags(plan, attempt, context.parent_run_id)
-    run = server.find_or_create_run(experiment_id, plan.run_name or "", identity, tags)
-    if run.status != "RUNNING":
-        server.update_run(run.run_id, "RUNNING")
-    server.log_batch(run.run_id, tags=tags)
-    params = list(handoff.flat_params(plan.spec.semantic).items())
-    for start in range(0, len(params), PARAMS_PER_CALL):
-        server.log_batch(run.run_id, params=dict(params[start : start + PARAMS_PER_CALL]))
-    datasets = []
-    if plan.dataset is not None:
-        datasets.append(
-            DatasetInput(
-                name=plan.dataset.name,
-                digest=plan.dataset.version[:DIGEST_CHARACTERS],
-                source_uri=plan.dataset.manifest_uri,
-                tags={"sha256": plan.dataset.version, "mlflow.data.context": "training"},
-            )
-        )
-    parent = plan.parent
-    models = [parent.model_id] if parent is not None and parent.model_id else []
-    server.log_inputs(run.run_id, datasets, models)
-    return run
-
-
-@contextmanager
-def _closing_run(server: TrackingServer, run: TrackedRun) -> Iterator[None]:
-    """End the run as FAILED or KILLED when its stage does, whatever it was, and keep the cause."""
-    try:
-        yield
-    except LeaseLost:
-        raise  # the run belongs to the attempt that took over
-    except KeyboardInterrupt:
-        _end_run(server, run, "KILLED", "interrupted from the keyboard", "")
-        raise
-    except Exception as error:
-        detail = getattr(error, "detail", "") or repr(error)
-        _end_run(server, run, "FAILED", str(error), detail)
-        raise
-
-
-def _end_run(server: TrackingServer, run: TrackedRun, status: str, cause: str, detail: str) -> None:
-    """Best effort: the cause itself is on its way to the person."""
-    try:
-        server.log_batch(run.run_id, tags={"failure": cause[:5000]}, patience_seconds=0)
-        server.put_artifact(run, "failure.txt", detail.encode(), patience_seconds=0)
-        server.update_run(run.run_id, status)
-    except UserError:
-        return
 
 
 # --- the steps -----------------------------------------------------------------------------------
@@ -349,7 +290,7 @@ class _Stage:
         )
         if outcome.problems:
             cause = "; ".join(outcome.problems)
-            _end_run(server, self.run, "FAILED", f"did not pass the gate: {cause}", cause)
+            stage_run.end_run(server, self.run, "FAILED", f"did not pass the gate: {cause}", cause)
         self.clock.lap("register")
         return version
 
@@ -388,30 +329,10 @@ def worker_job(
     }
 
 
-# --- the pipeline's own run ----------------------------------------------------------------------
-
-
-def start_pipeline_run(
-    server: TrackingServer, experiment: str, name: str, tags: Mapping[str, str]
-) -> TrackedRun:
-    """A new MLflow run that stands for one ``atelier run``; stages become its children."""
-    return server.create_run(server.experiment_id(experiment), name, tags)
-
-
-def record_skip(server: TrackingServer, parent_run_id: str, plan: StagePlan) -> None:
-    """Say on the pipeline's run which earlier run and version a skipped stage reuses."""
-    existing = plan.existing
-    if existing is not None:
-        reused = f"run {existing.run_id}, version {existing.version}, {existing.sha256}"
-        server.log_batch(parent_run_id, tags={f"skipped.{plan.spec.stage}": reused})
-
-
 __all__ = [
     "DriverContext",
     "GateFailed",
     "LeaseHeld",
     "StageResult",
-    "record_skip",
     "run_stage",
-    "start_pipeline_run",
 ]

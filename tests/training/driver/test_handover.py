@@ -19,11 +19,10 @@ from training.driver import (
     DriverContext,
     GateFailed,
     StageResult,
-    record_skip,
     run_stage,
-    start_pipeline_run,
 )
 from training.plan import StagePlan, plan_stage
+from training.stage_run import record_skip
 
 pytestmark = pytest.mark.slow
 
@@ -275,7 +274,8 @@ def test_damage_between_plan_and_run_stops_it(local_house: House, trained: Any) 
 
 def test_stages_are_children_of_the_pipelines_run(local_house: House, trained: Any) -> None:
     house = local_house
-    parent = start_pipeline_run(house.server, EXPERIMENT, "a run", {"recipe": house.recipe})
+    experiment_id = house.server.experiment_id(EXPERIMENT)
+    parent = house.server.create_run(experiment_id, "a run", {"recipe": house.recipe})
     context = DriverContext(house.context(), house.cluster, EXPERIMENT, parent.run_id)
     result = run_stage(trained(house), context)
     assert house.server.get_run(result.run_id).tags["mlflow.parentRunId"] == parent.run_id
