@@ -13,6 +13,10 @@ NORM_EPS = 1e-6
 SINUSOID_CHANNELS = 256
 FLOAT16_MAX = 65504.0
 
+# On a CPU in bfloat16 two matrix products beat the fused kernel up to about this sequence length
+# (forward and backward: 1.5 times at 288 tokens, 5 times at 96; at 1072 the fused kernel wins).
+_MAX_PRODUCT_LENGTH = 512
+
 
 def init_linear(weight: Tensor, num_inputs: int) -> None:
     """Fill `weight` from a normal cut at two deviations of 1 / sqrt(num_inputs): gain near one."""
@@ -31,6 +35,22 @@ def sinusoid(values_N: Tensor, num_channels: int = SINUSOID_CHANNELS) -> Tensor:
     exponent = torch.arange(half, dtype=torch.float32, device=values_N.device) / half
     angles = values_N.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)[None, :]
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def softmax_attention(
+    query_BNSA: Tensor, key_BNSA: Tensor, value_BNSA: Tensor, is_causal: bool = False
+) -> Tensor:
+    """Attention over S of N heads with A channels each; causal: none looks at what comes later."""
+    length, num_channels = query_BNSA.shape[-2:]
+    is_cpu_bf16 = value_BNSA.device.type == "cpu" and value_BNSA.dtype == torch.bfloat16
+    if not is_cpu_bf16 or length > _MAX_PRODUCT_LENGTH:
+        return F.scaled_dot_product_attention(query_BNSA, key_BNSA, value_BNSA, is_causal=is_causal)
+    scores_BNSS: Tensor = (query_BNSA * num_channels**-0.5) @ key_BNSA.transpose(-1, -2)
+    if is_causal:
+        later_SS = torch.ones(length, length, dtype=torch.bool).triu(1)
+        scores_BNSS = scores_BNSS.masked_fill(later_SS, -torch.inf)
+    mixed_BNSA: Tensor = scores_BNSS.softmax(dim=-1) @ value_BNSA
+    return mixed_BNSA
 
 
 class RMSNorm(nn.Module):

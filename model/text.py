@@ -21,6 +21,7 @@ from model.checkpoint import (
     write_whole,
 )
 from model.errors import ModelError
+from model.layers import softmax_attention
 
 LEGACY_EOS_TOKEN_ID = 2
 # Older exports store this buffer; it only counts 0, 1, 2, …
@@ -90,7 +91,7 @@ class TextAttention(nn.Module):
             projection(x_BTD).view(*x_BTD.shape[:2], self.num_heads, -1).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = softmax_attention(query, key, value, is_causal=True)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
 

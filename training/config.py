@@ -14,6 +14,7 @@ from infra.config import StrictModel, operational, semantic
 
 Precision = Literal["fp32", "bf16"]
 Schedule = Literal["constant", "cosine", "linear"]
+OptimizerName = Literal["adamw", "muon"]
 CropPolicy = Literal["center", "random"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -63,8 +64,11 @@ class TextEncoderConfig(StrictModel):
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW with a warm-up and a schedule."""
+    """The optimizer with a warm-up and a schedule."""
 
+    name: OptimizerName = semantic(
+        "adamw", "muon: orthogonal steps for matrices and kernels, AdamW for the rest"
+    )
     learning_rate: float = semantic(1e-4, "peak step size", gt=0.0)
     betas: tuple[Probability, Probability] = semantic((0.9, 0.99), "decay of the two moments")
     epsilon: float = semantic(1e-8, "added to the root of the second moment", gt=0.0)
@@ -89,6 +93,7 @@ class TokenizerTrainingConfig(StrictModel):
     batch_pixels: int = semantic(
         262_144, "pixels in a batch; a crop of side s is drawn batch_pixels / s² times", ge=1
     )
+    optimizer: OptimizerName = semantic("muon", "as in a stage's optimizer.name")
     learning_rate: float = semantic(2e-3, "peak step size; falls to zero along a cosine", gt=0.0)
     warmup_steps: int = semantic(20, "steps over which the step size rises linearly", ge=0)
     max_grad_norm: float = semantic(1.0, "longer gradients are shortened", gt=0.0)

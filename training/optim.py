@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from training.config import OptimizerConfig, Schedule
+
+MUON_MOMENTUM = 0.95
+MUON_ROOT_MEAN_SQUARE = 0.2  # of an update's entries, about what AdamW's have
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_ROUNDS = 5
 
 
 def learning_rate_scale(step: int, num_steps: int, warmup_steps: int, schedule: Schedule) -> float:
@@ -46,13 +52,13 @@ def decayed_names(module: nn.Module) -> set[str]:
 
 def parameter_groups(
     module: nn.Module, prefix: str, learning_rate: float, weight_decay: float
-) -> list[dict[str, object]]:
-    """Two AdamW groups of a module's trainable parameters, with and without decay.
+) -> list[dict[str, Any]]:
+    """Two groups of a module's trainable parameters: matrices and kernels, and what has no decay.
 
     Each group carries ``names`` (``prefix`` plus the parameter's name) and its ``peak``.
     """
     decayed = decayed_names(module)
-    groups: list[dict[str, object]] = []
+    groups: list[dict[str, Any]] = []
     for is_decayed in (True, False):
         named = [
             (prefix + name, parameter)
@@ -67,14 +73,16 @@ def parameter_groups(
                     "peak": learning_rate,
                     "lr": learning_rate,
                     "weight_decay": weight_decay if is_decayed else 0.0,
+                    "is_matrices": is_decayed,
                 }
             )
     return groups
 
 
-def build_optimizer(groups: list[dict[str, object]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over ``parameter_groups``."""
-    return torch.optim.AdamW(
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """The configured optimizer over ``parameter_groups``."""
+    kind = MuonAdamW if config.name == "muon" else torch.optim.AdamW
+    return kind(
         groups,
         lr=config.learning_rate,
         betas=config.betas,
@@ -82,6 +90,54 @@ def build_optimizer(groups: list[dict[str, object]], config: OptimizerConfig) ->
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """Muon for groups marked ``is_matrices``, AdamW for the others; both take AdamW's step size.
+
+    A kernel counts as a matrix of outputs by everything else. The result for matrices is that of
+    ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``, which takes no kernels. Sources: Jordan et
+    al. (2024), "Muon"; Liu et al. (2025), arXiv:2502.16982, for the step size.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # the closure is AdamW's; nothing here gives one
+        """Move the matrices, then let AdamW move what still has a gradient."""
+        for group in self.param_groups:
+            if group["is_matrices"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._move(parameter, group["lr"], group["weight_decay"])
+                        parameter.grad = None
+        return super().step(closure)
+
+    def _move(self, parameter: nn.Parameter, learning_rate: float, weight_decay: float) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(gradient)
+        state["momentum"].lerp_(gradient, 1.0 - MUON_MOMENTUM)
+        update = orthogonal(gradient.lerp(state["momentum"], MUON_MOMENTUM).flatten(1))
+        scale = MUON_ROOT_MEAN_SQUARE * math.sqrt(max(update.shape))
+        parameter.mul_(1.0 - learning_rate * weight_decay)
+        parameter.add_(update.view_as(parameter), alpha=-learning_rate * scale)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About U Vᵀ of a matrix U S Vᵀ, in bfloat16: five rounds of a quintic Newton-Schulz iteration.
+
+    Singular values end between about 0.7 and 1.2 (those near zero lower), which is near enough.
+    """
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if is_tall else matrix).to(torch.bfloat16)
+    x = x / x.norm().clamp(min=1e-7)
+    linear, cubic, quintic = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_ROUNDS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic), x, beta=linear)
+    return x.T if is_tall else x
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:

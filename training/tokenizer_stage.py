@@ -20,11 +20,18 @@ from PIL import Image
 from torch import Tensor
 
 from model import CLIPTokenizer, VQTokenizer
-from training.config import TokenizerConfig, TokenizerTrainingConfig
+from training.config import OptimizerConfig, TokenizerConfig, TokenizerTrainingConfig
 from training.images import shrink
 from training.masked_stage import TrainingDiverged
 from training.networks import new_vq
-from training.optim import learning_rate_scale, set_learning_rate
+from training.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate_scale,
+    parameter_groups,
+    set_learning_rate,
+    trained_parameters,
+)
 from training.randomness import permutation, torch_generator, uniforms
 
 KMEANS_BATCHES = 4  # batches whose latents the codebook is made from
@@ -68,12 +75,11 @@ class TokenizerResult:
 def start_tokenizer(config: TokenizerConfig) -> TokenizerStage:
     """A fresh tokenizer with its optimizer."""
     vq = new_vq(config).train()
-    parameters = [p for name, p in vq.named_parameters() if not name.startswith("quantize.")]
-    names = [name for name, _ in vq.named_parameters() if not name.startswith("quantize.")]
-    peak = config.training.learning_rate
-    group = {"params": parameters, "names": names, "peak": peak}
-    optimizer = torch.optim.AdamW([group], lr=peak, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    weight = vq.quantize.embedding.weight.requires_grad_(False)
+    weight = vq.quantize.embedding.weight.requires_grad_(False)  # it follows the latents instead
+    training = config.training
+    chosen = OptimizerConfig(name=training.optimizer, learning_rate=training.learning_rate)
+    groups = parameter_groups(vq, "", training.learning_rate, weight_decay=0.0)
+    optimizer = build_optimizer(groups, chosen)
     return TokenizerStage(config, vq, optimizer, torch.ones(len(weight)), weight.detach().clone())
 
 
@@ -143,8 +149,7 @@ def train_step(stage: TokenizerStage, images_B3HW: Tensor) -> TokenizerResult:
 
 def _update(stage: TokenizerStage, loss: Tensor, error: Tensor) -> TokenizerResult:
     training = stage.config.training
-    parameters = stage.optimizer.param_groups[0]["params"]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+    norm = clip_gradients(trained_parameters(stage.optimizer), training.max_grad_norm)
     loss_value, error_value, norm_value = torch.stack((loss, error, norm)).tolist()
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         raise TrainingDiverged(

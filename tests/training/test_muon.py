@@ -1,0 +1,118 @@
+"""Muon against a singular value decomposition and against torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training.checkpoint import optimizer_tensors, restore_optimizer
+from training.config import OptimizerConfig, StageConfig
+from training.data import TokenShard, in_memory
+from training.masked_stage import MaskedStage, named_trained, train_step
+from training.optim import MUON_MOMENTUM, MuonAdamW, build_optimizer, orthogonal, parameter_groups
+
+MUON = OptimizerConfig(name="muon", learning_rate=0.02, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 24), (24, 6), (1, 9)])
+def test_an_update_has_the_singular_vectors_of_its_matrix(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    in_its_basis = u.T @ orthogonal(matrix).float() @ vt.T
+    values = in_its_basis.diagonal()
+    assert 0.6 < values.min() <= values.max() < 1.3
+    assert (in_its_basis - values.diag()).abs().max() < 0.06  # bfloat16
+
+
+def test_a_gradient_of_zeros_moves_nothing() -> None:
+    assert not orthogonal(torch.zeros(3, 5)).any()
+
+
+def _two_layers(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3))
+
+
+def _train(net: nn.Module, steps: list[Callable[[], object]], inputs_BC: Tensor) -> None:
+    for _ in range(6):
+        net.zero_grad()
+        loss: Tensor = net(inputs_BC).square().mean() * 3
+        loss.backward()
+        for step in steps:
+            step()
+
+
+def test_matrices_move_as_with_torchs_muon_and_biases_as_with_adamw() -> None:
+    """Torch's has its own bfloat16 iteration and the same rule for the size of a step."""
+    ours, theirs = _two_layers(), _two_layers()
+    inputs_BC = torch.randn(16, 12, generator=torch.Generator().manual_seed(5))
+    optimizer = build_optimizer(parameter_groups(ours, "", 0.02, 0.1), MUON)
+    matrices = [theirs[0].weight, theirs[2].weight]
+    muon = torch.optim.Muon(
+        matrices,
+        lr=0.02,
+        weight_decay=0.1,
+        momentum=MUON_MOMENTUM,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adamw = torch.optim.AdamW(
+        [theirs[0].bias, theirs[2].bias], lr=0.02, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    _train(ours, [optimizer.step], inputs_BC)
+    _train(theirs, [muon.step, adamw.step], inputs_BC)
+    start = dict(_two_layers().named_parameters())
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        moved = (other - start[name]).norm()
+        assert moved > 0.01, name
+        assert (mine - other).norm() < 0.02 * moved, name
+
+
+def test_a_kernel_moves_as_the_matrix_of_its_rows() -> None:
+    torch.manual_seed(0)
+    kernel = nn.Conv2d(4, 6, 3, bias=False)
+    matrix = nn.Linear(36, 6, bias=False)
+    matrix.weight.data.copy_(kernel.weight.flatten(1))
+    for module in (kernel, matrix):
+        gradient = torch.arange(216.0).reshape(6, 36).cos()
+        module.weight.grad = gradient.view_as(module.weight)
+        build_optimizer(parameter_groups(module, "", 0.02, 0.1), MUON).step()
+    torch.testing.assert_close(kernel.weight.flatten(1), matrix.weight, rtol=0, atol=0)
+
+
+def test_what_has_no_gradient_stays() -> None:
+    net = _two_layers()
+    before = {name: parameter.clone() for name, parameter in net.named_parameters()}
+    optimizer = build_optimizer(parameter_groups(net, "", 0.02, 0.1), MUON)
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    optimizer.step()
+    still = [name for name, p in net.named_parameters() if torch.equal(p, before[name])]
+    assert still == ["0.bias", "2.weight", "2.bias"]
+
+
+def test_a_stage_that_stops_and_goes_on_ends_where_an_unbroken_one_does(
+    new_stage: Callable[[StageConfig], MaskedStage],
+    small_config: Callable[..., StageConfig],
+    token_shard: Callable[..., TokenShard],
+) -> None:
+    config = small_config(optimizer=MUON, train_text_encoder=True, text_encoder_learning_rate=1e-3)
+    dataset = in_memory([token_shard(12)], config)
+    unbroken, first, second = (new_stage(config) for _ in range(3))
+    assert isinstance(unbroken.optimizer, MuonAdamW)
+    for step in range(4):
+        train_step(unbroken, dataset.batch_at(step))
+    for step in range(2):
+        train_step(first, dataset.batch_at(step))
+    carried = optimizer_tensors(first.optimizer)
+    assert any(name.endswith("/momentum") for name in carried)
+    for name, parameter in named_trained(second.optimizer):
+        parameter.data.copy_(dict(named_trained(first.optimizer))[name])
+    restore_optimizer(second.optimizer, carried)
+    second.step = first.step
+    for step in range(2, 4):
+        train_step(second, dataset.batch_at(step))
+    expected = {name: p.detach() for name, p in named_trained(unbroken.optimizer)}
+    found = {name: p.detach() for name, p in named_trained(second.optimizer)}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
