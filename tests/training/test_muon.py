@@ -31,9 +31,16 @@ def test_a_gradient_of_zeros_moves_nothing() -> None:
     assert not orthogonal(torch.zeros(3, 5)).any()
 
 
-def _two_layers(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3))
+class _TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(12, 20)
+        self.second = nn.Linear(20, 3)
+
+    def forward(self, inputs_BC: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(inputs_BC)))
+        return out
 
 
 def _train(net: nn.Module, steps: list[Callable[[], object]], inputs_BC: Tensor) -> None:
@@ -47,10 +54,10 @@ def _train(net: nn.Module, steps: list[Callable[[], object]], inputs_BC: Tensor)
 
 def test_matrices_move_as_with_torchs_muon_and_biases_as_with_adamw() -> None:
     """Torch's has its own bfloat16 iteration and the same rule for the size of a step."""
-    ours, theirs = _two_layers(), _two_layers()
+    ours, theirs = _TwoLayers(), _TwoLayers()
     inputs_BC = torch.randn(16, 12, generator=torch.Generator().manual_seed(5))
     optimizer = build_optimizer(parameter_groups(ours, "", 0.02, 0.1), MUON)
-    matrices = [theirs[0].weight, theirs[2].weight]
+    matrices = [theirs.first.weight, theirs.second.weight]
     muon = torch.optim.Muon(
         matrices,
         lr=0.02,
@@ -59,11 +66,11 @@ def test_matrices_move_as_with_torchs_muon_and_biases_as_with_adamw() -> None:
         adjust_lr_fn="match_rms_adamw",
     )
     adamw = torch.optim.AdamW(
-        [theirs[0].bias, theirs[2].bias], lr=0.02, betas=(0.9, 0.99), weight_decay=0.0
+        [theirs.first.bias, theirs.second.bias], lr=0.02, betas=(0.9, 0.99), weight_decay=0.0
     )
     _train(ours, [optimizer.step], inputs_BC)
     _train(theirs, [muon.step, adamw.step], inputs_BC)
-    start = dict(_two_layers().named_parameters())
+    start = dict(_TwoLayers().named_parameters())
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         moved = (other - start[name]).norm()
         assert moved > 0.01, name
@@ -83,13 +90,13 @@ def test_a_kernel_moves_as_the_matrix_of_its_rows() -> None:
 
 
 def test_what_has_no_gradient_stays() -> None:
-    net = _two_layers()
+    net = _TwoLayers()
     before = {name: parameter.clone() for name, parameter in net.named_parameters()}
     optimizer = build_optimizer(parameter_groups(net, "", 0.02, 0.1), MUON)
-    net[0].weight.grad = torch.ones_like(net[0].weight)
+    net.first.weight.grad = torch.ones_like(net.first.weight)
     optimizer.step()
     still = [name for name, p in net.named_parameters() if torch.equal(p, before[name])]
-    assert still == ["0.bias", "2.weight", "2.bias"]
+    assert still == ["first.bias", "second.weight", "second.bias"]
 
 
 def test_a_stage_that_stops_and_goes_on_ends_where_an_unbroken_one_does(
