@@ -47,7 +47,7 @@ def _train(net: nn.Module, steps: list[Callable[[], object]], inputs_BC: Tensor)
     for _ in range(6):
         net.zero_grad()
         loss: Tensor = net(inputs_BC).square().mean() * 3
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for step in steps:
             step()
 
