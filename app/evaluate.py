@@ -43,6 +43,9 @@ def paint(
     description: str,
 ) -> list[Image]:
     """One image per prompt, as ``config`` says; image i uses ``seed`` + i."""
+    import torch
+
+    dtype = torch.bfloat16 if config.precision == "bf16" else None
     with progress(description, len(prompts), "images") as bar:
         return painter.generate(
             prompts,
@@ -50,6 +53,7 @@ def paint(
             guidance_scale=config.guidance_scale,
             temperature=config.temperature,
             seed=seed,
+            dtype=dtype,
             batch_size=config.batch_size,
             progress=lambda done, total, tokens: bar.update(len(prompts) * done // total),
         )

@@ -21,7 +21,13 @@ from infra.digests import canonical_json, sha256_bytes
 from infra.errors import UserError
 from infra.sessions import ClusterConfig
 from pipelines.config import CurationConfig
-from training.config import NetworkConfig, StageConfig, TextEncoderConfig, TokenizerConfig
+from training.config import (
+    NetworkConfig,
+    Precision,
+    StageConfig,
+    TextEncoderConfig,
+    TokenizerConfig,
+)
 
 SEEDED_SECTIONS = ("world", "tokenizer", "evaluation")
 
@@ -34,6 +40,7 @@ class EvaluationConfig(StrictModel):
     steps: int = semantic(16, "unmasking steps per image", ge=1)
     guidance_scale: float = semantic(3.0, "uncond + scale * (cond - uncond); 1.0 is off", ge=0.0)
     temperature: float = semantic(1.0, "noise on the confidences at the first step", ge=0.0)
+    precision: Precision = semantic("bf16", "compute type of the network, as in training")
     batch_size: int = operational(64, "images painted at a time", ge=1)
     min_scores: dict[str, float] = semantic(
         default_factory=dict, description="gate: smallest score of every stage, by name, in [0, 1]"

@@ -103,6 +103,10 @@ class TokenizerTrainingConfig(StrictModel):
         1.0, "weight of the mean absolute error of neighbour differences", ge=0.0
     )
     commitment_weight: float = semantic(0.25, "weight of the latents' pull to their codes", ge=0.0)
+    locality_weight: float = semantic(
+        0.0, "weight of what a patch's latents owe to its surroundings; 1 gives a patch one token",
+        ge=0.0,
+    )  # fmt: skip
     codebook_decay: float = semantic(
         0.98, "how slowly codes follow the mean of their latents", ge=0.0, lt=1.0
     )

@@ -130,7 +130,7 @@ def train_step(stage: TokenizerStage, images_B3HW: Tensor) -> TokenizerResult:
     device = images_B3HW.device
     uses_codes = stage.step >= stage.codebook_step
     with torch.autocast(device.type, torch.bfloat16, enabled=stage.config.precision == "bf16"):
-        latents_BCHW = stage.vq.encode_latents(images_B3HW)
+        latents_BCHW, context = _encode(stage, images_B3HW)
         commitment = torch.zeros((), device=device)
         quantized_BCHW = latents_BCHW
         if uses_codes:
@@ -138,13 +138,48 @@ def train_step(stage: TokenizerStage, images_B3HW: Tensor) -> TokenizerResult:
             quantized_BCHW, commitment = found.quantized_BCHW, found.commitment_loss
         output_B3HW = stage.vq.decode_latents(quantized_BCHW)
     loss, error = reconstruction_loss(output_B3HW, images_B3HW, training)
-    loss = loss + training.commitment_weight * commitment
+    loss = loss + training.commitment_weight * commitment + training.locality_weight * context
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     result = _update(stage, loss.detach(), error.detach())
     if uses_codes:
         move_codes(stage, _rows(latents_BCHW), found.tokens_BHW.flatten())
     stage.step += 1
     return result
+
+
+def _encode(stage: TokenizerStage, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+    """latents_BCHW, and how much of them is owed to what surrounds their patches."""
+    if stage.config.training.locality_weight == 0:
+        return stage.vq.encode_latents(images_B3HW), torch.zeros((), device=images_B3HW.device)
+    side_px = stage.vq.downsample_factor
+    num_patches = images_B3HW.numel() // (3 * side_px**2)
+    order = permutation(num_patches, stage.config.seed, "locality", stage.step)
+    order_N = torch.from_numpy(order).to(images_B3HW.device)
+    both = torch.cat((images_B3HW, rearranged(images_B3HW, order_N, side_px)))
+    latents_BCHW, elsewhere_BCHW = stage.vq.encode_latents(both).chunk(2)
+    return latents_BCHW, context_share(latents_BCHW, elsewhere_BCHW, order_N)
+
+
+def rearranged(images_BCHW: Tensor, order_N: Tensor, side: int) -> Tensor:
+    """The batch with its N square patches (images, then rows, then columns) in another order."""
+    batch, channels, height, width = images_BCHW.shape
+    rows, columns = height // side, width // side
+    cut = images_BCHW.reshape(batch, channels, rows, side, columns, side)
+    patches_NCSS = cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, side, side)[order_N]
+    joined = patches_NCSS.view(batch, rows, columns, channels, side, side)
+    return joined.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+
+def context_share(latents_BCHW: Tensor, elsewhere_BCHW: Tensor, order_N: Tensor) -> Tensor:
+    """Mean square of what latents change when their patches stand elsewhere, per variance.
+
+    Then a patch has one token wherever it stands. Else the codebook is spent on shades of the same
+    patch, which no prompt can tell apart.
+    """
+    latents_BCHW = latents_BCHW.float()
+    change_BCHW = elsewhere_BCHW.float() - rearranged(latents_BCHW, order_N, side=1)
+    variance = latents_BCHW.detach().var(dim=(0, 2, 3), correction=0).mean()
+    return change_BCHW.square().mean() / variance.clamp(min=1e-12)
 
 
 def _update(stage: TokenizerStage, loss: Tensor, error: Tensor) -> TokenizerResult:

@@ -13,8 +13,10 @@ from training.config import TokenizerConfig, TokenizerTrainingConfig
 from training.tokenizer_stage import (
     StoredImage,
     code_statistics,
+    context_share,
     kmeans,
     move_codes,
+    rearranged,
     reconstruction_error,
     run_step,
     start_tokenizer,
@@ -88,6 +90,50 @@ def test_the_same_seed_gives_the_same_tokenizer() -> None:
             run_step(stage, partial(tokenizer_batch, images, config))
         weights.append(stage.vq.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_patches_are_rearranged_as_said() -> None:
+    images = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).view(2, 3, 4, 6)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    moved = rearranged(images, order, 2)
+
+    def patch(batch: torch.Tensor, number: int) -> torch.Tensor:
+        image, row, column = number // 6, number % 6 // 3 * 2, number % 3 * 2
+        return batch[image, :, row : row + 2, column : column + 2]
+
+    for place, number in enumerate(order.tolist()):
+        assert torch.equal(patch(moved, place), patch(images, number))
+    assert torch.equal(rearranged(moved, order.argsort(), 2), images)
+
+
+def test_only_an_encoder_that_looks_around_owes_something_to_the_context() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, 16, 8, generator=generator)
+    order = torch.randperm(24, generator=generator)
+    alone = torch.nn.Conv2d(3, 5, 4, stride=4)
+    around = torch.nn.Conv2d(3, 5, 12, stride=4, padding=4)
+    shares = [
+        float(context_share(net(images), net(rearranged(images, order, 4)), order).detach())
+        for net in (alone, around)
+    ]
+    assert shares[0] < 1e-10
+    assert 0.5 < shares[1] < 3.0
+
+
+def test_with_locality_a_patch_keeps_its_token_wherever_it_stands() -> None:
+    images = _painted(32)
+    kept = []
+    for weight in (0.0, 1.0):
+        config = _config(60, learning_rate=5e-3, warmup_share=0.5, locality_weight=weight)
+        stage = start_tokenizer(config)
+        for _ in range(60):
+            run_step(stage, partial(tokenizer_batch, images, config))
+        batch = tokenizer_batch(images, config, 1)
+        order = torch.randperm(batch.numel() // 48, generator=torch.Generator().manual_seed(1))
+        tokens = stage.vq.encode(batch)
+        moved = stage.vq.encode(rearranged(batch, order, 4))
+        kept.append(float((rearranged(tokens[:, None], order, 1)[:, 0] == moved).float().mean()))
+    assert kept[1] > kept[0] + 0.2
 
 
 def test_steps_take_turns_at_the_resolutions_and_never_enlarge() -> None:
