@@ -105,39 +105,57 @@ class MuonAdamW(torch.optim.AdamW):
         """Move the matrices, then let AdamW move what still has a gradient."""
         for group in self.param_groups:
             if group["is_matrices"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._move(parameter, group["lr"], group["weight_decay"])
-                        parameter.grad = None
+                moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+                for parameters in _by_shape(moving):
+                    self._move(parameters, group["lr"], group["weight_decay"])
         return super().step(closure)
 
-    def _move(self, parameter: nn.Parameter, learning_rate: float, weight_decay: float) -> None:
-        gradient = parameter.grad
-        if gradient is None:
-            return
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(gradient)
-        state["momentum"].lerp_(gradient, 1.0 - MUON_MOMENTUM)
-        update = orthogonal(gradient.lerp(state["momentum"], MUON_MOMENTUM).flatten(1))
-        scale = MUON_ROOT_MEAN_SQUARE * math.sqrt(max(update.shape))
-        parameter.mul_(1.0 - learning_rate * weight_decay)
-        parameter.add_(update.view_as(parameter), alpha=-learning_rate * scale)
+    def _move(self, parameters: list[nn.Parameter], step_size: float, weight_decay: float) -> None:
+        """Move parameters that are equally large as matrices, all in one iteration."""
+        updates = []
+        for parameter in parameters:
+            gradient, state = parameter.grad, self.state[parameter]
+            assert gradient is not None  # the caller chose these
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(gradient)
+            state["momentum"].lerp_(gradient, 1.0 - MUON_MOMENTUM)
+            updates.append(_wide(gradient.lerp(state["momentum"], MUON_MOMENTUM)))
+            parameter.grad = None
+        moves_NRC = orthogonal(torch.stack(updates))
+        scale = step_size * MUON_ROOT_MEAN_SQUARE * math.sqrt(moves_NRC.shape[-1])
+        for parameter, move_RC in zip(parameters, moves_NRC, strict=True):
+            is_tall = len(parameter) > parameter[0].numel()
+            move = (move_RC.T if is_tall else move_RC).reshape(parameter.shape)
+            parameter.mul_(1.0 - step_size * weight_decay).add_(move, alpha=-scale)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """About U Vᵀ of a matrix U S Vᵀ, in bfloat16: five rounds of a quintic Newton-Schulz iteration.
+def _wide(parameter: Tensor) -> Tensor:
+    """A matrix or kernel as a matrix with at least as many columns as rows."""
+    matrix = parameter.flatten(1)
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _by_shape(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        shapes.setdefault(tuple(_wide(parameter).shape), []).append(parameter)
+    return list(shapes.values())
+
+
+def orthogonal(wide_NRC: Tensor) -> Tensor:
+    """About U Vᵀ of each matrix U S Vᵀ, R ≤ C, in bfloat16: five rounds of a quintic iteration.
 
     Singular values end between about 0.7 and 1.2 (those near zero lower), which is near enough.
+    Small matrices cost more calls than arithmetic, so that many at once take half the time.
     """
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if is_tall else matrix).to(torch.bfloat16)
-    x = x / x.norm().clamp(min=1e-7)
+    x_NRC = wide_NRC.to(torch.bfloat16)
+    x_NRC = x_NRC / x_NRC.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
     linear, cubic, quintic = NEWTON_SCHULZ
     for _ in range(NEWTON_SCHULZ_ROUNDS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic), x, beta=linear)
-    return x.T if is_tall else x
+        gram_NRR = x_NRC @ x_NRC.mT
+        mixed_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=cubic, alpha=quintic)
+        x_NRC = torch.baddbmm(x_NRC, mixed_NRR, x_NRC, beta=linear)
+    return x_NRC
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:

@@ -17,18 +17,19 @@ from training.optim import MUON_MOMENTUM, MuonAdamW, build_optimizer, orthogonal
 MUON = OptimizerConfig(name="muon", learning_rate=0.02, weight_decay=0.1)
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (6, 24), (24, 6), (1, 9)])
+@pytest.mark.parametrize("shape", [(8, 8), (6, 24), (1, 9)])
 def test_an_update_has_the_singular_vectors_of_its_matrix(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
-    in_its_basis = u.T @ orthogonal(matrix).float() @ vt.T
-    values = in_its_basis.diagonal()
-    assert 0.6 < values.min() <= values.max() < 1.3
-    assert (in_its_basis - values.diag()).abs().max() < 0.06  # bfloat16
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(sum(shape)))
+    for matrix, found in zip(matrices, orthogonal(matrices), strict=True):
+        u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+        in_its_basis = u.T @ found.float() @ vt.T
+        values = in_its_basis.diagonal()
+        assert 0.6 < values.min() <= values.max() < 1.3
+        assert (in_its_basis - values.diag()).abs().max() < 0.06  # bfloat16
 
 
 def test_a_gradient_of_zeros_moves_nothing() -> None:
-    assert not orthogonal(torch.zeros(3, 5)).any()
+    assert not orthogonal(torch.zeros(1, 3, 5)).any()
 
 
 class _TwoLayers(nn.Module):
