@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from demo.world import Scene, Thing, WorldConfig, relation
+from demo.world import Scene, Thing, WorldConfig, cells, relation
 
 COUNTS = {2: "two", 3: "three", 4: "four"}
 CAPTIONER = "scene-graph/1"
@@ -59,7 +59,7 @@ def alt_text(scene: Scene, rng: np.random.Generator, config: WorldConfig) -> str
 
 
 def long_caption(scene: Scene, rng: np.random.Generator, config: WorldConfig) -> str:
-    """More than fifty words: the prompt first, then background, count and each thing's place."""
+    """More than fifty words: the prompt, each thing's place, then background, count and padding."""
     ground = (
         f"the background is plain {scene.background} from edge to edge"
         if scene.background_to is None
@@ -68,11 +68,14 @@ def long_caption(scene: Scene, rng: np.random.Generator, config: WorldConfig) ->
     count = {0: "no shape", 1: "one shape", **{n: f"{w} shapes" for n, w in COUNTS.items()}}
     sentences = [
         plain_prompt(scene, config),
+        *(
+            f"the {thing_words(thing, config)} is at the {place(thing, config)}"
+            for thing in scene.things
+        ),
         ground,
         f"there is {count[len(scene.things)]} in the picture"
         if len(scene.things) < 2
         else f"there are {count[len(scene.things)]} in the picture",
-        *(f"the {thing_words(thing, config)} is at the {place(thing)}" for thing in scene.things),
     ]
     padding = [
         "the drawing is flat and clean with sharp edges",
@@ -89,9 +92,9 @@ def long_caption(scene: Scene, rng: np.random.Generator, config: WorldConfig) ->
     return ". ".join(sentences) + "."
 
 
-def place(thing: Thing) -> str:
-    """Which ninth of the picture the thing's middle is in, in words (quarters of four cells)."""
-    row, column = thing.centre
-    vertical = "top" if row < 1.7 else "bottom" if row > 2.3 else "middle"
-    horizontal = "left" if column < 1.7 else "right" if column > 2.3 else "centre"
+def place(thing: Thing, config: WorldConfig) -> str:
+    """Which ninth of the picture the thing's middle is in, in words."""
+    row, column = (middle / cells(config) for middle in thing.centre)
+    vertical = "top" if row < 0.425 else "bottom" if row > 0.575 else "middle"
+    horizontal = "left" if column < 0.425 else "right" if column > 0.575 else "centre"
     return f"{vertical} {horizontal}"

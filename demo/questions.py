@@ -10,16 +10,19 @@ from PIL import Image
 
 from demo.captions import plain_prompt
 from demo.oracle import read_scene
-from demo.world import RELATIONS, Pixels, Scene, Thing, WorldConfig, held_out, relation
+from demo.world import (
+    RELATIONS,
+    SPANS,
+    Pixels,
+    Scene,
+    Thing,
+    WorldConfig,
+    cells,
+    held_out,
+    relation,
+)
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-_BOXES = {
-    "left of": ((1.0, 0.0), (1.0, 2.0)),
-    "right of": ((1.0, 2.0), (1.0, 0.0)),
-    "above": ((0.0, 1.0), (2.0, 1.0)),
-    "below": ((2.0, 1.0), (0.0, 1.0)),
-}
-_CORNERS = ((0.0, 0.0), (0.0, 2.0), (2.0, 0.0), (2.0, 2.0))
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ def _scene(tag: str, rng: np.random.Generator, config: WorldConfig) -> Scene:
     background = str(rng.choice(config.colors))
     colors = [color for color in config.colors if color != background]
     size = "large" if "large" in config.sizes else config.sizes[0]
+    far = cells(config) - SPANS[size]  # the last row and column a thing can start at
+    middle = float(int(far / 2))
+    corners = ((0.0, 0.0), (0.0, far), (far, 0.0), (far, far))
 
     def thing(at: tuple[float, float], color: str | None = None, shape: str | None = None) -> Thing:
         return Thing(
@@ -82,15 +88,21 @@ def _scene(tag: str, rng: np.random.Generator, config: WorldConfig) -> Scene:
         )
 
     if tag in ("single_object", "colors"):
-        return Scene(background, (thing((1.0, 1.0)),))
+        return Scene(background, (thing((middle, middle)),))
     if tag == "counting":
         count = int(rng.integers(2, config.max_objects + 1))
-        first = thing(_CORNERS[0])
-        rest = [thing(at, first.color, first.shape) for at in _CORNERS[1:count]]
+        first = thing(corners[0])
+        rest = [thing(at, first.color, first.shape) for at in corners[1:count]]
         return Scene(background, (first, *rest))
-    places = _BOXES[str(rng.choice(RELATIONS))]
+    standing = {
+        "left of": ((middle, 0.0), (middle, far)),
+        "right of": ((middle, far), (middle, 0.0)),
+        "above": ((0.0, middle), (far, middle)),
+        "below": ((far, middle), (0.0, middle)),
+    }
+    places = standing[str(rng.choice(RELATIONS))]
     if tag != "position":
-        places = (_CORNERS[0], _CORNERS[3])  # diagonal: the prompt says "and", no relation
+        places = (corners[0], corners[3])  # diagonal: the prompt says "and", no relation
     first = thing(places[0])
     other_shapes = [shape for shape in config.shapes if shape != first.shape]
     other_colors = [color for color in colors if color != first.color]

@@ -72,11 +72,21 @@ def test_harder_worlds(config: WorldConfig, floor: float) -> None:
     assert accuracy(config, 128) >= floor
 
 
-def test_renders_of_the_asked_scenes_answer_every_question() -> None:
-    questions = geneval_prompts(CONFIG, 60, seed=3)
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        WorldConfig(grid_cells=2, sizes=("small",)),
+        WorldConfig(grid_cells=4, sizes=("small",)),
+        WorldConfig(grid_cells=3, sizes=("small",), max_objects=2),
+        WorldConfig(grid_cells=None),
+    ],
+)
+def test_renders_of_the_asked_scenes_answer_every_question(config: WorldConfig) -> None:
+    questions = geneval_prompts(config, 60, seed=3)
     assert {question.tag for question in questions} == set(TAGS)
-    images = [render(question.scene, 64, CONFIG) for question in questions]
-    means = score(images, questions, CONFIG).means
+    images = [render(question.scene, 128, config) for question in questions]
+    means = score(images, questions, config).means
     assert set(means.values()) == {1.0}
 
 

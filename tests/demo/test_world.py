@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from demo.captions import alt_text, long_caption, plain_prompt
+from demo.captions import alt_text, long_caption, place, plain_prompt
 from demo.metadata import EXPECTED, SCHEMA, build_world, make_rows
 from demo.questions import geneval_prompts
 from demo.world import (
@@ -89,6 +89,25 @@ def test_captions_hold_the_facts() -> None:
         for thing in scene.things:
             assert thing.color in prompt
             assert thing.shape in prompt
+
+
+@pytest.mark.parametrize(
+    ("grid_cells", "size", "row", "column", "words"),
+    [
+        (4, "large", 0, 1, "top centre"),
+        (4, "large", 2, 2, "bottom right"),
+        (4, "small", 1, 2, "top right"),
+        (2, "small", 0, 0, "top left"),
+        (2, "small", 1, 0, "bottom left"),
+        (3, "small", 1, 1, "middle centre"),
+        (None, "large", 1.0, 2.0, "middle right"),
+    ],
+)
+def test_the_words_for_a_place(
+    grid_cells: int | None, size: str, row: float, column: float, words: str
+) -> None:
+    config = WorldConfig(grid_cells=grid_cells, sizes=(size,))
+    assert place(Thing("circle", "red", size, row, column), config) == words
 
 
 def digests(folder: Path) -> dict[str, str]:
