@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from demo.world import Scene, Thing, WorldConfig, cells, relation
+from demo.world import Scene, Thing, WorldConfig, place, relation
 
 COUNTS = {2: "two", 3: "three", 4: "four"}
 CAPTIONER = "scene-graph/1"
@@ -28,10 +28,15 @@ def background_words(scene: Scene) -> str:
     return f"{article(scene.background)} to {scene.background_to} background"
 
 
-def plain_prompt(scene: Scene, config: WorldConfig) -> str:
-    """The facts in one sentence, the grammar that every caption and question shares."""
+def plain_prompt(scene: Scene, config: WorldConfig, says_place: bool = True) -> str:
+    """The facts in one sentence, the grammar that every caption and question shares.
+
+    One thing's place is among them where held-out combinations have places, and `says_place`.
+    """
     names = [thing_words(thing, config) for thing in scene.things]
     ground = background_words(scene)
+    if len(names) == 1 and says_place and config.held_out_by == "place":
+        return f"{article(names[0])} at the {place(scene.things[0], config)} on {ground}"
     if not names:
         return ground
     if len(names) > 1 and len(set(names)) == 1:
@@ -50,8 +55,11 @@ def article(name: str) -> str:
 
 
 def alt_text(scene: Scene, rng: np.random.Generator, config: WorldConfig) -> str:
-    """What a web page might say: the prompt with a shop's noise around it, in any case."""
-    text = plain_prompt(scene, config)
+    """What a web page might say: the prompt with a shop's noise around it, in any case.
+
+    Half of those of one thing leave out where it stands.
+    """
+    text = plain_prompt(scene, config, says_place=rng.random() < 0.5)
     before, after = str(rng.choice(_BEFORE)), str(rng.choice(_AFTER))
     text = before + text + after.format(number=int(rng.integers(100, 999)))
     style = rng.random()
@@ -90,11 +98,3 @@ def long_caption(scene: Scene, rng: np.random.Generator, config: WorldConfig) ->
             break
         sentences.append(padding[index])
     return ". ".join(sentences) + "."
-
-
-def place(thing: Thing, config: WorldConfig) -> str:
-    """Which ninth of the picture the thing's middle is in, in words."""
-    row, column = (middle / cells(config) for middle in thing.centre)
-    vertical = "top" if row < 0.425 else "bottom" if row > 0.575 else "middle"
-    horizontal = "left" if column < 0.425 else "right" if column > 0.575 else "centre"
-    return f"{vertical} {horizontal}"

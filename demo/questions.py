@@ -19,6 +19,7 @@ from demo.world import (
     WorldConfig,
     cells,
     held_out,
+    place,
     relation,
 )
 
@@ -44,6 +45,7 @@ class Answer:
     background: bool
     one_color: bool | None
     one_color_shape: bool | None
+    one_place: bool | None
     two_position: bool | None
     reason: str
     seen: Scene
@@ -88,7 +90,9 @@ def _scene(tag: str, rng: np.random.Generator, config: WorldConfig) -> Scene:
         )
 
     if tag in ("single_object", "colors"):
-        return Scene(background, (thing((middle, middle)),))
+        starts = sorted({0.0, middle, far})
+        at = (float(rng.choice(starts)), float(rng.choice(starts)))
+        return Scene(background, (thing(at),))
     if tag == "counting":
         count = int(rng.integers(2, config.max_objects + 1))
         first = thing(corners[0])
@@ -113,15 +117,16 @@ def _scene(tag: str, rng: np.random.Generator, config: WorldConfig) -> Scene:
 def score(
     images: Sequence[Image.Image | Pixels], prompts: Sequence[EvalPrompt], config: WorldConfig
 ) -> Scores:
-    """Means of the six questions, their mean (`overall`), and four that say where it went wrong.
+    """Means of the six questions, their mean (`overall`), and five that say where it went wrong.
 
-    `background`: solid background right. `one_color`, `one_color_shape`: prompts with one thing.
+    `background`: solid background right. `one_color`, `one_color_shape`: prompts with one thing;
+    `one_place`: such a prompt's place has something of the colour, where prompts name places.
     `two_position`: both colours there and standing as asked, whatever their shapes.
     """
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts: expected as many")
     answers = [
-        _answer(question, _readable(read_scene(image, config), config))
+        _answer(question, _readable(read_scene(image, config), config), config)
         for image, question in zip(images, prompts, strict=True)
     ]
     means = {
@@ -131,7 +136,7 @@ def score(
     }
     means["overall"] = float(np.mean(list(means.values())))
     means["background"] = float(np.mean([a.background for a in answers]))
-    for name in ("one_color", "one_color_shape", "two_position"):
+    for name in ("one_color", "one_color_shape", "one_place", "two_position"):
         asked = [getattr(a, name) for a in answers if getattr(a, name) is not None]
         if asked:
             means[name] = float(np.mean(asked))
@@ -146,14 +151,18 @@ def _readable(seen: Scene, config: WorldConfig) -> Scene:
     return seen if len(seen.things) <= config.max_objects else replace(seen, things=())
 
 
-def _answer(question: EvalPrompt, seen: Scene) -> Answer:
+def _answer(question: EvalPrompt, seen: Scene, config: WorldConfig) -> Answer:
     wanted = question.scene.things
-    color = shape = place = None
+    color = shape = placed = stands = None
     if question.tag in ("single_object", "colors"):
         color = any(thing.color == wanted[0].color for thing in seen.things)
         shape = bool(_alike(wanted[0], seen))
+        if config.held_out_by == "place":
+            asked = place(wanted[0], config)
+            matching = _alike(wanted[0], seen, by_shape=False)
+            placed = any(place(thing, config) == asked for thing in matching)
     if question.tag == "position":
-        place = _stand(wanted, seen, by_shape=False)
+        stands = _stand(wanted, seen, by_shape=False)
     correct = _correct(question.tag, wanted, seen)
     return Answer(
         question.tag,
@@ -162,7 +171,8 @@ def _answer(question: EvalPrompt, seen: Scene) -> Answer:
         seen.background == question.scene.background and seen.background_to is None,
         color,
         shape,
-        place,
+        placed,
+        stands,
         "as asked" if correct else f"saw {[f'{t.color} {t.shape}' for t in seen.things]}",
         seen,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,11 @@ class WorldConfig(BaseModel):
     held_out_ratio: float = Field(
         default=0.1, ge=0, lt=1, description="combinations kept for questions"
     )
+    held_out_by: Literal["thing", "place"] = Field(
+        default="thing",
+        description="what is never seen together: a thing's colour, shape and background, or these "
+        "three at one place, which prompts then name",
+    )
     native_sizes_px: tuple[int, ...] = Field(
         default=(128, 256), description="shorter sides of the images"
     )
@@ -121,20 +127,33 @@ def relation(first: Thing, second: Thing) -> str | None:
 def held_out(scene: Scene, config: WorldConfig) -> bool:
     """Whether the scene holds a combination that training never sees.
 
-    Combinations: (colour, shape, background) of one thing, and the unordered pair of two things.
+    Combinations: (colour, shape, background) of one thing, with its place where `held_out_by` says
+    so, and the unordered pair of two things.
     """
-    return any(_withheld(key, config) for key in combinations(scene))
+    return any(_withheld(key, config) for key in combinations(scene, config))
 
 
-def combinations(scene: Scene) -> list[str]:
+def combinations(scene: Scene, config: WorldConfig) -> list[str]:
     """The attribute combinations that a scene shows, as stable strings."""
     things = sorted({(thing.color, thing.shape) for thing in scene.things})
     ground = f"{scene.background}-{scene.background_to}"
     single = [f"{color} {shape} on {ground}" for color, shape in things]
+    if config.held_out_by == "place":
+        single = sorted(
+            {f"{t.color} {t.shape} on {ground} at {place(t, config)}" for t in scene.things}
+        )
     pairs = [
         f"{a[0]} {a[1]} with {b[0]} {b[1]}" for i, a in enumerate(things) for b in things[i + 1 :]
     ]
     return single + pairs
+
+
+def place(thing: Thing, config: WorldConfig) -> str:
+    """Which ninth of the picture the thing's middle is in, in words."""
+    row, column = (middle / cells(config) for middle in thing.centre)
+    vertical = "top" if row < 0.425 else "bottom" if row > 0.575 else "middle"
+    horizontal = "left" if column < 0.425 else "right" if column > 0.575 else "centre"
+    return f"{vertical} {horizontal}"
 
 
 def _withheld(combination: str, config: WorldConfig) -> bool:

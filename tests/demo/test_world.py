@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from demo.captions import alt_text, long_caption, place, plain_prompt
+from demo.captions import alt_text, long_caption, plain_prompt
 from demo.metadata import EXPECTED, SCHEMA, build_world, make_rows
 from demo.questions import geneval_prompts
 from demo.world import (
@@ -21,6 +21,7 @@ from demo.world import (
     WorldConfig,
     combinations,
     held_out,
+    place,
     relation,
     render,
     render_array,
@@ -33,13 +34,31 @@ def scenes(config: WorldConfig, count: int, seed: int = 0) -> list[Scene]:
     return [sample_scene(rng, config) for _ in range(count)]
 
 
-def test_training_scenes_and_questions_share_no_combination_that_is_held_out() -> None:
-    config = WorldConfig()
-    seen = {c for scene in scenes(config, 2000) for c in combinations(scene)}
+@pytest.mark.parametrize("config", [WorldConfig(), WorldConfig(held_out_by="place")])
+def test_training_scenes_and_questions_share_no_combination_that_is_held_out(
+    config: WorldConfig,
+) -> None:
+    seen = {c for scene in scenes(config, 2000) for c in combinations(scene, config)}
     for question in geneval_prompts(config, 60, seed=1):
-        asked = set(combinations(question.scene))
+        asked = set(combinations(question.scene, config))
         assert held_out(question.scene, config)
         assert asked - seen, question.prompt
+
+
+def test_prompts_of_questions_are_never_captions_of_training() -> None:
+    config = WorldConfig(held_out_by="place", grid_cells=2, sizes=("small",))
+    rng = np.random.default_rng(0)
+    captions = {
+        text
+        for scene in scenes(config, 2000)
+        for text in (plain_prompt(scene, config), alt_text(scene, rng, config).lower())
+    }
+    questions = geneval_prompts(config, 120, seed=1)
+    single = [q.prompt for q in questions if q.tag in ("single_object", "colors")]
+    assert not captions & set(single)
+    assert all(" at the " in prompt for prompt in single)
+    without_place = [text for text in captions if " at the " not in text]
+    assert any(text.startswith("a ") and " and " not in text for text in without_place)
 
 
 def test_things_stay_inside_and_apart() -> None:
