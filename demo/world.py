@@ -8,7 +8,8 @@ seeds, so the world can be asked the same question twice.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -66,6 +67,11 @@ class WorldConfig(BaseModel):
     max_objects: int = Field(default=4, ge=1, le=4, description="things in a scene")
     grid_cells: int | None = Field(
         default=4, ge=2, le=8, description="cells a side; null = free placement"
+    )
+    centred_pairs: bool = Field(
+        default=False,
+        description="two things side by side stand in the middle row, one above the other in the "
+        "middle column; else anywhere",
     )
     held_out_ratio: float = Field(
         default=0.1, ge=0, lt=1, description="combinations kept for questions"
@@ -194,7 +200,7 @@ def _propose(rng: np.random.Generator, config: WorldConfig) -> Scene:
         if placed is not None:
             things.append(placed)
         template = thing if kind == "alike" else None
-    return Scene(background, tuple(things), background_to)
+    return Scene(background, centred(things, config), background_to)
 
 
 def _thing(rng: np.random.Generator, config: WorldConfig, colors: list[str]) -> Thing:
@@ -219,6 +225,22 @@ def _place(
         if all(_apart(row, column, span, other) for other in others):
             return Thing(thing.shape, thing.color, thing.size, row, column, thing.texture)
     return None
+
+
+def centred(things: Sequence[Thing], config: WorldConfig) -> tuple[Thing, ...]:
+    """The things; where the world centres pairs, two that stand in a relation moved to its axis."""
+    if len(things) != 2 or not config.centred_pairs:
+        return tuple(things)
+    link = relation(*things)
+    if link is None:
+        return tuple(things)
+    middles = [(cells(config) - SPANS[thing.size]) / 2 for thing in things]
+    return tuple(
+        replace(thing, row=middle)
+        if link in ("left of", "right of")
+        else replace(thing, column=middle)
+        for thing, middle in zip(things, middles, strict=True)
+    )
 
 
 def _apart(row: float, column: float, span: int, other: Thing) -> bool:

@@ -39,9 +39,6 @@ LEAN = {
     # a refusal as "not known", but without an address it would look for one for 40 s.
     "RAY_API_SERVER_ADDRESS": f"http://{HOST}:1",
     "RAY_enable_metrics_collection": "0",
-    # Ray gives workers a low priority (15): two threads that wait for each other by spinning then
-    # lose a quarter of their speed to processes that hardly do anything (192 to 257 ms a step).
-    "RAY_worker_niceness": "0",
 }
 
 

@@ -15,10 +15,12 @@ from demo.captions import alt_text, long_caption, plain_prompt
 from demo.metadata import EXPECTED, SCHEMA, build_world, make_rows
 from demo.questions import geneval_prompts
 from demo.world import (
+    RELATIONS,
     SPANS,
     Scene,
     Thing,
     WorldConfig,
+    cells,
     combinations,
     held_out,
     place,
@@ -59,6 +61,23 @@ def test_prompts_of_questions_are_never_captions_of_training() -> None:
     assert all(" at the " in prompt for prompt in single)
     without_place = [text for text in captions if " at the " not in text]
     assert any(text.startswith("a ") and " and " not in text for text in without_place)
+
+
+@pytest.mark.parametrize("grid_cells", [2, 3, 4, None])
+def test_centred_pairs_keep_their_relation_and_lose_their_other_axis(
+    grid_cells: int | None,
+) -> None:
+    config = WorldConfig(grid_cells=grid_cells, sizes=("small",), centred_pairs=True)
+    pairs = [scene.things for scene in scenes(config, 600) if len(scene.things) == 2]
+    links = {relation(*pair) for pair in pairs}
+    assert links == {None, *RELATIONS} - ({None} if grid_cells is None else set())
+    for first, second in pairs:
+        middles = {"row": {first.centre[0], second.centre[0]}}
+        middles["column"] = {first.centre[1], second.centre[1]}
+        link = relation(first, second)
+        if link is not None:
+            axis = "row" if link in ("left of", "right of") else "column"
+            assert middles[axis] == {cells(config) / 2}
 
 
 def test_things_stay_inside_and_apart() -> None:
