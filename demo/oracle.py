@@ -132,7 +132,7 @@ def _thing(
     middle = (top + bottom) / 2, (left + right) / 2
     row, column = (x / _WORK_PX * cells(config) - span / 2 for x in middle)
     if config.grid_cells is not None:
-        parts = 2 if config.centred_pairs else 1  # a centred thing may stand half a cell off
+        parts = 2 if config.settled_pairs else 1  # a settled thing may stand half a cell off
         row, column = (
             float(min(max(round(x * parts) / parts, 0), config.grid_cells - span))
             for x in (row, column)

@@ -18,10 +18,10 @@ from demo.world import (
     Thing,
     WorldConfig,
     cells,
-    centred,
     held_out,
     place,
     relation,
+    settled,
 )
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -98,7 +98,7 @@ def _scene(tag: str, rng: np.random.Generator, config: WorldConfig) -> Scene:
         count = int(rng.integers(2, config.max_objects + 1))
         first = thing(corners[0])
         rest = [thing(at, first.color, first.shape) for at in corners[1:count]]
-        return Scene(background, centred((first, *rest), config))
+        return Scene(background, settled((first, *rest), config))
     standing = {
         "left of": ((middle, 0.0), (middle, far)),
         "right of": ((middle, far), (middle, 0.0)),
@@ -112,7 +112,7 @@ def _scene(tag: str, rng: np.random.Generator, config: WorldConfig) -> Scene:
     other_shapes = [shape for shape in config.shapes if shape != first.shape]
     other_colors = [color for color in colors if color != first.color]
     second = thing(places[1], str(rng.choice(other_colors)), str(rng.choice(other_shapes)))
-    return Scene(background, centred((first, second), config))
+    return Scene(background, settled((first, second), config))
 
 
 def score(

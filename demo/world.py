@@ -68,10 +68,10 @@ class WorldConfig(BaseModel):
     grid_cells: int | None = Field(
         default=4, ge=2, le=8, description="cells a side; null = free placement"
     )
-    centred_pairs: bool = Field(
+    settled_pairs: bool = Field(
         default=False,
-        description="two things side by side stand in the middle row, one above the other in the "
-        "middle column; else anywhere",
+        description="the words for two things leave one picture: side by side in the middle row, "
+        "one above the other in the middle column, else on the diagonal, the first at the top left",
     )
     held_out_ratio: float = Field(
         default=0.1, ge=0, lt=1, description="combinations kept for questions"
@@ -200,7 +200,7 @@ def _propose(rng: np.random.Generator, config: WorldConfig) -> Scene:
         if placed is not None:
             things.append(placed)
         template = thing if kind == "alike" else None
-    return Scene(background, centred(things, config), background_to)
+    return Scene(background, settled(things, config), background_to)
 
 
 def _thing(rng: np.random.Generator, config: WorldConfig, colors: list[str]) -> Thing:
@@ -227,20 +227,24 @@ def _place(
     return None
 
 
-def centred(things: Sequence[Thing], config: WorldConfig) -> tuple[Thing, ...]:
-    """The things; where the world centres pairs, two that stand in a relation moved to its axis."""
-    if len(things) != 2 or not config.centred_pairs:
+def settled(things: Sequence[Thing], config: WorldConfig) -> tuple[Thing, ...]:
+    """The things; two of them moved to the places their words leave, where the world settles pairs.
+
+    Two that differ in position only have no relation in words, so they stand on the diagonal.
+    """
+    if len(things) != 2 or not config.settled_pairs:
         return tuple(things)
-    link = relation(*things)
-    if link is None:
-        return tuple(things)
-    middles = [(cells(config) - SPANS[thing.size]) / 2 for thing in things]
-    return tuple(
-        replace(thing, row=middle)
-        if link in ("left of", "right of")
-        else replace(thing, column=middle)
-        for thing, middle in zip(things, middles, strict=True)
+    first, second = things
+    far, middle = (
+        [(cells(config) - SPANS[thing.size]) / part for thing in things] for part in (1, 2)
     )
+    is_alike = replace(first, row=second.row, column=second.column) == second
+    link = None if is_alike else relation(first, second)
+    if link in ("left of", "right of"):
+        return replace(first, row=middle[0]), replace(second, row=middle[1])
+    if link in ("above", "below"):
+        return replace(first, column=middle[0]), replace(second, column=middle[1])
+    return replace(first, row=0.0, column=0.0), replace(second, row=far[1], column=far[1])
 
 
 def _apart(row: float, column: float, span: int, other: Thing) -> bool:

@@ -77,8 +77,8 @@ def test_harder_worlds(config: WorldConfig, floor: float) -> None:
     [
         CONFIG,
         WorldConfig(grid_cells=2, sizes=("small",), held_out_by="place"),
-        WorldConfig(grid_cells=2, sizes=("small",), held_out_by="place", centred_pairs=True),
-        WorldConfig(grid_cells=4, sizes=("small", "large"), centred_pairs=True),
+        WorldConfig(grid_cells=2, sizes=("small",), held_out_by="place", settled_pairs=True),
+        WorldConfig(grid_cells=4, sizes=("small", "large"), settled_pairs=True),
         WorldConfig(grid_cells=4, sizes=("small",)),
         WorldConfig(grid_cells=3, sizes=("small",), max_objects=2),
         WorldConfig(grid_cells=None),

@@ -15,7 +15,6 @@ from demo.captions import alt_text, long_caption, plain_prompt
 from demo.metadata import EXPECTED, SCHEMA, build_world, make_rows
 from demo.questions import geneval_prompts
 from demo.world import (
-    RELATIONS,
     SPANS,
     Scene,
     Thing,
@@ -64,20 +63,29 @@ def test_prompts_of_questions_are_never_captions_of_training() -> None:
 
 
 @pytest.mark.parametrize("grid_cells", [2, 3, 4, None])
-def test_centred_pairs_keep_their_relation_and_lose_their_other_axis(
-    grid_cells: int | None,
-) -> None:
-    config = WorldConfig(grid_cells=grid_cells, sizes=("small",), centred_pairs=True)
-    pairs = [scene.things for scene in scenes(config, 600) if len(scene.things) == 2]
-    links = {relation(*pair) for pair in pairs}
-    assert links == {None, *RELATIONS} - ({None} if grid_cells is None else set())
-    for first, second in pairs:
-        middles = {"row": {first.centre[0], second.centre[0]}}
-        middles["column"] = {first.centre[1], second.centre[1]}
-        link = relation(first, second)
-        if link is not None:
-            axis = "row" if link in ("left of", "right of") else "column"
-            assert middles[axis] == {cells(config) / 2}
+def test_the_words_for_a_settled_pair_leave_one_picture(grid_cells: int | None) -> None:
+    config = WorldConfig(
+        grid_cells=grid_cells, sizes=("small",), settled_pairs=True, colors=("red", "blue", "white")
+    )
+    asked = [question.scene for question in geneval_prompts(config, 200, seed=1)]
+    pictures: dict[str, set[tuple[float, ...]]] = {}
+    for scene in scenes(config, 3000) + asked:
+        if len(scene.things) == 2:
+            places = tuple(x for thing in scene.things for x in (thing.row, thing.column))
+            pictures.setdefault(plain_prompt(scene, config), set()).add(places)
+    assert len(pictures) > 150
+    middle = (cells(config) - 1) / 2
+    for words, found in pictures.items():
+        assert len(found) == 1 or grid_cells != 2
+        for top, left, bottom, right in found:
+            if " left of " in words or " right of " in words:
+                assert top == bottom == middle
+                assert (left < right) == (" left of " in words)
+            elif " above " in words or " below " in words:
+                assert left == right == middle
+                assert (top < bottom) == (" above " in words)
+            else:
+                assert (top, left, bottom, right) == (0, 0, 2 * middle, 2 * middle)
 
 
 def test_things_stay_inside_and_apart() -> None:
