@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from infra import storage
 from infra.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -175,12 +176,7 @@ def now() -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Replace ``path``: a reader, or a crash, finds the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    storage.write_bytes(storage.file_uri(path), text.encode())
 
 
 def read_latest(home: Path) -> RunStatus | None:

@@ -94,11 +94,16 @@ def count(rows: pl.DataFrame) -> Counts:
 
 
 class LedgerFile:
-    """A ledger file in the making, on local disk: add frames, then publish it under its digest."""
+    """A ledger file in the making, on local disk: add frames, then publish it under its digest.
 
-    def __init__(self, folder: Path) -> None:
+    ``part`` names the work whose rows these are. It is stored in the file, so that the same rows
+    met twice (an input file and its copy) are two files, each counted.
+    """
+
+    def __init__(self, folder: Path, part: str) -> None:
         self._path = folder / "ledger.parquet"
-        self._writer = pq.ParquetWriter(self._path, LEDGER_SCHEMA, compression="zstd")
+        schema = LEDGER_SCHEMA.with_metadata({"atelier.part": part})
+        self._writer = pq.ParquetWriter(self._path, schema, compression="zstd")
         self._num_rows = 0
 
     def __enter__(self) -> Self:
@@ -115,7 +120,7 @@ class LedgerFile:
             if name not in rows.columns
         ]
         frame = rows.with_columns(*missing).select(LEDGER_SCHEMA.names)
-        self._writer.write_table(frame.to_arrow().cast(LEDGER_SCHEMA))
+        self._writer.write_table(frame.to_arrow().cast(self._writer.schema))
         self._num_rows += rows.height
 
     def publish(self, dataset_root: str) -> FileEntry | None:

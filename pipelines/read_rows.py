@@ -69,7 +69,7 @@ def read_rows(build: Build, unit: Unit, slots: Slots) -> Iterator[pa.RecordBatch
             kept = pl.col("reason").is_null()
             if build.read(ReadMarker, unit.index) is None:
                 rejected = rows.filter(~kept).with_columns(pl.lit(REJECTED).alias("disposition"))
-                with LedgerFile(folder) as ledger:
+                with LedgerFile(folder, f"read-{unit.index:05d}") as ledger:
                     ledger.add(rejected)
                     marker = ReadMarker(
                         num_rows=rows.height,

@@ -46,9 +46,9 @@ def _watch(plan: CurationPlan, progress: ProgressCallback, stopped: threading.Ev
         try:
             for uri in _new_markers(plan.build, done_rows):
                 done_rows[uri] = _rows_done(plan.build, uri)
+            progress(min(sum(done_rows.values()), plan.rows_in), plan.rows_in)
         except UserError as error:  # the job itself reports what is wrong with storage
             logger.debug("progress: %s", error)
-        progress(min(sum(done_rows.values()), plan.rows_in), plan.rows_in)
 
 
 def _new_markers(build: Build, known: dict[str, int]) -> list[str]:

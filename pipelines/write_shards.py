@@ -53,7 +53,7 @@ def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> N
         is_committed = pl.col("disposition") == COMMITTED
         rows = rows.with_columns(pl.when(is_committed).then(in_shard).alias("shard"))
         counts = count(rows)
-        with LedgerFile(folder) as ledger:
+        with LedgerFile(folder, f"part-{partition:05d}") as ledger:
             ledger.add(rows)
             ledger_entry = ledger.publish(build.dataset_root)
         marker = PartMarker(

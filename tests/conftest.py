@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+ROOT = Path(__file__).resolve().parent.parent
 REGION = "us-east-1"
 START_SECONDS = 30.0
 
@@ -133,6 +136,60 @@ def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return (tmp_path / "store").as_uri()
     server: S3Server = request.getfixturevalue("s3_server")
     return f"{server.store_uri}/{secrets.token_hex(6)}"
+
+
+@dataclass
+class Home:
+    """A home of some tests alone, and the command in it."""
+
+    path: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "ATELIER_HOME": str(self.path), "PYTHONDONTWRITEBYTECODE": ""}
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """The command, running; its output is read through pipes."""
+        return subprocess.Popen(
+            [sys.executable, "-c", "from app.cli import main; main()", *arguments],
+            cwd=ROOT,
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def atelier(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """The command, run to its end."""
+        with self.start(*arguments, **environment) as process:
+            stdout, stderr = process.communicate(timeout=600)
+        return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+    def refuses(self, arguments: Sequence[str], *expected: str, **environment: str) -> None:
+        """The command fails with exit code 1 and one line, which holds every expected text."""
+        done = self.atelier(*arguments, **environment)
+        assert done.returncode == 1, done.stdout + done.stderr
+        lines = [line for line in done.stderr.splitlines() if line.startswith("atelier: ")]
+        assert len(lines) == 1, done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        for text in expected:
+            assert text in lines[0]
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads(self.atelier("status", "--json").stdout)
+        return status
+
+    def steps(self) -> dict[str, dict[str, Any]]:
+        return {step["name"]: step for step in self.status()["steps"]}
+
+    def stored(self, pattern: str) -> Path:
+        return next((self.path / "s3" / "atelier").glob(pattern))
+
+
+@pytest.fixture(scope="session")
+def new_home() -> Callable[[Path], Home]:
+    """Makes a home at a path; who asks for one ends it with ``atelier down``."""
+    return Home
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

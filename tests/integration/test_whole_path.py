@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from tests.conftest import Home
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPE = "tests/recipes/tiny.yaml"
@@ -34,45 +35,12 @@ finally:
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@dataclass
-class Home:
-    """A home of this test alone, and the command in it."""
-
-    path: Path
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, "ATELIER_HOME": str(self.path), "PYTHONDONTWRITEBYTECODE": ""}
-
-    def atelier(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", "from app.cli import main; main()", *arguments],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=timeout,
-        )
-
-    def run(self, *options: str) -> subprocess.CompletedProcess[str]:
-        return self.atelier("run", RECIPE, *options)
-
-    def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = json.loads(self.atelier("status", "--json").stdout)
-        return status
-
-    def steps(self) -> dict[str, dict[str, Any]]:
-        return {step["name"]: step for step in self.status()["steps"]}
-
-    def stored(self, pattern: str) -> Path:
-        return next((self.path / "s3" / "atelier").glob(pattern))
-
-
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    home = Home(tmp_path_factory.mktemp("home"))
-    done = home.run()
+def home(
+    new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Home]:
+    home = new_home(tmp_path_factory.mktemp("home"))
+    done = home.atelier("run", RECIPE)
     try:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         (home.path / "first.txt").write_text(done.stdout, encoding="utf-8")
@@ -88,15 +56,6 @@ def flip(path: Path) -> bytes:
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     return before
-
-
-def assert_one_line(done: subprocess.CompletedProcess[str], *expected: str) -> None:
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.startswith("atelier: ")]
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    for text in expected:
-        assert text in lines[0]
 
 
 def test_everything_is_made_and_recorded(home: Home) -> None:
@@ -175,11 +134,11 @@ def test_the_plan_says_the_same(home: Home) -> None:
 def test_a_flipped_byte_in_a_shard_is_told_and_repaired(home: Home) -> None:
     version = home.steps()["curate:captioned"]["dataset_version"]
     before = flip(home.stored("datasets/captioned/shards/*.tar"))
-    assert_one_line(home.run(), "dataset captioned is damaged: shards/", "--repair")
+    home.refuses(["run", RECIPE], "dataset captioned is damaged: shards/", "--repair")
     verified = home.atelier("verify", "--json")
     assert verified.returncode == 1
     assert json.loads(verified.stdout)["ok"] is False
-    done = home.run("--repair")
+    done = home.atelier("run", RECIPE, "--repair")
     assert done.returncode == 0, done.stderr
     steps = home.steps()
     assert steps["curate:captioned"]["dataset_version"] == version
@@ -192,9 +151,9 @@ def test_a_flipped_byte_in_a_shard_is_told_and_repaired(home: Home) -> None:
 def test_a_flipped_byte_in_a_checkpoint_is_told_and_restored(home: Home) -> None:
     path = home.stored("models/alignment/*/transformer/*.safetensors")
     before = flip(path)
-    assert_one_line(home.run(), "/models/alignment/", "is damaged", "transformer/", "restore it")
+    home.refuses(["run", RECIPE], "/models/alignment/", "is damaged", "transformer/", "restore it")
     path.write_bytes(before)
-    done = home.run()
+    done = home.atelier("run", RECIPE)
     assert done.returncode == 0, done.stderr
     assert {step["decision"] for step in home.status()["steps"]} == {"SKIP"}
 

@@ -146,6 +146,25 @@ def test_the_painted_world_is_curated_and_every_trap_holds(
     assert time.monotonic() - started_at < 2.0
 
 
+def test_a_file_and_its_copy_are_both_accounted_for(
+    painted_world: PaintedWorld,
+    spark: Callable[[], SparkSession],
+    s3_server: Any,
+    tmp_path: Path,
+) -> None:
+    plain = painted_world.config()
+    original = min((painted_world.folder / "metadata").glob("*.parquet"))
+    copy = tmp_path / "copy.parquet"
+    copy.write_bytes(original.read_bytes())
+    num_copied = pl.read_parquet(copy).height
+    config = painted_world.config(metadata=[*plain.metadata, str(copy)])
+    once = curate("once", plain, s3_server.store_uri, spark, s3_server.environment)
+    twice = curate("twice", config, s3_server.store_uri, spark, s3_server.environment)
+    assert twice.counts["rows_in"] == NUM_ROWS + num_copied
+    assert twice.counts["committed"] == once.counts["committed"]
+    assert verify_dataset(twice.manifest_uri) == []
+
+
 def test_long_captions_are_joined_and_asked_for_their_length(
     painted_world: PaintedWorld, spark: Callable[[], SparkSession], tmp_path: Path
 ) -> None:
