@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 HOST = "127.0.0.1"
+ARTIFACT_ROOT = "mlflow-artifacts:/"
 
 
 def server_settings(port: int) -> dict[str, str]:
@@ -33,8 +34,10 @@ def main(port: int, folder: Path) -> None:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     artifacts = folder / "artifacts"
     artifacts.mkdir(parents=True, exist_ok=True)
-    store_uri = f"sqlite:///{folder / 'mlflow.db'}"
+    database = folder / "mlflow.db"
+    store_uri = f"sqlite:///{database}"
     try:
+        _make_whole(database)
         _prepare_in_process(store_uri, artifacts.as_uri())
     except ImportError:
         _become_command(port, store_uri, artifacts.as_uri())
@@ -43,17 +46,36 @@ def main(port: int, folder: Path) -> None:
     uvicorn.run("mlflow.server.fastapi_app:app", host=HOST, port=port, workers=1, access_log=False)
 
 
+def _make_whole(database: Path) -> None:
+    """Make the tables elsewhere and put them in place when all are there.
+
+    MLflow makes them in dozens of steps, none of which can be repeated: a server killed among them
+    would never start again.
+    """
+    if database.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    unfinished = database.with_name("mlflow.db.unfinished")
+    for leftover in (unfinished, unfinished.with_name(f"{unfinished.name}-journal")):
+        leftover.unlink(missing_ok=True)
+    store = SqlAlchemyStore(  # type: ignore[no-untyped-call]  # MLflow has no hints here
+        f"sqlite:///{unfinished}", ARTIFACT_ROOT
+    )
+    store.engine.dispose()
+    os.replace(unfinished, database)
+
+
 def _prepare_in_process(store_uri: str, artifacts_uri: str) -> None:
     from mlflow.server import constants
     from mlflow.server.handlers import initialize_backend_stores
 
-    root = "mlflow-artifacts:/"
     os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = store_uri
     os.environ[constants.REGISTRY_STORE_URI_ENV_VAR] = store_uri
-    os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = root
+    os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = ARTIFACT_ROOT
     os.environ[constants.ARTIFACTS_DESTINATION_ENV_VAR] = artifacts_uri
     os.environ[constants.SERVE_ARTIFACTS_ENV_VAR] = "true"
-    initialize_backend_stores(store_uri, store_uri, root)
+    initialize_backend_stores(store_uri, store_uri, ARTIFACT_ROOT)
 
 
 def _become_command(port: int, store_uri: str, artifacts_uri: str) -> None:

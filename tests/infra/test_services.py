@@ -241,6 +241,25 @@ def test_an_up_killed_at_any_moment_is_mended_by_the_next(home: Path) -> None:
         down(home)
 
 
+@pytest.mark.slow
+def test_an_mlflow_server_killed_while_it_makes_its_tables_starts_again(home: Path) -> None:
+    folder = home / "mlflow"
+    command = [sys.executable, "-m", "infra.local.mlflow_server", "0", str(folder)]
+    unfinished = folder / "mlflow.db.unfinished"
+    for num_bytes in (1, 100_000, 300_000):
+        unfinished.unlink(missing_ok=True)
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not unfinished.exists() or unfinished.stat().st_size < num_bytes:
+            assert server.poll() is None
+            assert not (folder / "mlflow.db").exists()
+            time.sleep(0.001)
+        server.kill()
+        server.wait()
+    up(home)
+    assert states(home) == ["running", "running"]
+    down(home)
+
+
 @pytest.mark.usefixtures("fast")
 def test_everything_ends_when_the_home_is_removed(home: Path) -> None:
     up(home)
