@@ -11,7 +11,7 @@ setup: ## bring what is missing: uv, Java for Spark, the locked environment
 demo: setup ## the whole path on this machine: curate, train four stages, paint, score
 	@.venv/bin/atelier run recipes/demo.yaml
 
-test: setup ## the tests of some seconds each; need no network and no GPU
+test: setup ## the tests of some seconds each, and a tiny recipe through the whole path; no network, no GPU
 	@.venv/bin/python -m pytest -m "not slow and not bench"
 
 testall: setup ## those, and the slow ones: real Spark, Ray and MLflow from end to end, kills, faults

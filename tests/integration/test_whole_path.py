@@ -32,7 +32,7 @@ finally:
     open(os.environ["MODULES_FILE"], "w").write(str(heavy))
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
