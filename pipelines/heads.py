@@ -25,6 +25,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,9 @@ from pipelines.columns import RANGES
 from pipelines.scoring_config import HeadConfig
 
 Floats = npt.NDArray[np.float64]
-Step = tuple[str, str]  # ("affine" or "standardise", tensor prefix), ("relu", "") or ("sigmoid", "")
+Step = tuple[
+    str, str
+]  # ("affine" or "standardise", tensor prefix), ("relu", "") or ("sigmoid", "")
 _ROWS_AT_ONCE = 8192
 RELU, SIGMOID = ("relu", ""), ("sigmoid", "")
 
@@ -226,7 +229,7 @@ def _refuse_misfits(folded: Sequence[Affine | str], left_over: list[str], origin
     widths = [step.weight.shape for step in affine]
     problems += [
         f"an output of {before[0]} numbers before an input of {after[1]}"
-        for before, after in zip(widths, widths[1:], strict=False)
+        for before, after in pairwise(widths)
         if before[0] != after[1]
     ]
     if not widths or widths[-1][0] != 1:
