@@ -154,7 +154,10 @@ def _published(recipe: Recipe, name: str, store_uri: str) -> str:
     if recipe.world is not None:
         from app.world import plan_world
 
-        folder = plan_world(recipe.world, atelier_home()).folder
+        world = plan_world(recipe.world, atelier_home())
+        if world.decision != "SKIP":
+            raise UserError(f"the painted world is not made: {world.reason}; run `atelier curate`")
+        folder = world.folder
     plan = plan_curation(name, placed(recipe.datasets[name], folder), store_uri)
     if plan.manifest_uri is None:
         raise UserError(
