@@ -103,14 +103,14 @@ def _finish(
     progress: ProgressCallback | None,
 ) -> list[Any]:
     """Run the units that lack a marker with all its files; returns every marker in order."""
-    found = _read_markers(job, kind, count, marker)
+    found = finished_units(job, kind, count, marker)
     missing = [index for index in range(count) if index not in found]
     if missing:
         sizes = {job.marker_uri(kind, index): _num_rows(job, kind, index) for index in missing}
         total = sum(_num_rows(job, kind, index) for index in range(count))
         with watching(sizes, total, progress):
             run_units(spark(), job, len(missing), lambda n: run_unit(job, kind, missing[n]))
-        found = _read_markers(job, kind, count, marker)
+        found = finished_units(job, kind, count, marker)
     return [found[index] for index in range(count)]
 
 
@@ -120,7 +120,7 @@ def _num_rows(job: RefilterJob, kind: str, index: int) -> int:
     return job.manifest.ledger[index].num_rows
 
 
-def _read_markers(job: RefilterJob, kind: str, count: int, marker: type[Any]) -> dict[int, Any]:
+def finished_units(job: RefilterJob, kind: str, count: int, marker: type[Any]) -> dict[int, Any]:
     listed = {
         info.uri: info.num_bytes
         for folder in (

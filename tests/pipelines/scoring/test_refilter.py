@@ -28,7 +28,15 @@ from pipelines.embeddings import (
     store_of,
 )
 from pipelines.heads import Affine, Head, load_head
-from pipelines.refilter import RefilteredLedger, RefilteredShard, assemble, run_unit
+from pipelines.refilter import (
+    RefilteredLedger,
+    RefilteredShard,
+    assemble,
+    run_unit,
+)
+from pipelines.refilter import (
+    finished_units as finished_parts,
+)
 from pipelines.scores import (
     ScoresJob,
     ScoresManifest,
@@ -198,7 +206,13 @@ def test_samples_below_a_threshold_leave_with_a_reason_and_others_stay_as_they_a
     assert untouched == {shard.path for shard in whole}
     assert whole
     assert manifest.parents[0] == {"dataset": "small", "version": dataset.manifest.version}
+    # A marker without its file counts as not written; what is made again is the same.
+    changed = next(s for s in manifest.shards if s.path not in untouched)
+    storage.delete(storage.join(dataset.root, changed.path))
+    left = finished_parts(job, "shards", len(job.manifest.shards), RefilteredShard)
+    assert len(left) == len(job.manifest.shards) - 1
     assert refiltered(job).version == manifest.version
+    assert verify_dataset(uri) == []
 
 
 def test_unknown_scores_take_the_computed_ones_with_their_provenance(
