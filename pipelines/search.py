@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from pipelines.shards import ShardWriter, read_shard
 from pipelines.vector_index import VectorIndex, Vectors
 
 LATEST = "embeddings/latest.json"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,10 @@ def export_hits(
     source = index.embeddings
     origin = storage.join(index.dataset_root, source.dataset_version, "manifest.json")
     parent = load_manifest(origin, source.dataset_version)
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            expected="a dataset name of a-z, 0-9, '.', '_' and '-', at most 64 long", got=repr(name)
+        )
     root = storage.join(store_uri, "datasets", name)
     if root == index.dataset_root:
         raise UserError(f"--export {name} is the dataset that was searched; give another name")

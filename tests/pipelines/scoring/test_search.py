@@ -124,6 +124,8 @@ def test_what_was_found_becomes_a_dataset(
     assert export_hits(hits[::-1], index, found.store, "things", {"text": "a thing", "k": 7}) == uri
     with pytest.raises(UserError, match="give another name"):
         export_hits(hits, index, found.store, "small", {})
+    with pytest.raises(UserError, match="expected a dataset name"):
+        export_hits(hits, index, found.store, "../things", {})
 
 
 def test_the_newest_embeddings_are_the_ones_searched(
