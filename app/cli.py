@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from app import scoring_verbs
 from app.verb import Output, verb
 
 HELP = """From LAION-shaped metadata to a text-to-image model: curate, train, paint.
@@ -292,6 +293,9 @@ def verify(json_: Json = False) -> None:
     out.result({"ok": not problems, "problems": problems})
     if problems:
         raise typer.Exit(1)
+
+
+scoring_verbs.register(app)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from infra.digests import canonical_json, sha256_bytes
 from infra.errors import UserError
 from infra.sessions import ClusterConfig
 from pipelines.config import CurationConfig
+from pipelines.scoring_config import ScoringConfig
 from training.config import (
     NetworkConfig,
     Precision,
@@ -83,6 +84,9 @@ class Recipe(StrictModel):
     world: WorldConfig | None = semantic(None, "the painted world, for runs without real data")
     datasets: dict[str, CurationConfig] = semantic(
         default_factory=dict, description="datasets to curate, by name"
+    )
+    scoring: ScoringConfig | None = semantic(
+        None, "embeddings, scores and search of the curated datasets"
     )
     tokenizer: TokenizerConfig | None = semantic(None, "stage 0: image codes and vocabulary")
     text_encoder: TextEncoderConfig = semantic(

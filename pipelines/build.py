@@ -9,22 +9,19 @@ a second attempt at the same work can never tear the first one's apart.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from infra import storage
 from infra.digests import sha256_file
-from infra.errors import UserError
 from infra.manifest import FileEntry, ShardEntry
 from pipelines.config import CurationConfig
+from pipelines.workspace import Workspace
 
 KEY_CHARS = 12
 _READ_THREADS = 8
@@ -73,7 +70,7 @@ _NAMES: dict[type[Any], str] = {
 
 
 @dataclass(frozen=True)
-class Build:
+class Build(Workspace):
     """One build; travels to the workers. ``environment`` is set in every task."""
 
     dataset_root: str
@@ -130,30 +127,6 @@ class Build:
         path = folder / entry.path.rpartition("/")[2]
         storage.download(storage.join(self.dataset_root, entry.path), path, entry.sha256)
         return path
-
-    @contextmanager
-    def task(self, name: str) -> Iterator[Path]:
-        """A task's room: the environment set, a temporary folder, and user errors kept.
-
-        Spark reports a failed task as a Java stack trace; the line a person should read is left
-        in ``failures/`` for the driver.
-        """
-        os.environ.update(self.environment)
-        try:
-            with TemporaryDirectory(prefix="atelier-curation-") as folder:
-                yield Path(folder)
-        except UserError as error:
-            storage.write_json(storage.join(self.folder, "failures", f"{name}.json"), str(error))
-            raise
-
-    def failures(self) -> list[str]:
-        """The lines that failed tasks left."""
-        listed = storage.list_objects(storage.join(self.folder, "failures"))
-        return [str(storage.read_json(info.uri)) for info in listed]
-
-    def forget(self, folder: str) -> None:
-        """Remove a folder of working files."""
-        storage.delete_prefix(storage.join(self.folder, folder))
 
     def finish(self, version: str) -> None:
         """Say which version came out, and drop the images: the shards have them now."""

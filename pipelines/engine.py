@@ -12,12 +12,11 @@ import functools
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from infra.errors import UserError
 from pipelines.build import Build
 from pipelines.inputs import Unit
+from pipelines.workspace import one_line_errors
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,7 +51,7 @@ def fetch_images(
         stage_images(build, partition, batches)
         return partition
 
-    with _one_line_errors(build):
+    with one_line_errors(build):
         numbers = spark.range(0, len(pending), 1, numPartitions=len(pending))
         rows = numbers.mapInArrow(read, _ddl(task.TRAVEL_SCHEMA))
         if partitions:
@@ -84,7 +83,7 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
         task.write_shards(build, pending[slot], duplicates - {None})
         return pending[slot]
 
-    with _one_line_errors(build):
+    with one_line_errors(build):
         # One row per slot that names no duplicate: every partition's task gets to run.
         seeds = spark.range(len(pending)).select(
             sf.col("id").cast("int").alias("slot"), sf.lit(None).cast("string").alias("sample_id")
@@ -131,18 +130,3 @@ def _ddl(schema: pa.Schema) -> str:
     return ", ".join(
         f"`{field.name}` {names.get(str(field.type), str(field.type))}" for field in schema
     )
-
-
-@contextmanager
-def _one_line_errors(build: Build) -> Iterator[None]:
-    """When a job fails because a task met a user error, raise that one line, not Spark's trace."""
-    from pyspark.errors import PySparkException
-
-    build.forget("failures")
-    try:
-        yield
-    except PySparkException:
-        lines = build.failures()
-        if not lines:
-            raise
-        raise UserError(lines[0]) from None

@@ -65,6 +65,7 @@ REASONS = (
     "image_aspect_ratio",
     "decode",
     "duplicate_image",
+    "near_duplicate",
 )
 
 

@@ -1,0 +1,241 @@
+"""What `score`, `refilter` and `search` do, over the datasets of a recipe or of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.place import Place, connect
+from app.recipe import Recipe, ServicesConfig
+from app.selection import Selection
+from app.verb import Output
+from infra.config import atelier_home
+from infra.errors import UserError
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from pipelines.score import Scoring
+    from pipelines.scoring_config import ScoringConfig
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is looked for: ``words`` or ``image``; ``store`` None is the newest run's."""
+
+    words: str | None
+    image: Path | None
+    dataset: str | None
+    k: int
+    export: str | None
+    store: str | None
+    max_memory_mb: int
+
+
+class _Spark:
+    """One session for all datasets, started at first use."""
+
+    def __init__(self, recipe: Recipe, place: Place, stack: ExitStack) -> None:
+        self._recipe, self._place, self._stack = recipe, place, stack
+        self._session: SparkSession | None = None
+
+    def __call__(self) -> SparkSession:
+        if self._session is None:
+            from infra.sessions import spark_session, stop_spark
+
+            environment = self._place.environment
+            self._session = spark_session("scoring", self._recipe.cluster, environment)
+            self._stack.callback(stop_spark, self._session)
+        return self._session
+
+
+def score_datasets(recipe: Recipe, names: Collection[str], out: Output) -> list[dict[str, Any]]:
+    """Embed and score; returns per dataset what came out."""
+    found = []
+    with _scored(recipe, names, out) as scored:
+        for name, scoring in scored:
+            counts = scoring.embeddings.manifest.counts
+            columns = sorted(scoring.scores.manifest.provenance())
+            out.say(
+                f"{name}: {counts['embedded']:,} images embedded, {counts['failed']:,} failed; "
+                f"scored {', '.join(columns)}"
+            )
+            found.append(
+                {
+                    "dataset": name,
+                    "version": scoring.embeddings.manifest.dataset_version,
+                    "counts": counts,
+                    "shards_embedded_now": scoring.embeddings.num_made,
+                    "embeddings": scoring.embeddings.manifest_uri,
+                    "scores": scoring.scores.manifest_uri,
+                    "models": scoring.scores.manifest.provenance(),
+                }
+            )
+    return found
+
+
+def refilter_datasets(
+    recipe: Recipe, names: Collection[str], out: Output, *, dry_run: bool
+) -> list[dict[str, Any]]:
+    """Publish, or with ``dry_run`` count, what the recipe's thresholds leave of each dataset."""
+    from infra.progress import progress
+    from pipelines.score import select, selection
+    from pipelines.verdicts import preview
+
+    config = _config(recipe)
+    found = []
+    with ExitStack() as stack:
+        place = connect(recipe.services, atelier_home(), out.say)
+        spark = _Spark(recipe, place, stack)
+        with _scored(recipe, names, out, place, spark) as scored:
+            for name, scoring in scored:
+                job = selection(scoring, config, progress, place.environment)
+                if dry_run:
+                    funnel, version = preview(job), None
+                else:
+                    result, funnel = select(job, spark, progress)
+                    version = result.manifest.version
+                _say_funnel(out, name, funnel, version)
+                found.append({"dataset": name, "version": version, "funnel": funnel})
+    return found
+
+
+def _say_funnel(out: Output, name: str, funnel: dict[str, int], version: str | None) -> None:
+    out.say(f"{name}:" + (" (nothing published)" if version is None else f" version {version}"))
+    for reason, number in funnel.items():
+        out.say(f"  {number:>12,}  {reason}")
+
+
+@contextmanager
+def _scored(
+    recipe: Recipe,
+    names: Collection[str],
+    out: Output,
+    place: Place | None = None,
+    spark: _Spark | None = None,
+) -> Iterator[Iterator[tuple[str, Scoring]]]:
+    """The recipe's datasets, each embedded and scored when it is its turn."""
+    from infra.progress import progress
+    from pipelines.score import score
+
+    config = _config(recipe)
+    chosen = Selection.datasets_only(recipe, names).datasets
+    with ExitStack() as stack:
+        place = place or connect(recipe.services, atelier_home(), out.say)
+        spark = spark or _Spark(recipe, place, stack)
+
+        def each() -> Iterator[tuple[str, Scoring]]:
+            for name in chosen:
+                uri = _published(recipe, name, place.store_uri)
+                yield name, score(uri, config, spark, progress, place.environment)
+
+        yield each()
+
+
+def _config(recipe: Recipe) -> ScoringConfig:
+    if recipe.scoring is None:
+        raise UserError(
+            expected=f"a section `scoring` in the recipe {recipe.name}",
+            got="none",
+            remedy="name a CLIP there; `atelier score --help` shows how",
+        )
+    return recipe.scoring
+
+
+def _published(recipe: Recipe, name: str, store_uri: str) -> str:
+    """The manifest of the version that this recipe curates, which has to be there."""
+    from app.steps import placed
+    from pipelines.curate import plan_curation
+
+    folder = None
+    if recipe.world is not None:
+        from app.world import plan_world
+
+        world = plan_world(recipe.world, atelier_home())
+        if world.decision != "SKIP":
+            raise UserError(f"the painted world is not made: {world.reason}; run `atelier curate`")
+        folder = world.folder
+    plan = plan_curation(name, placed(recipe.datasets[name], folder), store_uri)
+    if plan.manifest_uri is None:
+        raise UserError(
+            f"dataset {name} is not curated ({plan.reason}); run `atelier curate` first"
+        )
+    return plan.manifest_uri
+
+
+def search_dataset(query: Query, out: Output) -> dict[str, Any]:
+    """Find, print and, when asked to, publish; returns what ``--json`` prints."""
+    if (query.words is None) == (query.image is None):
+        raise UserError('give words or --image, and not both: atelier search "red car"')
+    store_uri = query.store or _newest_store(out)
+
+    from infra import storage
+    from infra.progress import progress
+    from pipelines.clip_model import encoder_of, weights_uri
+    from pipelines.scoring_config import IndexConfig
+    from pipelines.search import export_hits, find, image_query, latest_embeddings, text_query
+    from pipelines.vector_index import open_index
+
+    name = query.dataset or _only_dataset(store_uri)
+    root = storage.join(store_uri, "datasets", name)
+    embeddings = latest_embeddings(root)
+    identity = embeddings.identity
+    encoder = encoder_of(identity, weights_uri(store_uri, identity.weights_sha256))
+    if query.image is not None:
+        vector = image_query(encoder, query.image)
+    else:
+        vector = text_query(encoder, query.words or "")
+    with progress(f"indexing {name}", embeddings.counts["embedded"], "images") as bar:
+        config = IndexConfig(max_memory_mb=query.max_memory_mb)
+        index = open_index(root, embeddings, config, bar.update)
+        bar.update(embeddings.counts["embedded"])
+    hits = find(index, vector, query.k)
+    for hit in hits:
+        out.say(f"{hit.cosine:7.4f}  {hit.sample_id}  {hit.shard}  {' '.join(hit.caption.split())}")
+    exported = None
+    if query.export is not None:
+        asked = {"text": query.words, "image": _sha256_of(query.image), "k": query.k}
+        exported = export_hits(hits, index, store_uri, query.export, asked)
+        out.say(f"published {len(hits)} samples as {exported}")
+    return {
+        "dataset": name,
+        "version": embeddings.dataset_version,
+        "hits": [hit.to_json() for hit in hits],
+        "exported": exported,
+    }
+
+
+def _sha256_of(image: Path | None) -> str | None:
+    from infra.digests import sha256_file
+
+    return None if image is None else sha256_file(image)
+
+
+def _newest_store(out: Output) -> str:
+    """The store of the newest run; this machine's own services are started when it is theirs."""
+    from app.status import read_latest
+
+    run = read_latest(atelier_home())
+    place = connect(ServicesConfig(), atelier_home(), out.say)
+    if run is None or run.store_uri is None or run.store_uri == place.store_uri:
+        return place.store_uri
+    raise UserError(
+        expected=f"--store {run.store_uri} (the newest run's), with its keys in the environment",
+        got="no --store",
+    )
+
+
+def _only_dataset(store_uri: str) -> str:
+    from pipelines.search import searchable_datasets
+
+    names = searchable_datasets(store_uri)
+    if len(names) == 1:
+        return names[0]
+    raise UserError(
+        expected="--dataset, one of " + ", ".join(names) if names else "a scored dataset",
+        got="no --dataset" if names else f"none in {store_uri}",
+        remedy=None if names else "run `atelier score RECIPE` first",
+    )

@@ -1,0 +1,62 @@
+"""What every job's folder on storage offers its tasks: a room, and the line a failed one leaves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from infra import storage
+from infra.errors import UserError
+
+
+class Workspace:
+    """A job's folder. ``environment`` (storage credentials) is set in every task."""
+
+    environment: Mapping[str, str]
+
+    @property
+    def folder(self) -> str:
+        """The job's folder on storage."""
+        raise NotImplementedError
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[Path]:
+        """A task's room: the environment set, a temporary folder, and user errors kept.
+
+        Spark reports a failed task as a Java stack trace; the line a person should read is left
+        in ``failures/`` for the driver.
+        """
+        os.environ.update(self.environment)
+        try:
+            with TemporaryDirectory(prefix="atelier-curation-") as folder:
+                yield Path(folder)
+        except UserError as error:
+            storage.write_json(storage.join(self.folder, "failures", f"{name}.json"), str(error))
+            raise
+
+    def failures(self) -> list[str]:
+        """The lines that failed tasks left."""
+        listed = storage.list_objects(storage.join(self.folder, "failures"))
+        return [str(storage.read_json(info.uri)) for info in listed]
+
+    def forget(self, folder: str) -> None:
+        """Remove a folder of working files."""
+        storage.delete_prefix(storage.join(self.folder, folder))
+
+
+@contextmanager
+def one_line_errors(workspace: Workspace) -> Iterator[None]:
+    """When a job fails because a task met a user error, raise that one line, not Spark's trace."""
+    from pyspark.errors import PySparkException
+
+    workspace.forget("failures")
+    try:
+        yield
+    except PySparkException:
+        lines = workspace.failures()
+        if not lines:
+            raise
+        raise UserError(lines[0]) from None
