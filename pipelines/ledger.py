@@ -57,6 +57,8 @@ REASONS = (
     "port",
     "address",
     "redirect",
+    "robots_txt",
+    "tdm_reservation",
     "optout",
     "encoding",
     "format",

@@ -25,7 +25,7 @@ from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import CurationConfig
 from pipelines.connection import Failed
 from pipelines.duplicates import row_duplicates
-from pipelines.fetch import Fetcher
+from pipelines.fetch import Fetcher, shared_fetcher
 from pipelines.filters import caption_filters, first_reason
 from pipelines.guard import Rejected
 from pipelines.images import StoredImage, store_image
@@ -71,12 +71,8 @@ def stage_images(build: Build, partition: int, batches: Iterable[pa.RecordBatch]
     """Fetch the partition's images and leave them, with its rows, behind a ``StagedMarker``."""
     with build.task(f"staged-{partition:05d}") as folder:
         rows = prepared_rows(pa.Table.from_batches(batches, TRAVEL_SCHEMA), build.config)
-        fetcher = Fetcher(build.config.fetch)
-        try:
-            images_path = folder / "images"
-            rows = fetch_rows(rows, build.config, fetcher, images_path)
-        finally:
-            fetcher.close()
+        images_path = folder / "images"
+        rows = fetch_rows(rows, build.config, shared_fetcher(build.config.fetch), images_path)
         _check_network(rows, build.config, partition)
         rows_path = folder / "rows"
         rows.write_parquet(rows_path, row_group_size=10_000)

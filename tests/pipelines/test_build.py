@@ -270,7 +270,9 @@ def test_changed_recipes_inputs_and_names_are_other_builds(trap_world: Any, tmp_
     store_uri = (tmp_path / "store").as_uri()
     config = trap_world.config()
     key = plan_curation("traps", config, store_uri).build_key
-    same = trap_world.config(fetch=trap_world.web.config(max_bytes=200_000, num_threads=1))
+    same = trap_world.config(
+        fetch=trap_world.web.config(max_bytes=200_000, num_threads=1, opt_outs={})
+    )
     assert plan_curation("traps", same, store_uri).build_key == key
     other = trap_world.config(resize={"image_size_px": 65})
     assert plan_curation("traps", other, store_uri).build_key != key
