@@ -95,6 +95,11 @@ def count(rows: pl.DataFrame) -> Counts:
     return Counts(counts[COMMITTED].get(COMMITTED, 0), counts[REJECTED], counts[FAILED])
 
 
+def is_worth_a_retry() -> pl.Expr:
+    """Rows that failed for a cause that may have passed."""
+    return ((pl.col("disposition") == FAILED) & pl.col("retryable")).fill_null(False)
+
+
 class LedgerFile:
     """A ledger file in the making, on local disk: add frames, then publish it under its digest."""
 
