@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import socketserver
 import subprocess
@@ -74,7 +73,7 @@ if __name__ == "__main__":
 """  # noqa: E501
 
 
-def _serve(ready: Any) -> None:
+def _serve() -> None:
     """Pictures by number, each with bytes of its own; no robots.txt."""
     pictures = _pictures()
 
@@ -111,7 +110,7 @@ def _serve(ready: Any) -> None:
         request_queue_size = 512
 
     server = Server(("0.0.0.0", 0), Handler)
-    ready.put(server.server_address[1])
+    print(server.server_address[1], flush=True)
     server.serve_forever()
 
 
@@ -132,13 +131,12 @@ def _pictures() -> list[bytes]:
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    context = multiprocessing.get_context("spawn")
-    ready = context.Queue()
-    process = context.Process(target=_serve, args=(ready,), daemon=True)
-    process.start()
-    yield ready.get(timeout=60)
+    process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield int(process.stdout.readline())
     process.terminate()
-    process.join()
+    process.wait()
+    process.stdout.close()
 
 
 def _run(code: str, given: dict[str, Any], folder: Path) -> dict[str, float]:
@@ -147,6 +145,7 @@ def _run(code: str, given: dict[str, Any], folder: Path) -> dict[str, float]:
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "ATELIER_HOME": str(folder / "home"),
         "PYTHONDONTWRITEBYTECODE": "", "NO_ALBUMENTATIONS_UPDATE": "1",
+        "PYSPARK_PYTHON": sys.executable,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(given)],
@@ -197,3 +196,7 @@ def test_fetch_to_shards_against_img2dataset_on_spark(port: int, tmp_path: Path)
         assert found["images"] == NUM_IMAGES
     ratio = results["img2dataset"]["seconds"] / results["ours"]["seconds"]
     print(f"\nbench  img2dataset on Spark / ours: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    _serve()
