@@ -150,7 +150,9 @@ def run(
 
 @app.command(
     epilog=_examples(
-        "atelier curate recipes/demo.yaml", "atelier curate recipes/demo.yaml --dataset concepts"
+        "atelier curate recipes/demo.yaml",
+        "atelier curate recipes/demo.yaml --dataset concepts",
+        "atelier curate recipes/demo.yaml --retry-failed    timeouts, busy hosts and the like",
     )
 )
 @verb
@@ -161,6 +163,9 @@ def curate(
     ] = None,
     set_: Overrides = None,
     repair: Repair = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="fetch again what failed in passing")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Make the recipe's datasets.
@@ -173,7 +178,7 @@ def curate(
 
     out = Output(json_)
     loaded = load_recipe(recipe, set_ or ())
-    selection = Selection.datasets_only(loaded, dataset or ())
+    selection = Selection.datasets_only(loaded, dataset or (), retry_failed=retry_failed)
     status = run_recipe(loaded, recipe, out, selection=selection, repair=repair)
     out.result(status.to_json())
 

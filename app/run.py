@@ -66,8 +66,7 @@ def _do_steps(session: Session, selection: Selection, repair: bool) -> None:
     """The path itself."""
     steps.make_world(session, repair)
     pins = {
-        name: steps.curate_dataset(session, name, selection.may_curate, repair)
-        for name in selection.datasets
+        name: steps.curate_dataset(session, name, selection, repair) for name in selection.datasets
     }
     session.end_curation()
     parent = None

@@ -26,6 +26,7 @@ class Selection:
     datasets: tuple[str, ...]
     specs: tuple[StageSpec, ...]
     may_curate: bool = True
+    retry_failed: bool = False
 
     @property
     def step_kinds(self) -> list[tuple[str, str]]:
@@ -42,14 +43,16 @@ class Selection:
         return cls("run", tuple(recipe.datasets), specs_of(recipe))
 
     @classmethod
-    def datasets_only(cls, recipe: Recipe, names: Collection[str]) -> Selection:
+    def datasets_only(
+        cls, recipe: Recipe, names: Collection[str], *, retry_failed: bool = False
+    ) -> Selection:
         """These datasets, or all."""
         for name in names:
             if name not in recipe.datasets:
                 hint = did_you_mean(name, recipe.datasets)
                 raise UserError(f"the recipe has no dataset {name!r}; {hint}")
         chosen = tuple(name for name in recipe.datasets if not names or name in names)
-        return cls("curate", chosen, ())
+        return cls("curate", chosen, (), retry_failed=retry_failed)
 
     @classmethod
     def training_only(cls, recipe: Recipe, last_stage: str | None) -> Selection:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.recipe import Recipe
 from app.recipe_checks import WORLD_MARK
-from app.selection import DATASET_PREFIX, SHEET, WORLD
+from app.selection import DATASET_PREFIX, SHEET, WORLD, Selection
 from app.session import Session
 from app.status import StepStatus
 from infra import storage
@@ -84,7 +84,7 @@ def uses_world(config: CurationConfig) -> bool:
     return any(WORLD_MARK in path for path in (*config.metadata, *config.captions.files))
 
 
-def curate_dataset(session: Session, name: str, may_curate: bool, repair: bool) -> DatasetPin:
+def curate_dataset(session: Session, name: str, selection: Selection, repair: bool) -> DatasetPin:
     """Have a dataset's version for this recipe and these inputs; returns it, pinned."""
     from pipelines.curate import plan_curation
     from pipelines.publish import funnel_of
@@ -96,12 +96,12 @@ def curate_dataset(session: Session, name: str, may_curate: bool, repair: bool) 
     with session.running(DATASET_PREFIX + name) as step:
         plan = plan_curation(name, config, place.store_uri)
         session.decide(step, plan.decision, plan.reason, plan.build_key)
-        if plan.manifest_uri is None:
+        if plan.manifest_uri is None or selection.retry_failed:
             if not repair:
                 refuse_damage(name, plan)
-            if not may_curate:
+            if not selection.may_curate:
                 raise _not_curated(session, f"dataset {name} is not curated for this recipe")
-            uri = _curate(session, step, name, config, uses_world(written), plan.rows_in)
+            uri = _curate(session, step, name, config, plan.rows_in, selection.retry_failed)
         else:
             uri = plan.manifest_uri
         manifest = load_manifest(uri)
@@ -137,13 +137,13 @@ def _curate(
     step: StepStatus,
     name: str,
     config: CurationConfig,
-    of_world: bool,
     num_rows: int,
+    retry_failed: bool,
 ) -> str:
     """Curate; returns the manifest's address."""
     from pipelines.curate import curate
 
-    if of_world:
+    if uses_world(session.recipe.datasets[name]):
         connect_to = {**session.connect_to(), **config.fetch.connect_to}
         fetch = config.fetch.model_copy(update={"connect_to": connect_to})
         config = config.model_copy(update={"fetch": fetch})
@@ -155,7 +155,13 @@ def _curate(
             session.report(step, done, total, "rows")
 
         return curate(
-            name, config, place.store_uri, session.spark, place.environment, report
+            name,
+            config,
+            place.store_uri,
+            session.spark,
+            place.environment,
+            report,
+            retry_failed=retry_failed,
         ).manifest_uri
 
 

@@ -38,26 +38,38 @@ class ReadMarker:
 
 
 @dataclass(frozen=True)
-class StagedMarker:
-    """A partition was fetched: its rows, and the encoded images they point into."""
-
-    rows: FileEntry
-    images: FileEntry
-
-
-@dataclass(frozen=True)
 class PartMarker:
-    """A partition is done: its shards, and how each of its rows ended."""
+    """A partition is done, up to a round: its shards, and how each of its rows ended."""
 
     shards: list[ShardEntry]
     ledger: FileEntry | None
     committed: int
     rejected: dict[str, int]
     failed: dict[str, int]
+    round: int = 0
 
     @property
     def num_rows(self) -> int:
         return self.committed + sum(self.rejected.values()) + sum(self.failed.values())
+
+
+@dataclass(frozen=True)
+class StagedMarker:
+    """A partition was fetched: its rows, and the encoded images they point into.
+
+    After a retry, both are those of the ``round`` alone; ``carried`` is what the rounds before it
+    came to.
+    """
+
+    rows: FileEntry
+    images: FileEntry
+    round: int = 0
+    carried: PartMarker | None = None
+
+    @property
+    def carried_files(self) -> list[FileEntry | ShardEntry | None]:
+        """What the rounds before left, and this one relies on."""
+        return [] if self.carried is None else [*self.carried.shards, self.carried.ledger]
 
 
 Marker = ReadMarker | StagedMarker | PartMarker
@@ -90,6 +102,10 @@ class Build(Workspace):
     @property
     def result_uri(self) -> str:
         return storage.join(self.folder, "result.json")
+
+    @property
+    def retry_uri(self) -> str:
+        return storage.join(self.folder, "retry.json")
 
     def marker_uri(self, kind: type[Marker], index: int) -> str:
         return storage.join(self.folder, f"{_NAMES[kind]}-{index:05d}.json")
@@ -128,8 +144,30 @@ class Build(Workspace):
         storage.download(storage.join(self.dataset_root, entry.path), path, entry.sha256)
         return path
 
+    def open_round(self) -> int | None:
+        """The retry that was begun and is not published, if one is; rounds count from 1."""
+        begun = _number(self.retry_uri, "round")
+        return begun if begun > _number(self.result_uri, "round") else None
+
+    def begin_round(self) -> int:
+        """Begin the next retry; until it is published, the build is not finished."""
+        number = self.open_round() or _number(self.result_uri, "round") + 1
+        storage.write_json(self.retry_uri, {"round": number})
+        return number
+
     def finish(self, version: str) -> None:
         """Say which version came out, and drop the images: the shards have them now."""
-        storage.write_json(self.result_uri, {"version": version})
+        number = _number(self.retry_uri, "round")
+        storage.write_json(self.result_uri, {"version": version, "round": number})
         self.forget("images")
         self.forget("failures")
+
+
+def _number(uri: str, key: str) -> int:
+    """A whole number in a small JSON object; 0 when it is not there."""
+    try:
+        found = storage.read_json(uri)
+    except storage.ObjectMissing:
+        return 0
+    value = found.get(key) if isinstance(found, dict) else None
+    return value if isinstance(value, int) else 0

@@ -79,6 +79,20 @@ class ResizeConfig(StrictModel):
         return self
 
 
+class OptOutConfig(StrictModel):
+    """Which ways of saying no are honoured. Each is asked for once per site and Python worker."""
+
+    robots_txt: bool = semantic(
+        True, "robots.txt (RFC 9309), in the group of robots_token or of *; reason robots_txt"
+    )
+    x_robots_tag: bool = semantic(
+        True, "X-Robots-Tag: noai, noimageai, noindex, noimageindex, noml; reason optout"
+    )
+    tdm_reservation: bool = semantic(
+        True, "header tdm-reservation and /.well-known/tdmrep.json; reason tdm_reservation"
+    )
+
+
 class FetchConfig(StrictModel):
     """Bounds on one download from the open web."""
 
@@ -89,12 +103,20 @@ class FetchConfig(StrictModel):
         default_factory=lambda: [80, 443], description="ports a URL may name"
     )
     total_deadline_seconds: float = operational(
-        15.0, "DNS, connect, headers and body of one attempt, all hops together, seconds", gt=0
+        15.0,
+        "DNS, connect, TLS, headers and body of one URL, all hops and attempts, seconds",
+        gt=0,
     )
     retries: int = operational(2, "further attempts after a passing failure", ge=0, le=20)
     backoff_seconds: float = operational(0.5, "wait before the first retry; doubles", ge=0)
     num_threads: int = operational(16, "downloads at once per Spark task", ge=1, le=1024)
     max_per_host: int = operational(8, "downloads at once per host and Spark task", ge=1)
+    max_requests_per_second_per_host: float | None = operational(
+        10.0, "per host and Spark task, > 0; hosts of connect_to have no such bound", gt=0
+    )
+    max_failures_in_a_row: int | None = operational(
+        10, "a host that fails so often in a row is left alone for a minute", ge=1
+    )
     max_transient_ratio: float = operational(
         0.5,
         "a partition with more passing failures than this is not committed, in [0, 1]",
@@ -102,13 +124,18 @@ class FetchConfig(StrictModel):
         le=1,
     )
     user_agent: str = operational(
-        "atelier-curation/0.1 (image-text dataset builder; honours X-Robots-Tag)",
+        "atelier-curation/0.1 (image-text dataset builder; honours robots.txt and X-Robots-Tag)",
         "what we say we are; add a contact address",
         min_length=1,
         pattern=r"^[\x21-\x7e]+( [\x21-\x7e]+)*$",
     )
     robots_token: str = operational(
-        "atelier", "our name in an X-Robots-Tag rule meant for one agent", min_length=1
+        "atelier",
+        "our name in robots.txt, and in an X-Robots-Tag rule meant for one agent",
+        pattern=r"^[A-Za-z_-]+$",
+    )
+    opt_outs: OptOutConfig = semantic(
+        default_factory=OptOutConfig, description="which opt-outs are honoured"
     )
     connect_to: dict[str, str] = operational(
         default_factory=dict,

@@ -11,12 +11,16 @@ import io
 import socket
 import ssl
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPResponse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+# Hints that come before the answer; ``http.client`` passes over 100 itself.
+_INTERIM_STATUSES = frozenset({102, 103})
 HEADER_ALLOWANCE_BYTES = 256 * 1024
 _READ_BUFFER_BYTES = 64 * 1024
 
@@ -46,7 +50,7 @@ class Failed(Exception):
 
 
 class Deadline:
-    """A moment by which everything must have ended."""
+    """A moment by which everything must have ended. Waiting for one's turn moves it."""
 
     def __init__(self, seconds: float) -> None:
         self._ends_at = time.monotonic() + seconds
@@ -57,6 +61,15 @@ class Deadline:
         if left <= 0:
             raise TimeoutError("deadline passed")
         return left
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is spent inside is not counted."""
+        began_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._ends_at += time.monotonic() - began_at
 
 
 class Connection:
@@ -78,9 +91,11 @@ class Connection:
         self.num_exchanges += 1
         self._socket.settimeout(deadline.remaining())
         self._socket.sendall(request)
-        response = HTTPResponse(_ResponseSource(self._reader), method="GET")  # type: ignore[arg-type]
-        response.begin()
-        return response
+        while True:
+            response = HTTPResponse(_ResponseSource(self._reader), method="GET")  # type: ignore[arg-type]
+            response.begin()
+            if response.status not in _INTERIM_STATUSES:
+                return response
 
     def is_clean(self) -> bool:
         """Whether nothing is left over from the last exchange, and the server has not hung up."""

@@ -10,6 +10,7 @@ from infra.environment import applied
 from infra.lease import Lease
 from infra.manifest import DatasetManifest, load_manifest, publish_manifest
 from pipelines import engine
+from pipelines.build import Build, PartMarker
 from pipelines.config import CurationConfig
 from pipelines.plan import CurationPlan, plan_curation
 from pipelines.publish import assemble_manifest, funnel_of
@@ -42,6 +43,8 @@ def curate(
     spark: Callable[[], SparkSession],
     environment: Mapping[str, str] | None = None,
     progress: ProgressCallback | None = None,
+    *,
+    retry_failed: bool = False,
 ) -> CurationResult:
     """Curate ``config`` into ``<store_uri>/datasets/<name>/`` and return the published version.
 
@@ -50,15 +53,30 @@ def curate(
     ``progress`` is called with (rows done, rows in all) from another thread. Killed at any moment,
     a second call does what is missing and publishes the same bytes. Two drivers cannot work on
     one build at once: ``LeaseHeld``.
+
+    ``retry_failed``: of a finished dataset, the rows whose failure may have passed are fetched
+    again; images that come are added in shards of their own, the shards that are there stay, and
+    a new version is published (the same one when nothing changed). A retry that was killed is
+    ended by the next call, with or without ``retry_failed``.
     """
     with applied(environment or {}):
         plan = plan_curation(name, config, store_uri)
-        if plan.manifest_uri is not None:
+        is_finished = plan.manifest_uri is not None
+        if plan.manifest_uri is not None and not (retry_failed and _failed_partitions(plan.build)):
             return _result(plan, plan.manifest_uri, load_manifest(plan.manifest_uri))
         build = replace(plan.build, environment=dict(environment or {}))
         with Lease(build.lease_uri, f"curation of {name}") as lease, watching(plan, progress):
             if plan.units:
                 engine.fetch_images(spark(), build, plan.units, plan.partitions)
+            round = build.begin_round() if is_finished else build.open_round()
+            if round is not None:
+                if failed := _failed_partitions(build):
+                    engine.retry_images(spark(), build, failed, round)
+                plan = replace(
+                    plan_curation(name, config, store_uri),
+                    decision="RESUME",
+                    reason=f"rows that failed in passing were fetched again, round {round}",
+                )
             if plan.parts:
                 engine.write_shards(spark(), build, plan.parts)
             manifest = assemble_manifest(name, plan)
@@ -67,6 +85,12 @@ def curate(
             write_report(manifest_uri, manifest)
             build.finish(manifest.version)
         return _result(plan, manifest_uri, manifest)
+
+
+def _failed_partitions(build: Build) -> list[int]:
+    """Partitions in which any row failed; whether a retry may help, its rows know."""
+    parts = build.read_all(PartMarker, build.num_partitions)
+    return [index for index, part in sorted(parts.items()) if part.failed]
 
 
 def _result(plan: CurationPlan, manifest_uri: str, manifest: DatasetManifest) -> CurationResult:

@@ -59,13 +59,14 @@ def row_duplicates(rows: pl.DataFrame, *, same_url: bool) -> pl.Series:
 def image_duplicates(images: DataFrame) -> DataFrame:
     """The ``(slot, sample_id)`` of every image that another with the same bytes outranks.
 
-    ``images`` has ``slot, sample_id, aesthetic_score, sha256``; Spark shuffles by ``sha256``.
+    ``images`` has ``slot, sample_id, aesthetic_score, sha256, round``; Spark shuffles by
+    ``sha256``. What an earlier round committed stays, whatever a retry brings.
     """
     from pyspark.sql import Window
     from pyspark.sql import functions as sf
 
     ranking = Window.partitionBy("sha256").orderBy(
-        sf.col("aesthetic_score").desc_nulls_last(), sf.col("sample_id")
+        sf.col("round"), sf.col("aesthetic_score").desc_nulls_last(), sf.col("sample_id")
     )
     ranked = images.withColumn("rank", sf.row_number().over(ranking))
     return ranked.where("rank > 1").select("slot", "sample_id")

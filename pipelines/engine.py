@@ -26,7 +26,7 @@ Batches = Iterator["pa.RecordBatch"]
 
 _INDEXED_PER_TASK = 4
 _DONE_SCHEMA = "partition int"
-_IMAGES_SCHEMA = "slot int, sample_id string, aesthetic_score double, sha256 string"
+_IMAGES_SCHEMA = "slot int, sample_id string, aesthetic_score double, sha256 string, round int"
 
 
 def fetch_images(
@@ -58,6 +58,23 @@ def fetch_images(
             _run_by_slot(rows, len(partitions), fetch)
         else:
             rows.write.format("noop").mode("overwrite").save()
+
+
+def retry_images(spark: SparkSession, build: Build, partitions: Sequence[int], round: int) -> None:
+    """Fetch again what failed in passing in ``partitions``, each in a task of its own."""
+    from pipelines.stage_images import retry_images as retry
+
+    pending = list(partitions)
+
+    def again(batches: Batches) -> Batches:
+        for batch in batches:
+            for index in batch.column(0).to_pylist():
+                retry(build, pending[index], round)
+            yield batch
+
+    with _one_line_errors(build):
+        numbers = spark.range(0, len(pending), 1, numPartitions=len(pending))
+        numbers.mapInArrow(again, "id long").write.format("noop").mode("overwrite").save()
 
 
 def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -> None:

@@ -9,64 +9,46 @@ from __future__ import annotations
 
 import http.client
 import random
-import re
-import socket
 import ssl
 import threading
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPResponse
 
 from pipelines.config import FetchConfig
 from pipelines.connection import Connection, Deadline, Failed, connect
+from pipelines.consent import MAX_POLICY_BYTES, Consent
 from pipelines.guard import Rejected, Target, check_addresses, parse_url, redirect_url
+from pipelines.hosts import Budgets, Lookup, Pool, Resolver, system_lookup
 
-Lookup = Callable[[str, int], list[str]]
-
-OPT_OUT_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex", "noml", "none"})
 _REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
+_REFUSED_TARGETS = frozenset({"url", "scheme", "port", "address"})
 _PASSING_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-_VALUED_DIRECTIVES = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
-_AGENT = re.compile(r"\*|[a-z][a-z0-9_.-]*")
 _DRAIN_BYTES = 64 * 1024
 _READ_BYTES = 64 * 1024
 _MAX_ADDRESSES_TRIED = 3
-_LOOKUP_THREADS = 8
+_MIN_POLICY_REDIRECTS = 5  # what RFC 9309 wants followed
 
 
-def system_lookup(host: str, port: int) -> list[str]:
-    """The addresses the machine's resolver gives for ``host``, in its order."""
-    answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
-    return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
+@dataclass(frozen=True)
+class _Purpose:
+    """What a request is for: a body of at most ``max_bytes``; ``is_image`` asks for consent.
 
-
-def is_opted_out(headers: Message, robots_token: str) -> bool:
-    """Whether any X-Robots-Tag header forbids what we do, for all agents or for ours.
-
-    A header is a comma-separated list; ``agent:`` before a directive holds for the rest of its
-    header. ``unavailable_after`` carries a date that may itself hold commas and colons.
+    A longer body fails, or, ``is_cut``, is taken as far as it may.
     """
-    for header in headers.get_all("X-Robots-Tag", []):
-        agent = "*"
-        for item in str(header).lower().split(","):
-            directive = item.strip()
-            while ":" in directive and not directive.startswith(_VALUED_DIRECTIVES):
-                name, _, rest = directive.partition(":")
-                if not _AGENT.fullmatch(name.strip()):
-                    break
-                agent, directive = name.strip(), rest.strip()
-            if directive in OPT_OUT_DIRECTIVES and agent in ("*", robots_token.lower()):
-                return True
-    return False
+
+    max_bytes: int
+    max_redirects: int
+    is_image: bool = True
+    is_cut: bool = False
 
 
 class Fetcher:
-    """Downloads for one task; safe to call from many threads.
+    """Downloads for one process; safe to call from many threads.
 
     Holds at most ``num_threads`` idle connections and, in its callers' threads, one body of at
     most ``max_bytes`` each. ``lookup`` and ``tls`` exist for tests and private trust stores.
@@ -79,19 +61,41 @@ class Fetcher:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._config = config
-        self._resolver = _Resolver(lookup)
+        self._image = _Purpose(config.max_bytes, config.max_redirects)
+        self._policy = _Purpose(
+            MAX_POLICY_BYTES,
+            max(config.max_redirects, _MIN_POLICY_REDIRECTS),
+            is_image=False,
+            is_cut=True,
+        )
+        self._resolver = Resolver(lookup, config.num_threads)
         self._tls = tls
-        self._pool = _Pool(config.num_threads)
-        self._host_slots: dict[str, threading.BoundedSemaphore] = {}
+        self._pool = Pool(config.num_threads)
+        self._budgets = Budgets(config)
+        self._consent = Consent(
+            config.opt_outs, config.robots_token, lambda target: self._get(target, self._policy)
+        )
         self._lock = threading.Lock()
 
     def fetch(self, url: str) -> bytes:
-        """The body behind ``url``, after redirects and retries."""
-        target = parse_url(url, self._config.allowed_ports)
+        """The body behind ``url``, after redirects and retries; ``Rejected`` or ``Failed``.
+
+        Talking to servers takes ``total_deadline_seconds`` at most, over all hops and attempts;
+        waiting for a host's turn, or as long as a server asked, is not counted. A site's own
+        rules are read before, once per site, each within a deadline of its own.
+        """
+        return self._get(parse_url(url, self._config.allowed_ports), self._image)
+
+    def close(self) -> None:
+        self._pool.close()
+        self._resolver.close()
+
+    def _get(self, target: Target, purpose: _Purpose) -> bytes:
+        """All attempts, under one deadline."""
+        deadline = Deadline(self._config.total_deadline_seconds)
         for attempt in range(self._config.retries + 1):
             try:
-                with self._slot(target):
-                    return self._attempt(target)
+                return self._attempt(target, purpose, deadline)
             except Failed as failure:
                 if attempt == self._config.retries or not failure.retry_now:
                     raise
@@ -100,30 +104,22 @@ class Fetcher:
                     wait_seconds = max(wait_seconds, failure.retry_after_seconds)
                 if wait_seconds > self._config.total_deadline_seconds:
                     raise
-                time.sleep(wait_seconds * (1 + 0.1 * random.random()))
+                with deadline.paused():
+                    time.sleep(wait_seconds * (1 + 0.1 * random.random()))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def close(self) -> None:
-        self._pool.close()
-        self._resolver.close()
-
-    def _slot(self, target: Target) -> threading.BoundedSemaphore:
-        with self._lock:
-            if target.place not in self._host_slots:
-                slots = threading.BoundedSemaphore(self._config.max_per_host)
-                self._host_slots[target.place] = slots
-            return self._host_slots[target.place]
-
-    def _attempt(self, target: Target) -> bytes:
-        """One attempt: all hops under one deadline."""
-        deadline = Deadline(self._config.total_deadline_seconds)
+    def _attempt(self, target: Target, purpose: _Purpose, deadline: Deadline) -> bytes:
+        """One attempt, hop by hop; a body in which nothing is wrong, or an exception."""
         seen = {target.url}
-        for hop in range(self._config.max_redirects + 1):
+        for hop in range(purpose.max_redirects + 1):
             try:
-                with _causes():
-                    found = self._hop(target, deadline)
+                if purpose.is_image:
+                    with deadline.paused():
+                        self._consent.check_site(target)
+                with self._budgets.turn(target, deadline), _causes():
+                    found = self._hop(target, purpose, deadline)
             except Rejected as rejection:
-                if hop == 0 or rejection.reason in ("optout", "encoding", "redirect"):
+                if hop == 0 or rejection.reason not in _REFUSED_TARGETS:
                     raise
                 raise Rejected("redirect", f"hop {hop}: {rejection}") from rejection
             if isinstance(found, bytes):
@@ -132,18 +128,18 @@ class Fetcher:
             if target.url in seen:
                 raise Rejected("redirect", "loop")
             seen.add(target.url)
-        raise Rejected("redirect", f"more than {self._config.max_redirects} hops")
+        raise Rejected("redirect", f"more than {purpose.max_redirects} hops")
 
-    def _hop(self, target: Target, deadline: Deadline) -> bytes | Target:
+    def _hop(self, target: Target, purpose: _Purpose, deadline: Deadline) -> bytes | Target:
         """One request: the body, or where a redirect leads."""
-        connection, response = self._exchange(target, deadline)
+        connection, response = self._exchange(target, purpose, deadline)
         is_reusable = False
         try:
-            if is_opted_out(response.headers, self._config.robots_token):
-                raise Rejected("optout", "X-Robots-Tag")
+            if purpose.is_image:
+                self._consent.check_headers(response.headers)
             if response.status == 200:
-                body = self._read_body(response)
-                is_reusable = True
+                body = self._read_body(response, purpose)
+                is_reusable = response.isclosed()
                 return body
             is_reusable = _drain(response)
             return self._next_target(target, response)
@@ -168,12 +164,14 @@ class Fetcher:
         except Rejected as rejection:
             raise Rejected("redirect", str(rejection)) from rejection
 
-    def _exchange(self, target: Target, deadline: Deadline) -> tuple[Connection, HTTPResponse]:
-        request = self._request_bytes(target)
+    def _exchange(
+        self, target: Target, purpose: _Purpose, deadline: Deadline
+    ) -> tuple[Connection, HTTPResponse]:
+        request = self._request_bytes(target, purpose)
         kept = self._pool.take(target)
         if kept is not None:
             try:
-                return kept, kept.exchange(request, deadline, self._config.max_bytes)
+                return kept, kept.exchange(request, deadline, purpose.max_bytes)
             except (ConnectionError, ssl.SSLError):
                 kept.close()  # the server had hung up in the meantime: not this request's fault
             except BaseException:
@@ -181,7 +179,7 @@ class Fetcher:
                 raise
         connection = self._connect(target, deadline)
         try:
-            return connection, connection.exchange(request, deadline, self._config.max_bytes)
+            return connection, connection.exchange(request, deadline, purpose.max_bytes)
         except BaseException:
             connection.close()
             raise
@@ -214,33 +212,59 @@ class Fetcher:
                 self._tls = ssl.create_default_context()
             return self._tls
 
-    def _request_bytes(self, target: Target) -> bytes:
+    def _request_bytes(self, target: Target, purpose: _Purpose) -> bytes:
+        accepted = "image/jpeg, image/png, image/webp, image/*;q=0.8"
         lines = (
             f"GET {target.request_path} HTTP/1.1",
             f"Host: {target.host_header}",
             f"User-Agent: {self._config.user_agent}",
-            "Accept: image/jpeg, image/png, image/webp, image/*;q=0.8",
+            f"Accept: {accepted if purpose.is_image else '*/*'}",
             "Accept-Encoding: identity",
             "Connection: keep-alive",
         )
         return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
 
-    def _read_body(self, response: HTTPResponse) -> bytes:
-        max_bytes = self._config.max_bytes
-        if response.length is not None and response.length > max_bytes:
+    def _read_body(self, response: HTTPResponse, purpose: _Purpose) -> bytes:
+        max_bytes = purpose.max_bytes
+        if response.length is not None and response.length > max_bytes and not purpose.is_cut:
             raise Failed("too_big", f"{response.length} bytes announced", retryable=False)
-        decode = _decoder(response.headers.get("Content-Encoding", "identity"), max_bytes)
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        inflater = None if encoding in ("", "identity") else _inflater(encoding)
         chunks: list[bytes] = []
         num_bytes = 0
         while chunk := response.read(_READ_BYTES):
-            decoded = decode(chunk)
+            # Never more than one byte over the cap, however much a chunk unpacks to.
+            decoded = chunk if inflater is None else inflater.decompress(chunk, max_bytes + 1)
             num_bytes += len(decoded)
+            chunks.append(decoded)
+            if num_bytes > max_bytes and purpose.is_cut:
+                return b"".join(chunks)[:max_bytes]
             if num_bytes > max_bytes:
                 raise Failed("too_big", f"more than {max_bytes} bytes", retryable=False)
-            chunks.append(decoded)
         if response.length:
             raise Failed("short_body", f"{response.length} bytes missing", retryable=True)
+        if inflater is not None and not inflater.eof:
+            raise Failed("short_body", f"the {encoding} stream ended early", retryable=True)
         return b"".join(chunks)
+
+
+_shared: dict[str, Fetcher] = {}
+_shared_lock = threading.Lock()
+
+
+def shared_fetcher(config: FetchConfig) -> Fetcher:
+    """This process's fetcher: what it learnt of hosts in one task serves the next.
+
+    One is kept; another configuration replaces it.
+    """
+    key = config.model_dump_json()
+    with _shared_lock:
+        if key not in _shared:
+            for fetcher in _shared.values():
+                fetcher.close()
+            _shared.clear()
+            _shared[key] = Fetcher(config)
+        return _shared[key]
 
 
 @contextmanager
@@ -277,93 +301,8 @@ def _retry_after(headers: Message) -> float | None:
     return float(value) if value.isascii() and value.isdigit() and len(value) < 6 else None
 
 
-def _decoder(encoding: str, max_bytes: int) -> Callable[[bytes], bytes]:
-    """Undo a Content-Encoding we did not ask for, never giving more than ``max_bytes`` + 1."""
-    name = encoding.strip().lower()
-    if name in ("", "identity"):
-        return bytes
-    if name not in ("gzip", "x-gzip", "deflate"):
-        raise Rejected("encoding", name[:20])
-    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
-    return lambda chunk: inflater.decompress(chunk, max_bytes + 1)
-
-
-class _Resolver:
-    """Names to addresses, remembered for one task, each look-up bounded by the caller's deadline.
-
-    ``getaddrinfo`` cannot be interrupted: a look-up that outlives its caller goes on in one of a
-    few threads, and its answer serves the next caller.
-    """
-
-    def __init__(self, lookup: Lookup) -> None:
-        self._lookup = lookup
-        self._threads = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
-        self._answers: dict[str, Future[list[str]]] = {}
-        self._lock = threading.Lock()
-
-    def addresses(self, host: str, port: int, deadline: Deadline) -> list[str]:
-        with self._lock:
-            future = self._answers.get(host)
-            if future is None:
-                future = self._threads.submit(self._lookup, host, port)
-                self._answers[host] = future
-        try:
-            found = future.result(timeout=deadline.remaining())
-        except TimeoutError as error:
-            raise Failed("dns", "deadline", retryable=True, retry_now=False) from error
-        except UnicodeError as error:
-            raise Rejected("url", "host name") from error
-        except OSError as error:
-            unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
-            if not unknown:
-                self._forget(host, future)
-            cause = "dns_no_such_host" if unknown else "dns"
-            raise Failed(cause, str(error.strerror), retryable=not unknown) from error
-        if not found:
-            raise Failed("dns_no_such_host", "no address", retryable=False)
-        return found
-
-    def _forget(self, host: str, future: Future[list[str]]) -> None:
-        with self._lock:
-            if self._answers.get(host) is future:
-                del self._answers[host]
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-class _Pool:
-    """Idle connections by place. Bounded: the one idle longest goes first."""
-
-    def __init__(self, max_idle: int) -> None:
-        self._max_idle = max_idle
-        self._idle: deque[tuple[tuple[str, str], Connection]] = deque()
-        self._lock = threading.Lock()
-
-    def take(self, target: Target) -> Connection | None:
-        key = (target.scheme, target.place)
-        with self._lock:
-            for position in range(len(self._idle) - 1, -1, -1):
-                if self._idle[position][0] == key:
-                    connection = self._idle[position][1]
-                    del self._idle[position]
-                    break
-            else:
-                return None
-        if connection.is_clean():
-            return connection
-        connection.close()
-        return None
-
-    def put(self, target: Target, connection: Connection) -> None:
-        with self._lock:
-            self._idle.append(((target.scheme, target.place), connection))
-            dropped = self._idle.popleft()[1] if len(self._idle) > self._max_idle else None
-        if dropped is not None:
-            dropped.close()
-
-    def close(self) -> None:
-        with self._lock:
-            idle, self._idle = list(self._idle), deque()
-        for _, connection in idle:
-            connection.close()
+def _inflater(encoding: str) -> zlib._Decompress:
+    """Undoes a Content-Encoding that was not asked for."""
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise Rejected("encoding", encoding[:20])
+    return zlib.decompressobj(zlib.MAX_WBITS | 32)

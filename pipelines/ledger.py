@@ -57,6 +57,8 @@ REASONS = (
     "port",
     "address",
     "redirect",
+    "robots_txt",
+    "tdm_reservation",
     "optout",
     "encoding",
     "format",
@@ -92,6 +94,11 @@ def count(rows: pl.DataFrame) -> Counts:
             raise ValueError(f"a row ended as {disposition!r} with reason {reason!r}")
         counts[disposition][reason or COMMITTED] = num_rows
     return Counts(counts[COMMITTED].get(COMMITTED, 0), counts[REJECTED], counts[FAILED])
+
+
+def is_worth_a_retry() -> pl.Expr:
+    """Rows that failed for a cause that may have passed."""
+    return ((pl.col("disposition") == FAILED) & pl.col("retryable")).fill_null(False)
 
 
 class LedgerFile:

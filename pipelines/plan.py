@@ -114,6 +114,8 @@ def _build(
 
 
 def _finished_version(build: Build) -> str | None:
+    if build.open_round() is not None:
+        return None
     try:
         result: Any = storage.read_json(build.result_uri)
     except storage.ObjectMissing:
@@ -154,11 +156,14 @@ def _unfinished(build: Build, inputs: list[InputFile], problems: list[str]) -> C
         if all(map(is_whole, [*marker.shards, marker.ledger]))
         and index in staged
         and is_whole(staged[index].rows)
+        and staged[index].round == marker.round
     }
     fetched = {
         index
         for index, marker in staged.items()
-        if is_whole(marker.rows) and (index in parts or is_whole(marker.images))
+        if is_whole(marker.rows)
+        and (index in parts or is_whole(marker.images))
+        and all(map(is_whole, marker.carried_files))
     }
     every = range(build.num_partitions)
     to_fetch = tuple(index for index in every if index not in fetched)

@@ -19,17 +19,17 @@ import polars as pl
 import pyarrow as pa
 
 from infra.errors import UserError
-from pipelines.build import Build, StagedMarker
+from pipelines.build import Build, PartMarker, StagedMarker
 from pipelines.captions import CAPTION_COLUMNS, with_captions
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import CurationConfig
 from pipelines.connection import Failed
 from pipelines.duplicates import row_duplicates
-from pipelines.fetch import Fetcher
+from pipelines.fetch import Fetcher, shared_fetcher
 from pipelines.filters import caption_filters, first_reason
 from pipelines.guard import Rejected
 from pipelines.images import StoredImage, store_image
-from pipelines.ledger import FAILED, REJECTED
+from pipelines.ledger import FAILED, REJECTED, is_worth_a_retry
 from pipelines.read_rows import TRAVEL_SCHEMA
 
 # Fewer downloads than this say nothing about the network.
@@ -71,21 +71,61 @@ def stage_images(build: Build, partition: int, batches: Iterable[pa.RecordBatch]
     """Fetch the partition's images and leave them, with its rows, behind a ``StagedMarker``."""
     with build.task(f"staged-{partition:05d}") as folder:
         rows = prepared_rows(pa.Table.from_batches(batches, TRAVEL_SCHEMA), build.config)
-        fetcher = Fetcher(build.config.fetch)
-        try:
-            images_path = folder / "images"
-            rows = fetch_rows(rows, build.config, fetcher, images_path)
-        finally:
-            fetcher.close()
+        images_path = folder / "images"
+        rows = fetch_rows(rows, build.config, shared_fetcher(build.config.fetch), images_path)
         _check_network(rows, build.config, partition)
-        rows_path = folder / "rows"
-        rows.write_parquet(rows_path, row_group_size=10_000)
-        num_images = rows["offset"].count()
-        marker = StagedMarker(
-            rows=build.stage(rows_path, "rows", rows.height),
-            images=build.stage(images_path, "images", num_images),
+        _leave(build, partition, rows.with_columns(_round(0)), folder, round=0)
+
+
+def retry_images(build: Build, partition: int, round: int) -> None:
+    """Fetch again the partition's rows whose failure may have passed; all others are left alone.
+
+    The images of this ``round`` and the rows of all are left behind a ``StagedMarker`` that
+    carries what the partition had come to. Without such rows, or when it has been done, nothing
+    happens.
+    """
+    with build.task(f"retried-{partition:05d}") as folder:
+        staged, part = build.read(StagedMarker, partition), build.read(PartMarker, partition)
+        if staged is None or part is None or staged.round >= round:
+            return
+        rows = pl.read_parquet(build.fetch_staged(staged.rows, folder))
+        retried = rows.filter(is_worth_a_retry())
+        if retried.is_empty():
+            return
+        todo = retried.drop(*OUTCOME_SCHEMA, "round").with_columns(
+            pl.lit(None, dtype=pl.String).alias("reason")
         )
-        build.write(marker, partition)
+        fetcher = shared_fetcher(build.config.fetch)
+        again = fetch_rows(todo, build.config, fetcher, folder / "images")
+        again = again.with_columns(_round(round)).select(rows.columns)
+        rows = pl.concat([rows.filter(~is_worth_a_retry()), again])
+        _leave(build, partition, rows, folder, round=round, carried=part)
+
+
+def _round(number: int) -> pl.Expr:
+    return pl.lit(number, dtype=pl.Int32).alias("round")
+
+
+def _leave(
+    build: Build,
+    partition: int,
+    rows: pl.DataFrame,
+    folder: Path,
+    *,
+    round: int,
+    carried: PartMarker | None = None,
+) -> None:
+    """Upload ``rows`` and the folder's images, and say so."""
+    rows_path = folder / "rows"
+    rows.write_parquet(rows_path, row_group_size=10_000)
+    num_images = rows.filter(pl.col("round") == round)["offset"].count()
+    marker = StagedMarker(
+        rows=build.stage(rows_path, "rows", rows.height),
+        images=build.stage(folder / "images", "images", num_images),
+        round=round,
+        carried=carried,
+    )
+    build.write(marker, partition)
 
 
 def prepared_rows(table: pa.Table, config: CurationConfig) -> pl.DataFrame:

@@ -13,26 +13,38 @@ from infra import storage
 from pipelines.build import Build, PartMarker, StagedMarker
 from pipelines.config import CurationConfig
 from pipelines.duplicates import DUPLICATE_IMAGE
-from pipelines.ledger import COMMITTED, REJECTED, LedgerFile, count
+from pipelines.ledger import (
+    COMMITTED,
+    LEDGER_SCHEMA,
+    REJECTED,
+    LedgerFile,
+    count,
+    is_worth_a_retry,
+)
 from pipelines.shards import ShardWriter, sample_members
 
 _ROWS_AT_ONCE = 1000
 
 
 def staged_images(build: Build, partition: int, slot: int) -> pl.DataFrame:
-    """``slot, sample_id, aesthetic_score, sha256`` of the partition's images."""
+    """``slot, sample_id, aesthetic_score, sha256, round`` of the partition's images."""
     with build.task(f"index-{partition:05d}") as folder:
         rows_path = build.fetch_staged(_staged(build, partition).rows, folder)
-        columns = ["sample_id", "aesthetic_score", "sha256"]
+        columns = ["sample_id", "aesthetic_score", "sha256", "round"]
         rows = pl.read_parquet(rows_path, columns=columns).drop_nulls("sha256")
         return rows.select(pl.lit(slot, dtype=pl.Int32).alias("slot"), *columns)
 
 
 def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> None:
-    """Publish the partition's shards without ``duplicates``, its ledger, and its ``PartMarker``."""
+    """Publish the partition's shards without ``duplicates``, its ledger, and its ``PartMarker``.
+
+    After a retry, only what that round brought is written; the shards before it stay, and the
+    ledger is theirs with the retried rows replaced.
+    """
     with build.task(f"part-{partition:05d}") as folder:
         staged = _staged(build, partition)
         rows = pl.read_parquet(build.fetch_staged(staged.rows, folder)).sort("sample_id")
+        rows = rows.filter(pl.col("round") == staged.round)
         is_duplicate = pl.col("sample_id").is_in(list(duplicates)) & pl.col("offset").is_not_null()
         rows = rows.with_columns(
             pl.when(is_duplicate)
@@ -52,18 +64,38 @@ def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> N
         )
         is_committed = pl.col("disposition") == COMMITTED
         rows = rows.with_columns(pl.when(is_committed).then(in_shard).alias("shard"))
-        counts = count(rows)
+        carried = _carried_rows(build, staged, rows.height, folder)
+        columns = ["disposition", "reason"]
+        counts = count(pl.concat([carried.select(columns), rows.select(columns)]))
         with LedgerFile(folder, f"part-{partition:05d}") as ledger:
+            ledger.add(carried)
             ledger.add(rows)
             ledger_entry = ledger.publish(build.dataset_root)
         marker = PartMarker(
-            shards=shards,
+            shards=[*(staged.carried.shards if staged.carried else []), *shards],
             ledger=ledger_entry,
             committed=counts.committed,
             rejected=counts.rejected,
             failed=counts.failed,
+            round=staged.round,
         )
         build.write(marker, partition)
+
+
+def _carried_rows(
+    build: Build, staged: StagedMarker, num_retried: int, folder: Path
+) -> pl.DataFrame:
+    """How the rows that were not retried ended, from the ledger before the retry."""
+    before = staged.carried.ledger if staged.carried else None
+    if before is None:
+        return pl.DataFrame(pl.from_arrow(LEDGER_SCHEMA.empty_table()))
+    rows = pl.read_parquet(build.fetch_staged(before, folder))
+    carried = rows.filter(~is_worth_a_retry())
+    if carried.height + num_retried != rows.height:
+        raise RuntimeError(
+            f"{rows.height} rows were in the ledger, {carried.height} stayed, {num_retried} came"
+        )
+    return carried
 
 
 def _staged(build: Build, partition: int) -> StagedMarker:

@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from pipelines.config import CurationConfig, FetchConfig
-from pipelines.fetch import Fetcher, Lookup
+from pipelines.fetch import Fetcher
+from pipelines.hosts import Lookup
 
 Route = Callable[[socket.socket, str], None]
 HOST = "evil.example"
@@ -100,6 +101,7 @@ class EvilWeb:
             "retries": 0,
             "backoff_seconds": 0.01,
             "num_threads": 4,
+            "opt_outs": {"robots_txt": False, "tdm_reservation": False},
         }
         return FetchConfig(**(known | changes))
 
@@ -219,7 +221,9 @@ class TrapWorld:
                 "min_width_px": 128, "min_height_px": 128, "max_aspect_ratio": 3.0,
                 "min_aesthetic_score": 4.5, "max_watermark_prob": 0.5, "max_unsafe_prob": 0.5,
             },
-            "fetch": self.web.config(max_bytes=200_000, total_deadline_seconds=0.6, retries=1),
+            "fetch": self.web.config(
+                max_bytes=200_000, total_deadline_seconds=0.6, retries=1, opt_outs={}
+            ),
             "resize": {"image_size_px": 64},
             "shards": {"max_samples": 7},
         }  # fmt: skip
@@ -306,6 +310,14 @@ def make_trap_world(folder: Path, web: EvilWeb, num_good: int = 30) -> TrapWorld
     add("/w/3", "redirect", response(b"", "Location: http://169.254.169.254/", status="302 x"))
     add("/w/4", "redirect", response(b"", "Location: /w/4", status="302 x"))
     add("/w/5", "optout", response(encoded(picture(1)), "X-Robots-Tag: noai"))
+    robots = b"User-agent: *\nDisallow: /private\nAllow: /private/open\n"
+    web.route("/robots.txt", response(robots))
+    reserved = b'[{"location": "/reserved/*", "tdm-reservation": 1}]'
+    web.route("/.well-known/tdmrep.json", response(reserved))
+    add("/private/1.jpg", "robots_txt", response(encoded(picture(30_000))))
+    add("/private/open.jpg", "committed", response(encoded(picture(30_001))))
+    add("/reserved/1.jpg", "tdm_reservation", response(encoded(picture(30_002))))
+    add("/w/14", "tdm_reservation", response(encoded(picture(1)), "TDM-Reservation: 1"))
     add("/w/6", "too_big", response(b"x" * 300_000))
     add("/w/7", "short_body")
     web.route("/w/7", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\nabc", b"")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,7 @@ from pipelines.publish import assemble_manifest, funnel_of
 from pipelines.read_rows import Slots, read_rows, seeds
 from pipelines.report import write_report
 from pipelines.shards import read_shard
-from pipelines.stage_images import stage_images
+from pipelines.stage_images import retry_images, stage_images
 from pipelines.write_shards import staged_images, write_shards
 
 
@@ -46,7 +47,11 @@ def run(plan: CurationPlan, backwards: bool = False) -> DatasetManifest:
     if plan.parts:
         found = pl.concat(staged_images(build, n, n) for n in range(build.num_partitions))
         best = found.sort(
-            "aesthetic_score", "sample_id", descending=[True, False], nulls_last=True
+            "round",
+            "aesthetic_score",
+            "sample_id",
+            descending=[False, True, False],
+            nulls_last=True,
         ).filter(pl.col("sha256").is_first_distinct())
         copies = found.join(best, on="sample_id", how="anti")
         for partition in plan.parts[::direction]:
@@ -270,7 +275,9 @@ def test_changed_recipes_inputs_and_names_are_other_builds(trap_world: Any, tmp_
     store_uri = (tmp_path / "store").as_uri()
     config = trap_world.config()
     key = plan_curation("traps", config, store_uri).build_key
-    same = trap_world.config(fetch=trap_world.web.config(max_bytes=200_000, num_threads=1))
+    same = trap_world.config(
+        fetch=trap_world.web.config(max_bytes=200_000, num_threads=1, opt_outs={})
+    )
     assert plan_curation("traps", same, store_uri).build_key == key
     other = trap_world.config(resize={"image_size_px": 65})
     assert plan_curation("traps", other, store_uri).build_key != key
@@ -341,3 +348,69 @@ def test_the_report_shows_the_funnel_and_runs_nothing(trap_world: Any, tmp_path:
     assert page.count("<img ") == min(manifest.counts["committed"], 48)
     for reason in funnel_of(manifest):
         assert reason.replace("_", " ") in page
+
+
+def retry(build: Build, backwards: bool = False) -> None:
+    """What ``curate(retry_failed=True)`` does before it plans again, in one thread."""
+    number = build.begin_round()
+    for partition in sorted(range(build.num_partitions), reverse=backwards):
+        retry_images(build, partition, number)
+
+
+def heal(trap_world: Any, http_response: Any, encode: Any, make_picture: Any) -> None:
+    """What failed in passing works now: one new image, one that is known already."""
+    trap_world.web.route("/w/2", http_response(encode(make_picture(70_000))))
+    trap_world.web.route("/w/7", http_response(encode(make_picture(10_000))))
+    trap_world.web.route("/w/8", http_response(b"", status="404 x"))
+    trap_world.web.route("/good/1.jpg", http_response(b"changed", status="404 x"))
+
+
+def test_a_retry_fetches_what_failed_in_passing_and_nothing_else(
+    trap_world: Any, store_uri: str, http_response: Any, encode: Any, make_picture: Any
+) -> None:
+    config = trap_world.config()
+    first = run(plan_curation("traps", config, store_uri))
+    heal(trap_world, http_response, encode, make_picture)
+    trap_world.web.requests.clear()
+    build = plan_curation("traps", config, store_uri).build
+    retry(build)
+    asked = {request.split(" ")[1] for request in trap_world.web.requests}
+    assert asked - {"/robots.txt", "/.well-known/tdmrep.json"} == {"/w/2", "/w/7", "/w/8"}
+    plan = plan_curation("traps", config, store_uri)
+    assert (plan.decision, plan.units, plan.partitions) == ("RESUME", (), ())
+    second = run(plan)
+    assert second.version != first.version
+    assert second.counts["rows_in"] == first.counts["rows_in"]
+    assert second.counts["committed"] == first.counts["committed"] + 1
+    assert {shard.path for shard in first.shards} < {shard.path for shard in second.shards}
+    ends = dict(ledger(build, second).select("url", "reason").iter_rows())
+    assert ends["http://evil.example/w/2"] is None
+    assert ends["http://evil.example/w/7"] == "duplicate_image"  # the twin committed before stays
+    assert ends["http://evil.example/w/8"] == "http_404"
+    assert len(samples(build, second)) == second.counts["committed"]
+    assert plan_curation("traps", config, store_uri).decision == "SKIP"
+    retry(build)
+    assert run(plan_curation("traps", config, store_uri)).version == second.version
+
+
+def test_a_retry_that_is_killed_anywhere_converges(
+    trap_world: Any, tmp_path: Path, http_response: Any, encode: Any, make_picture: Any
+) -> None:
+    config, store_uri = trap_world.config(), (tmp_path / "store").as_uri()
+    run(plan_curation("traps", config, store_uri))
+    heal(trap_world, http_response, encode, make_picture)
+    pristine = tmp_path / "pristine"
+    shutil.copytree(tmp_path / "store", pristine)
+    build = plan_curation("traps", config, store_uri).build
+    retry(build)
+    expected = run(plan_curation("traps", config, store_uri)).version
+    for step in range(4):
+        shutil.rmtree(tmp_path / "store")
+        shutil.copytree(pristine, tmp_path / "store")
+        number = build.begin_round()
+        for partition in range(step):
+            retry_images(build, partition, number)
+        assert plan_curation("traps", config, store_uri).decision == "RESUME"
+        retry(build, backwards=True)
+        assert build.open_round() == number == 1
+        assert run(plan_curation("traps", config, store_uri)).version == expected

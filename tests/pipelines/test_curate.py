@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import pytest
 
+import demo.web
 from demo.metadata import EXPECTED, HOSTS, build_world
 from demo.web import PaintedServer
 from demo.world import WorldConfig
@@ -224,3 +225,34 @@ def test_a_damaged_page_is_one_line_naming_the_file(
     with pytest.raises(UserError, match=r"expected a whole parquet file at file://.*damaged"):
         curate("painted", config, tmp_path.as_uri(), spark)
     assert plan_curation("painted", config, tmp_path.as_uri()).decision == "RUN"
+
+
+def test_a_retry_adds_what_has_come_back(
+    painted_world: PaintedWorld,
+    spark: Callable[[], SparkSession],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What broke off in the middle comes whole now; nothing else is asked for again."""
+    config, store_uri = painted_world.config(partitions=3), tmp_path.as_uri()
+    first = curate("painted", config, store_uri, spark)
+    assert load_manifest(first.manifest_uri).failed["short_body"] > 0
+    picture = next(iter(painted_world.server.world.images))
+    monkeypatch.setitem(
+        demo.web.FAULTS,
+        "short-body",
+        lambda handler: handler._send(
+            200, painted_world.server.world.encoded(picture) + handler.path.encode(), "image/png"
+        ),
+    )
+    painted_world.server.requests.clear()
+    second = curate("painted", config, store_uri, spark, retry_failed=True)
+    assert verify_dataset(second.manifest_uri) == []
+    assert second.version != first.version
+    assert second.counts["rows_in"] == NUM_ROWS
+    assert second.counts["committed"] > first.counts["committed"]
+    assert not [path for path in painted_world.server.requests if path.startswith("/images/")]
+    before, after = load_manifest(first.manifest_uri), load_manifest(second.manifest_uri)
+    assert {shard.path for shard in before.shards} < {shard.path for shard in after.shards}
+    assert "short_body" not in after.failed
+    assert curate("painted", config, store_uri, no_spark).version == second.version

@@ -19,7 +19,8 @@ import pytest
 
 import pipelines.fetch
 from pipelines.connection import Connection, Deadline, Failed
-from pipelines.fetch import Fetcher, is_opted_out
+from pipelines.consent import is_opted_out
+from pipelines.fetch import Fetcher
 from pipelines.guard import Rejected
 
 URL = "http://evil.example"
