@@ -47,6 +47,8 @@ REASONS = (
     "unsafe",
     "unknown_clip_similarity",
     "low_clip_similarity",
+    "unknown_language",
+    "other_language",
     "caption_too_long",
     "no_caption",
     "short_caption",
