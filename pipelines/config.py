@@ -174,6 +174,44 @@ class PreferenceConfig(StrictModel):
     unknown: float | None = semantic(None, "the score of an image whose aesthetic score is unknown")
 
 
+class EstimateConfig(StrictModel):
+    """What `plan` reckons with before anything is fetched. Nothing here changes the dataset."""
+
+    row_groups: int = operational(
+        24, "row groups read as a sample; all are read where there are no more", ge=2, le=10_000
+    )
+    seed: int = operational(0, "of the draw of row groups", ge=0)
+    fetch_success_ratio: float | None = operational(
+        None,
+        "expected share of the rows asked for over the web that become samples, in (0, 1]; "
+        "null: as measured in an earlier version of this dataset, else all of them",
+        gt=0,
+        le=1,
+    )
+    duplicate_ratio: float | None = operational(
+        None,
+        "expected share of the rows left by the filters that copy another, in [0, 1); "
+        "null: as measured in an earlier version of this dataset, else none",
+        ge=0,
+        lt=1,
+    )
+    bytes_per_pixel: float = operational(
+        0.45, "of a stored image, where this dataset has no version yet to measure it by", gt=0
+    )
+    rows_per_core_second: float = operational(
+        250_000.0, "metadata rows read and filtered per core and second", gt=0
+    )
+    fetches_per_core_second: float = operational(
+        60.0, "images asked for, checked and encoded per core and second", gt=0
+    )
+    num_cores: int | None = operational(
+        None, "cores that will work; null: those of this machine", ge=1
+    )
+    price_per_core_hour: float | None = operational(
+        None, "price of one core for one hour, in any currency; null: no cost is shown", ge=0
+    )
+
+
 class CurationConfig(StrictModel):
     """One dataset: which rows, which images, stored how."""
 
@@ -206,4 +244,7 @@ class CurationConfig(StrictModel):
     shards: ShardConfig = semantic(default_factory=ShardConfig, description="shard sizes")
     preference: PreferenceConfig = semantic(
         default_factory=PreferenceConfig, description="the preference score written per sample"
+    )
+    estimate: EstimateConfig = operational(
+        default_factory=EstimateConfig, description="what `plan` reckons with"
     )

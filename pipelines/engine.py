@@ -39,6 +39,7 @@ def fetch_images(
 
     slots = task.Slots(tuple(partitions), build.num_partitions)
     pending = list(units)
+    _one_thread_per_task(spark)
 
     def read(batches: Batches) -> Batches:
         for batch in batches:
@@ -69,6 +70,7 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
     from pipelines.duplicates import image_duplicates
 
     pending = list(partitions)
+    _one_thread_per_task(spark)
     slot_of = {partition: slot for slot, partition in enumerate(pending)}
 
     def index(batches: Batches) -> Batches:
@@ -95,6 +97,11 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
             images = every.mapInArrow(index, _IMAGES_SCHEMA)
             seeds = seeds.union(image_duplicates(images).where("slot >= 0"))
         _run_by_slot(seeds, len(pending), write)
+
+
+def _one_thread_per_task(spark: SparkSession) -> None:
+    """Spark runs a task per core; threads of Polars' own would only wait for one another."""
+    spark.sparkContext.environment.setdefault("POLARS_MAX_THREADS", "1")
 
 
 def _run_by_slot(rows: DataFrame, num_slots: int, run: Callable[[int, Batches], int]) -> None:

@@ -101,7 +101,7 @@ def check_inputs(config: CurationConfig) -> list[tuple[Kind, str, Layout | None]
         kind, uri = item
         if kind == "metadata":
             return kind, uri, read_layout(uri, config)
-        with _parquet(uri) as parquet:
+        with open_parquet(uri) as parquet:
             check_caption_schema(parquet.schema_arrow, uri)
         return kind, uri, None
 
@@ -128,7 +128,7 @@ def _refuse_two_scales(checked: Sequence[tuple[Kind, str, Layout | None]]) -> No
 def read_layout(uri: str, config: CurationConfig) -> Layout:
     """How a metadata file spells the canonical columns, from its footer or its first line."""
     if not _is_jsonl(uri):
-        with _parquet(uri) as parquet:
+        with open_parquet(uri) as parquet:
             return layout_of(parquet.schema_arrow, config, uri)
     with storage.open_stream(uri) as stream:
         head = bytearray()
@@ -164,7 +164,7 @@ def metadata_batches(unit: Unit, config: CurationConfig) -> Iterator[tuple[pa.Ta
     if unit.file.offsets:
         for block in unit.row_groups:
             start, end = unit.file.offsets[block : block + 2]
-            lines = _read_range(unit.file.uri, start, end)
+            lines = read_range(unit.file.uri, start, end)
             yield read_lines(lines, layout.columns), layout
         return
     for table in _parquet_batches(unit, layout.columns):
@@ -173,7 +173,7 @@ def metadata_batches(unit: Unit, config: CurationConfig) -> Iterator[tuple[pa.Ta
 
 def read_captions(unit: Unit, config: CurationConfig) -> Iterator[pl.DataFrame]:
     """The unit's long captions: ``url, caption, model``, ``ROWS_PER_BATCH`` at a time."""
-    with _parquet(unit.file.uri) as parquet:
+    with open_parquet(unit.file.uri) as parquet:
         present = [name for name in CAPTION_COLUMNS if name in parquet.schema_arrow.names]
     for table in _parquet_batches(unit, present):
         yield canonical_captions(table, config.filters.max_caption_chars)
@@ -181,7 +181,7 @@ def read_captions(unit: Unit, config: CurationConfig) -> Iterator[pl.DataFrame]:
 
 def _parquet_batches(unit: Unit, columns: list[str]) -> Iterator[pa.Table]:
     """The unit's row groups in pieces; text that is not UTF-8 is an Arrow error like any."""
-    with _parquet(unit.file.uri) as parquet:
+    with open_parquet(unit.file.uri) as parquet:
         batches = parquet.iter_batches(
             ROWS_PER_BATCH, list(unit.row_groups), columns=columns, use_threads=False
         )
@@ -190,7 +190,8 @@ def _parquet_batches(unit: Unit, columns: list[str]) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([batch])
 
 
-def _read_range(uri: str, start: int, end: int) -> bytes:
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """The file's bytes from ``start`` up to ``end``."""
     filesystem, path = storage.arrow_filesystem(uri)
     with filesystem.open_input_file(path) as file:
         return bytes(file.read_at(end - start, start))
@@ -214,7 +215,7 @@ def _digested(kind: Kind, uri: str, layout: Layout | None) -> InputFile:
     cutter.finish()
     row_groups, offsets = tuple(cutter.num_rows), tuple(cutter.offsets)
     if not is_jsonl:
-        with _parquet(uri) as parquet:
+        with open_parquet(uri) as parquet:
             metadata = parquet.metadata
             counts = range(metadata.num_row_groups)
             row_groups = tuple(metadata.row_group(index).num_rows for index in counts)
@@ -233,7 +234,7 @@ def _feed(cutter: BlockCutter, chunk: bytes, uri: str) -> None:
 
 
 @contextmanager
-def _parquet(uri: str) -> Iterator[pq.ParquetFile]:
+def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     """The open file; whatever Arrow finds wrong with it becomes one line naming it."""
     storage.stat(uri)
     filesystem, path = storage.arrow_filesystem(uri)

@@ -70,6 +70,19 @@ REASONS = (
 )
 
 
+# Few values, many rows; a dictionary of the others would cost time and save nothing.
+_DICTIONARIES = (
+    "aesthetic_scale",
+    "language",
+    "source",
+    "disposition",
+    "reason",
+    "shard",
+    "width_px",
+    "height_px",
+)
+
+
 @dataclass(frozen=True)
 class Counts:
     """How many rows ended how, as one ledger file says."""
@@ -100,7 +113,9 @@ class LedgerFile:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "ledger.parquet"
-        self._writer = pq.ParquetWriter(self._path, LEDGER_SCHEMA, compression="zstd")
+        self._writer = pq.ParquetWriter(
+            self._path, LEDGER_SCHEMA, compression="zstd", use_dictionary=list(_DICTIONARIES)
+        )
         self._num_rows = 0
 
     def __enter__(self) -> Self:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from infra.manifest import FileEntry
 from pipelines.build import Build, ReadMarker
-from pipelines.columns import CANONICAL_SCHEMA, canonical_rows, own_captions, sample_ids
+from pipelines.columns import CANONICAL_SCHEMA, Layout, canonical_rows, own_captions, sample_ids
 from pipelines.config import CurationConfig
 from pipelines.filters import first_reason, metadata_filters, unknown_kept
 from pipelines.inputs import Unit, metadata_batches, read_captions
@@ -79,9 +79,7 @@ def read_rows(build: Build, unit: Unit, slots: Slots) -> Iterator[pa.RecordBatch
         is_new = build.read(ReadMarker, unit.index) is None
         tally = _Tally(build.config)
         with LedgerFile(folder) as ledger:
-            for table, layout in metadata_batches(unit, build.config):
-                rows = canonical_rows(table, layout, build.config.source)
-                rows = rows.with_columns(first_reason(metadata_filters(build.config.filters)))
+            for table, layout, rows in judged_batches(unit, build.config):
                 is_kept = rows["reason"].is_null()
                 kept = rows.filter(is_kept)
                 if is_new:
@@ -96,6 +94,15 @@ def read_rows(build: Build, unit: Unit, slots: Slots) -> Iterator[pa.RecordBatch
                     yield from _travelling(long, slots, is_caption=True)
             if is_new:
                 build.write(tally.marker(ledger.publish(build.dataset_root)), unit.index)
+
+
+def judged_batches(
+    unit: Unit, config: CurationConfig
+) -> Iterator[tuple[pa.Table, Layout, pl.DataFrame]]:
+    """Per batch the table read, its layout, and its canonical rows with a ``reason`` or null."""
+    reason = first_reason(metadata_filters(config.filters))
+    for table, layout in metadata_batches(unit, config):
+        yield table, layout, canonical_rows(table, layout, config.source).with_columns(reason)
 
 
 class _Tally:
