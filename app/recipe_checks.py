@@ -191,6 +191,8 @@ def _large_enough(
 def _captions_there(
     at: tuple[str, ...], stage: StageConfig, dataset: CurationConfig
 ) -> Iterator[Problem]:
+    from pipelines.sources import SOURCE_FORMATS
+
     has_own = dataset.format is not None and SOURCE_FORMATS[dataset.format].synthetic
     has_some = bool(dataset.captions.files or has_own)
     if stage.caption_mix.get("synthetic", 0) > 0 and not has_some:
