@@ -39,7 +39,7 @@ def fetch_images(
 
     slots = task.Slots(tuple(partitions), build.num_partitions)
     pending = list(units)
-    _one_thread_per_task(spark)
+    one_thread_per_task(spark)
 
     def read(batches: Batches) -> Batches:
         for batch in batches:
@@ -70,7 +70,7 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
     from pipelines.duplicates import image_duplicates
 
     pending = list(partitions)
-    _one_thread_per_task(spark)
+    one_thread_per_task(spark)
     slot_of = {partition: slot for slot, partition in enumerate(pending)}
 
     def index(batches: Batches) -> Batches:
@@ -99,7 +99,7 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
         _run_by_slot(seeds, len(pending), write)
 
 
-def _one_thread_per_task(spark: SparkSession) -> None:
+def one_thread_per_task(spark: SparkSession) -> None:
     """Spark runs a task per core; threads of Polars' own would only wait for one another."""
     spark.sparkContext.environment.setdefault("POLARS_MAX_THREADS", "1")
 

@@ -11,13 +11,10 @@ from pipelines.config import FilterConfig, OnUnknown
 
 @dataclass(frozen=True)
 class Filter:
-    """``reason`` is an expression over canonical columns: null keeps the row, text names why not.
+    """``rejects`` is a condition over canonical columns; null keeps the row, as False does."""
 
-    ``reasons`` are the texts it can give, in the order of its questions.
-    """
-
-    reason: pl.Expr
-    reasons: tuple[str, ...]
+    rejects: pl.Expr
+    reason: str
 
 
 def metadata_filters(config: FilterConfig) -> list[Filter]:
@@ -89,13 +86,14 @@ def unknown_kept(config: FilterConfig) -> dict[OnUnknown, dict[str, pl.Expr]]:
 
 def first_reason(filters: list[Filter]) -> pl.Expr:
     """The reason of the first filter that rejects, or null."""
-    if not filters:
-        return pl.lit(None, dtype=pl.String).alias("reason")
-    return pl.coalesce(found.reason for found in filters).alias("reason")
+    chain: pl.Expr = pl.lit(None, dtype=pl.String)
+    for found in reversed(filters):
+        chain = pl.when(found.rejects).then(pl.lit(found.reason)).otherwise(chain)
+    return chain.alias("reason")
 
 
 def _reject(when: pl.Expr, reason: str) -> Filter:
-    return Filter(pl.when(when).then(pl.lit(reason)), (reason,))
+    return Filter(when, reason)
 
 
 def _size_filters(config: FilterConfig) -> list[Filter]:

@@ -127,6 +127,13 @@ def _refuse_two_scales(checked: Sequence[tuple[Kind, str, Layout | None]]) -> No
 
 def read_layout(uri: str, config: CurationConfig) -> Layout:
     """How a metadata file spells the canonical columns, from its footer or its first line."""
+    if uri.endswith(".tar"):
+        raise UserError(
+            expected=f"parquet or jsonl with the images' addresses at {uri}",
+            got="a tar: sets with their images inside (text-to-image-2M) are not read",
+            remedy="serve its images over HTTP and list them in jsonl: img_path, prompt and "
+            '{"Task2": {"Caption"}} with `image_base_url`, as JourneyDB does',
+        )
     if not _is_jsonl(uri):
         with open_parquet(uri) as parquet:
             return layout_of(parquet.schema_arrow, config, uri)

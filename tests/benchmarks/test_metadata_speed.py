@@ -16,6 +16,7 @@ ATELIER_BENCH_ROWS sets the sizes, 8000000,40000000 by default.
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +41,10 @@ FILTERS: dict[str, Any] = {
     "min_width_px": 256, "min_height_px": 256, "max_aspect_ratio": 3.0, "min_aesthetic_score": 4.5,
     "max_watermark_prob": 0.5, "max_unsafe_prob": 0.5, "max_caption_chars": None,
 }  # fmt: skip
+KEPT_SQL = (
+    "WIDTH >= 256 and HEIGHT >= 256 and greatest(WIDTH, HEIGHT) / least(WIDTH, HEIGHT) <= 3 "
+    "and AESTHETIC_SCORE >= 4.5 and pwatermark <= 0.5 and punsafe <= 0.5"
+)
 Job = Callable[[Path, Path], int]
 
 
@@ -103,9 +108,9 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
 
 def ours(spark: SparkSession, *, account: bool) -> Job:
     from pipelines.config import CurationConfig
-    from pipelines.engine import _ddl, _one_thread_per_task
+    from pipelines.engine import one_thread_per_task
     from pipelines.plan import plan_curation
-    from pipelines.read_rows import TRAVEL_SCHEMA, Slots, judged_batches, read_rows
+    from pipelines.read_rows import Slots, judged_batches, read_rows
 
     def run(folder: Path, out: Path) -> int:
         config = CurationConfig.model_validate({"metadata": [str(folder)], "filters": FILTERS})
@@ -113,36 +118,44 @@ def ours(spark: SparkSession, *, account: bool) -> Job:
         build, units = plan.build, list(plan.units)
         slots = Slots(plan.partitions, build.num_partitions)
         started_at = time.perf_counter()
-        _one_thread_per_task(spark)
+        one_thread_per_task(spark)
 
         def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            import resource
+
             import polars as pl
             import pyarrow as pa
             import pyarrow.parquet as pq
 
             for batch in batches:
                 for index in batch.column(0).to_pylist():
-                    path, unit = out / f"kept-{index:05d}.parquet", units[index]
+                    path, unit, writer = out / f"kept-{index:05d}.parquet", units[index], None
                     if account:
-                        kept = read_rows(build, unit, slots)
-                        with pq.ParquetWriter(path, TRAVEL_SCHEMA, compression="snappy") as writer:
-                            for rows in kept:
-                                writer.write_batch(rows)
+                        kept = (pa.table(rows) for rows in read_rows(build, unit, slots))
                     else:
-                        writer = None
-                        for _, _, rows in judged_batches(unit, config):
-                            table = rows.filter(pl.col("reason").is_null()).to_arrow()
-                            writer = writer or pq.ParquetWriter(path, table.schema)
-                            writer.write_table(table)
-                        if writer is not None:
-                            writer.close()
-                    yield pa.RecordBatch.from_pydict({"unit": pa.array([index], pa.int32())})
+                        judged = judged_batches(unit, config)
+                        kept = (
+                            rows.filter(pl.col("reason").is_null()).drop("reason").to_arrow()
+                            for _, _, rows in judged
+                        )
+                    for table in kept:
+                        writer = writer or pq.ParquetWriter(
+                            path, table.schema, use_dictionary=["source", "aesthetic_scale"]
+                        )
+                        writer.write_table(table)
+                    if writer is not None:
+                        writer.close()
+                    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                    columns = {"unit": pa.array([index], pa.int32()), "peak": pa.array([peak])}
+                    yield pa.RecordBatch.from_pydict(columns)
 
         numbers = spark.range(0, len(units), 1, numPartitions=len(units))
-        done = numbers.mapInArrow(write, "unit int").collect()
+        done = numbers.mapInArrow(write, "unit int, peak bigint").collect()
         assert len(done) == len(units)
-        assert _ddl(TRAVEL_SCHEMA)
         seconds[run_name(account, "ours")].append(time.perf_counter() - started_at)
+        worker = max(row["peak"] for row in done) / 1e3
+        driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        print(f"\nbench  {plan.rows_in:>12,} rows: worker {worker:.0f} MB, driver {driver:.0f} MB")
         return kept_rows(out / "kept-*.parquet")
 
     return run
@@ -172,19 +185,21 @@ def polars_alone(*, account: bool) -> Job:
 
     def run(folder: Path, out: Path) -> int:
         started_at = time.perf_counter()
-        rows = pl.scan_parquet(folder / "*.parquet").with_columns(reason)
+        rows = pl.scan_parquet(folder / "*.parquet")
+        kept = rows.filter(is_kept())
         if account:
+            rows = rows.with_columns(reason)
             text = pl.concat_str("URL", pl.lit("\n"), "TEXT").cast(pl.Binary)
             rows = rows.with_columns(
                 text.map_batches(identities, return_dtype=pl.String, is_elementwise=True).alias(
                     "sample_id"
                 )
             )
+            kept = rows.filter(pl.col("reason").is_null())
             rejected = rows.filter(pl.col("reason").is_not_null()).drop("TEXT")
             ledger = rejected.sink_parquet(
                 out / "ledger.parquet", compression="zstd", compression_level=1, lazy=True
             )
-        kept = rows.filter(pl.col("reason").is_null())
         kept_sink = kept.sink_parquet(out / "kept.parquet", compression="snappy", lazy=True)
         pl.collect_all([kept_sink, ledger] if account else [kept_sink], engine="streaming")
         seconds[run_name(account, "polars")].append(time.perf_counter() - started_at)
@@ -211,13 +226,14 @@ def spark_sql(spark: SparkSession, *, account: bool) -> Job:
 
     def run(folder: Path, out: Path) -> int:
         started_at = time.perf_counter()
-        rows = judged(folder)
+        rows = judged(folder) if account else spark.read.parquet(str(folder)).where(KEPT_SQL)
         if account:
             text = sf.concat(sf.col("URL"), sf.lit("\n"), sf.col("TEXT"))
             rows = rows.withColumn("sample_id", sf.substring(sf.sha2(text, 256), 1, 32))
             rejected = rows.where("reason is not null").drop("TEXT")
             rejected.write.option("compression", "zstd").parquet(str(out / "ledger"))
-        rows.where("reason is null").write.parquet(str(out / "kept"))
+            rows = rows.where("reason is null")
+        rows.write.parquet(str(out / "kept"))
         seconds[run_name(account, "sql")].append(time.perf_counter() - started_at)
         return kept_rows(out / "kept" / "*.parquet")
 
@@ -267,15 +283,22 @@ def test_filter_and_rewrite(folders: list[Path], spark: SparkSession, tmp_path: 
         print(f"bench  {title}: ours / plain Spark SQL {rates['ours'] / rates['sql']:.2f}")
 
 
-def expected(folders: list[Path]) -> list[int]:
+def is_kept() -> pl.Expr:
+    """The filters as one condition, for the peers; no value here is unknown."""
     import polars as pl
 
     width, height = pl.col("WIDTH"), pl.col("HEIGHT")
-    is_kept = (width >= 256) & (height >= 256) & (pl.max_horizontal(width, height) <= 3 * (
-        pl.min_horizontal(width, height))) & (pl.col("AESTHETIC_SCORE") >= 4.5) & (
-        pl.col("pwatermark") <= 0.5) & (pl.col("punsafe") <= 0.5)  # fmt: skip
+    ratio = pl.max_horizontal(width, height) / pl.min_horizontal(width, height)
+    large = (width >= 256) & (height >= 256) & (ratio <= 3.0)
+    sound = (pl.col("pwatermark") <= 0.5) & (pl.col("punsafe") <= 0.5)
+    return large & sound & (pl.col("AESTHETIC_SCORE") >= 4.5)
+
+
+def expected(folders: list[Path]) -> list[int]:
+    import polars as pl
+
     found = []
     for folder in folders:
-        rows = pl.scan_parquet(folder / "*.parquet").filter(is_kept)
+        rows = pl.scan_parquet(folder / "*.parquet").filter(is_kept())
         found.append(int(rows.select(pl.len()).collect(engine="streaming").item()))
     return found

@@ -128,6 +128,7 @@ def test_the_painted_world_is_curated_and_every_trap_holds(
     assert reasons["redirect"] == traps["redirect_loop"] + traps["redirect_internal"]
     assert reasons["http_404"] == traps["dead_404"]
     assert reasons["unknown_aesthetic_score"] == traps["null_aesthetic"]
+    assert manifest.attributes["unknown"] == {"keep": {"watermark_prob": traps["null_watermark"]}}
     assert set(EXPECTED) <= set(traps)
     requested = painted_world.server.requests
     assert not [path for path in requested if "canary" in path or "meta-data" in path]

@@ -168,18 +168,14 @@ def test_every_reason_has_its_place_in_the_report() -> None:
         max_watermark_prob=1, max_unsafe_prob=1, min_clip_similarity=0, min_caption_words=1,
         languages=["en"],
     )  # fmt: skip
-    asked = [
-        reason
-        for found in metadata_filters(config) + caption_filters(config)
-        for reason in found.reasons
-    ]
+    asked = [found.reason for found in metadata_filters(config) + caption_filters(config)]
     assert asked == [reason for reason in REASONS if reason in asked]
     assert len(asked) == len(set(asked))
 
 
 def test_nothing_but_the_url_is_asked_when_all_is_off() -> None:
     config = FilterConfig(max_caption_chars=None)
-    assert [found.reasons for found in metadata_filters(config)] == [("no_url",)]
+    assert [found.reason for found in metadata_filters(config)] == ["no_url"]
 
 
 @pytest.mark.parametrize("score", [None, 4.4999])
