@@ -12,6 +12,7 @@ from app.steps import evaluation_key, placed, refuse_damage, refuse_damaged_worl
 from app.verb import Output
 from infra import storage
 from infra.config import atelier_home
+from infra.errors import UserError
 from infra.tracking_server import TrackingServer
 
 if TYPE_CHECKING:
@@ -112,13 +113,17 @@ def estimate_datasets(recipe: Recipe, out: Output) -> list[PlannedStep]:
 
     home = atelier_home()
     folder: Path | None = None
+    is_world_there = True
     if recipe.world is not None:
         from app.world import plan_world
 
-        folder = plan_world(recipe.world, home).folder
+        world = plan_world(recipe.world, home)
+        folder, is_world_there = world.folder, world.decision == "SKIP"
     place = connect(recipe.services, home, out.say)
     steps = []
     for name, written in recipe.datasets.items():
+        if uses_world(written) and not is_world_there:
+            raise UserError(f"dataset {name} is made of the painted world, which is not made yet")
         root = storage.join(place.store_uri, "datasets", name)
         estimate = estimate_curation(placed(written, folder), root).to_json()
         reason = "a sample of the metadata, nothing pinned"
