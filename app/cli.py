@@ -107,21 +107,35 @@ def down(json_: Json = False) -> None:
     epilog=_examples(
         "atelier plan recipes/demo.yaml",
         "atelier plan recipes/demo.yaml --set stages.aesthetics.steps=200",
+        "atelier plan recipes/meissonic.yaml --estimate     the funnels alone, in seconds",
     )
 )
 @verb
-def plan(recipe: RecipePath, set_: Overrides = None, json_: Json = False) -> None:
+def plan(
+    recipe: RecipePath,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="only sample the datasets' metadata, digest nothing"),
+    ] = False,
+    set_: Overrides = None,
+    json_: Json = False,
+) -> None:
     """Say what `run` would do, and why.
 
-    SKIP, RESUME, INIT or RUN for each step, with pinned inputs. Starts the services, and changes
-    nothing else.
+    SKIP, RESUME, INIT or RUN for each step, with pinned inputs; for a dataset not yet curated the
+    expected funnel, bytes, hours and cost. Starts the services, and changes nothing else.
     """
-    from app.plan import plan_run, show_plan
+    from app.plan import estimate_datasets, plan_run, show_funnels, show_plan
     from app.recipe import load_recipe
 
     out = Output(json_)
-    steps = plan_run(load_recipe(recipe, set_ or ()), out)
-    show_plan(steps, out)
+    loaded = load_recipe(recipe, set_ or ())
+    if estimate:
+        steps = estimate_datasets(loaded, out)
+        show_funnels(steps, out)
+    else:
+        steps = plan_run(loaded, out)
+        show_plan(steps, out)
     out.result({"steps": [step.to_json() for step in steps]})
 
 

@@ -10,7 +10,9 @@ from app.recipe import Recipe
 from app.selection import DATASET_PREFIX, SHEET, WORLD, specs_of
 from app.steps import evaluation_key, placed, refuse_damage, refuse_damaged_world, uses_world
 from app.verb import Output
+from infra import storage
 from infra.config import atelier_home
+from infra.errors import UserError
 from infra.tracking_server import TrackingServer
 
 if TYPE_CHECKING:
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One line of the plan. ``work`` is its size as far as it is known (rows, steps, bytes)."""
+    """One line of the plan. ``work`` is its size as far as it is known (rows, steps, bytes).
+
+    ``estimate``: of a dataset not yet curated, what a sample of its metadata lets expect.
+    """
 
     name: str
     decision: str
@@ -30,6 +35,7 @@ class PlannedStep:
     key: str | None = None
     inputs: dict[str, str] = field(default_factory=dict)
     work: dict[str, int] = field(default_factory=dict)
+    estimate: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For a program."""
@@ -85,6 +91,11 @@ def _plan_dataset(
         pins[name] = DatasetPin(name, plan.version, plan.manifest_uri)
     else:
         refuse_damage(name, plan)
+    estimate = None
+    if plan.decision == "RUN":
+        from pipelines.estimate import estimate_curation
+
+        estimate = estimate_curation(config, plan.build.dataset_root).to_json()
     return PlannedStep(
         DATASET_PREFIX + name,
         plan.decision,
@@ -92,7 +103,32 @@ def _plan_dataset(
         plan.build_key,
         {f"metadata {index}": file.sha256 for index, file in enumerate(plan.inputs)},
         {"rows": plan.rows_in, "input_bytes": plan.input_bytes},
+        estimate,
     )
+
+
+def estimate_datasets(recipe: Recipe, out: Output) -> list[PlannedStep]:
+    """Each dataset's funnel from a sample of its metadata, in seconds: nothing is pinned."""
+    from pipelines.estimate import estimate_curation
+
+    home = atelier_home()
+    folder: Path | None = None
+    is_world_there = True
+    if recipe.world is not None:
+        from app.world import plan_world
+
+        world = plan_world(recipe.world, home)
+        folder, is_world_there = world.folder, world.decision == "SKIP"
+    place = connect(recipe.services, home, out.say)
+    steps = []
+    for name, written in recipe.datasets.items():
+        if uses_world(written) and not is_world_there:
+            raise UserError(f"dataset {name} is made of the painted world, which is not made yet")
+        root = storage.join(place.store_uri, "datasets", name)
+        estimate = estimate_curation(placed(written, folder), root).to_json()
+        reason = "a sample of the metadata, nothing pinned"
+        steps.append(PlannedStep(DATASET_PREFIX + name, "GUESS", reason, estimate=estimate))
+    return steps
 
 
 def _plan_stages(recipe: Recipe, place: Place, pins: dict[str, DatasetPin]) -> list[PlannedStep]:
@@ -130,5 +166,46 @@ def show_plan(steps: list[PlannedStep], out: Output) -> None:
             for line in (", ".join(facts), *pinned):
                 if line:
                     out.say(f"{'':<25}{line}")
+        show_funnels([step], out)
     left = sum(step.decision != "SKIP" for step in steps)
     out.say(f"{left} of {len(steps)} steps would work" if left else "everything is done")
+
+
+def show_funnels(steps: list[PlannedStep], out: Output) -> None:
+    """Print the estimates that steps have."""
+    for step in steps:
+        if step.estimate is not None:
+            out.say(f"{'':<8}{step.name}")
+            for line in funnel_lines(step.estimate):
+                out.say(f"{'':<8}{line}")
+
+
+def funnel_lines(estimate: dict[str, Any]) -> list[str]:
+    """An estimate for a person: what each filter takes, what is left, and what it costs."""
+    rows_in = estimate["rows_in"]
+    lines = [
+        f"expected, from {estimate['rows_sampled']:,} of {rows_in:,} rows "
+        f"({estimate['groups_sampled']} draws of {estimate['groups']} row groups, 95 % intervals)"
+    ]
+
+    def line(name: str, share: dict[str, Any], sign: str) -> str:
+        ratio, margin = 100 * share["ratio"], 100 * share["margin"]
+        return f"  {sign} {name:<26} {share['rows']:>15,}  {ratio:6.2f} % ± {margin:.2f}"
+
+    lines += [line(name, share, "-") for name, share in estimate["funnel"].items()]
+    lines.append(line("to fetch", estimate["to_fetch"], "="))
+    lines += [line(f"of it {name}", share, " ") for name, share in estimate["unknown"].items()]
+    success, copies = estimate["fetch_success_ratio"], estimate["duplicate_ratio"]
+    known = [
+        f"{100 * copies:.1f} % copies" if copies is not None else "no copies",
+        f"{100 * success:.1f} % fetched" if success is not None else "all fetched",
+        f"known from {estimate['known_from']}",
+    ]
+    samples, margin = estimate["samples"], estimate["samples_margin"]
+    lines.append(f"  = {'samples':<26} {samples:>15,}  ± {margin:,} ({', '.join(known)})")
+    cost = "" if estimate["cost"] is None else f", cost {estimate['cost']:,.2f}"
+    lines.append(
+        f"  stored {estimate['stored_bytes'] / 1e9:,.2f} GB, {estimate['core_hours']:,.2f} "
+        f"core-hours, {estimate['hours']:,.2f} hours{cost}"
+    )
+    return lines + [f"  {note}" for note in estimate["notes"]]

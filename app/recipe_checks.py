@@ -191,11 +191,16 @@ def _large_enough(
 def _captions_there(
     at: tuple[str, ...], stage: StageConfig, dataset: CurationConfig
 ) -> Iterator[Problem]:
-    if stage.caption_mix.get("synthetic", 0) > 0 and not dataset.captions.files:
+    from pipelines.sources import SOURCE_FORMATS
+
+    has_own = dataset.format is not None and SOURCE_FORMATS[dataset.format].synthetic
+    has_some = bool(dataset.captions.files or has_own)
+    if stage.caption_mix.get("synthetic", 0) > 0 and not has_some:
         yield problem(
             (*at, "caption_mix", "synthetic"),
             f"the dataset {stage.dataset} has no synthetic captions; add "
-            f"datasets.{stage.dataset}.captions.files, or remove this weight",
+            f"datasets.{stage.dataset}.captions.files, name a `format` that has some, or remove "
+            "this weight",
         )
 
 

@@ -29,12 +29,16 @@ _READ_THREADS = 8
 
 @dataclass(frozen=True)
 class ReadMarker:
-    """A unit was read: ``num_kept`` rows went on, the others are in ``ledger``."""
+    """A unit was read: ``num_kept`` rows went on, the others are in ``ledger``.
+
+    ``unknown``: policy -> value -> how many of those that went on lack it while it is asked for.
+    """
 
     num_rows: int
     num_kept: int
     rejected: dict[str, int]
     ledger: FileEntry | None
+    unknown: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

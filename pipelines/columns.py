@@ -1,4 +1,4 @@
-"""LAION's drifting schemas, renamed once into ours.
+"""Any published schema, renamed once into ours.
 
 ``layout_of`` checks a file's schema in milliseconds, before any work; ``canonical_rows`` turns a
 piece of the file into canonical rows. Values that say nothing (NULL, NaN, a probability of -1, a
@@ -8,35 +8,18 @@ width of 0) become null here, so that later steps know one kind of unknown only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 import pyarrow as pa
 
 from infra.errors import UserError
-from pipelines.config import CurationConfig, FilterConfig
+from pipelines.config import CurationConfig, FilterConfig, FormatName, OnUnknown
+from pipelines.sources import SOURCE_FORMATS, Container, SyntheticColumn, format_of
 
 SAMPLE_ID_CHARS = 32
 MAX_SIDE_PX = 1_000_000
-
-# Canonical column -> the names it goes by, the first one present wins.
-LAION_COLUMNS: dict[str, tuple[str, ...]] = {
-    "url": ("url", "URL", "image_url"),
-    "caption": ("caption", "TEXT", "text", "org_caption"),
-    "width_px": ("original_width", "WIDTH", "width"),
-    "height_px": ("original_height", "HEIGHT", "height"),
-    "clip_similarity": ("similarity", "clip_l14_similarity_score", "clip_similarity_vitb32"),
-    "unsafe_prob": ("punsafe", "nsfw_score_opennsfw2"),
-    "watermark_prob": ("pwatermark", "watermark_score"),
-    "language": ("LANGUAGE", "language"),
-}
-AESTHETIC_COLUMNS: dict[str, tuple[str, ...]] = {
-    "v1": ("aesthetic",),
-    "v2": ("AESTHETIC_SCORE", "aesthetic_score_laion_v2"),
-}
-# Raw laion2B-en files carry these and have WIDTH and HEIGHT exchanged; the joined ones are right.
-RAW_LAION_COLUMNS = frozenset({"SAMPLE_ID", "LICENSE", "NSFW", "WIDTH", "HEIGHT"})
 
 # Values outside are unknown, not extreme.
 RANGES: dict[str, tuple[float, float]] = {
@@ -44,6 +27,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "unsafe_prob": (0.0, 1.0),
     "watermark_prob": (0.0, 1.0),
     "aesthetic_score": (0.0, 10.0),
+    "human_preference": (0.0, 1.0),
 }
 
 CANONICAL_SCHEMA = pa.schema(
@@ -60,23 +44,35 @@ CANONICAL_SCHEMA = pa.schema(
         ("aesthetic_scale", pa.string()),
         ("language", pa.string()),
         ("source", pa.string()),
+        ("human_preference", pa.float64()),
+        ("recorded_sha256", pa.string()),
     ]
 )
-_TEXT_COLUMNS = frozenset({"url", "caption", "language"})
+_TEXT_COLUMNS = frozenset({"url", "caption", "language", "recorded_sha256"})
+_WATERMARK, _NO_WATERMARK = 0, (1, 2)  # PixelProse's classes: watermark, none, other text
+_SHA256 = r"^[0-9a-f]{64}$"
+_NO_LANGUAGE = ("", "xx", "und")  # codes that name none
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one file spells the canonical columns."""
+    """How one file spells the canonical columns, once per image of a record."""
 
-    names: dict[str, str]
+    format: FormatName
+    views: tuple[Mapping[str, str], ...]
+    synthetic: tuple[SyntheticColumn, ...]
     aesthetic_scale: str | None
     swapped_sizes: bool
+    watermark_class: str | None = None
+    url_prefix: str = ""
 
     @property
     def columns(self) -> list[str]:
         """The file's columns to read."""
-        return list(self.names.values())
+        names = [name for view in self.views for name in view.values()]
+        for found in self.synthetic:
+            names += [found.column] + ([found.model_column] if found.model_column else [])
+        return list(dict.fromkeys(names + ([self.watermark_class] if self.watermark_class else [])))
 
 
 def sample_id(url: str, caption: str) -> str:
@@ -84,80 +80,164 @@ def sample_id(url: str, caption: str) -> str:
     return hashlib.sha256(f"{url}\n{caption}".encode()).hexdigest()[:SAMPLE_ID_CHARS]
 
 
-def layout_of(schema: pa.Schema, config: CurationConfig, file: str) -> Layout:
-    """Match ``schema`` with the canonical columns; a ``UserError`` lists all that does not fit.
+def sample_ids(rows: pl.DataFrame) -> pl.Series:
+    """``sample_id`` of every row of a frame with ``url`` and ``caption``."""
+    texts = pl.concat_str("url", pl.lit("\n"), "caption").cast(pl.Binary)
+    sha256 = hashlib.sha256
+    ids = [sha256(text).hexdigest() for text in rows.select(texts).to_series().to_list()]
+    return pl.Series("sample_id", ids, dtype=pl.String).str.slice(0, SAMPLE_ID_CHARS)
 
-    URL and caption must be there, and whatever a filter that is on looks at.
+
+def layout_of(
+    schema: pa.Schema, config: CurationConfig, file: str, container: Container = "parquet"
+) -> Layout:
+    """Match ``schema`` with a published one; a ``UserError`` lists all that does not fit.
+
+    URL and caption must be there, and whatever a filter that is on looks at, on its scale.
     """
+    name = format_of(schema.names, container, config.format, file)
+    known = SOURCE_FORMATS[name]
     found = set(schema.names)
-    names = {
-        canonical: name
-        for canonical, spellings in LAION_COLUMNS.items()
-        if (name := _first(spellings, found)) is not None
-    }
-    scale = config.filters.aesthetic_scale
-    spelled = _first(AESTHETIC_COLUMNS[scale], found)
-    if spelled is None and config.filters.min_aesthetic_score is None:
-        scale = "v1" if scale == "v2" else "v2"
-        spelled = _first(AESTHETIC_COLUMNS[scale], found)
+    shared = _present(known.columns, found)
+    scale, spelled = _aesthetic(known.aesthetic, config.filters, found)
     if spelled is not None:
-        names["aesthetic_score"] = spelled
-    problems = _missing(names, config.filters) + _mistyped(schema, names)
+        shared["aesthetic_score"] = spelled
+    views = tuple(shared | _present(view, found) for view in known.views)
+    synthetic = tuple(
+        SyntheticColumn(
+            column.column,
+            column.model,
+            column.model_column if column.model_column in found else None,
+            column.prefix,
+        )
+        for column in known.synthetic
+        if column.column in found
+    )
+    by_class = known.watermark_class if known.watermark_class in found else None
+    _refuse_scale(known.aesthetic, scale, config.filters, name, file)
+    has = set(views[0]) | ({"watermark_prob"} if by_class else set())
+    problems = _missing(has, config.filters) + _mistyped(schema, views, synthetic)
+    if known.has_paths and config.image_base_url is None:
+        problems.append("`image_base_url` in the recipe, for the images are named by paths,")
     if problems:
         raise UserError(
-            expected=f"{', '.join(problems)} in {file}",
+            expected=f"{', '.join(problems)} in {file} ({name})",
             got=f"columns {', '.join(f'{field.name} {field.type}' for field in schema)}",
-            remedy="point `metadata` at LAION-shaped parquet, or switch the filter off (null)",
+            remedy="take a set that has them, or switch the filter off (null) or its unknown "
+            "policy to keep or later",
         )
     swapped = config.swapped_sizes
     return Layout(
-        names=names,
-        aesthetic_scale=scale if spelled is not None else None,
-        swapped_sizes=found >= RAW_LAION_COLUMNS if swapped is None else swapped,
+        format=name,
+        views=views,
+        synthetic=synthetic,
+        aesthetic_scale=scale,
+        swapped_sizes=known.swapped_sizes if swapped is None else swapped,
+        watermark_class=by_class,
+        url_prefix=(config.image_base_url or "") if known.has_paths else "",
     )
 
 
-def _first(spellings: Sequence[str], found: set[str]) -> str | None:
-    return next((name for name in spellings if name in found), None)
-
-
-def _missing(names: dict[str, str], filters: FilterConfig) -> list[str]:
-    asks_for_size = (filters.min_width_px, filters.min_height_px, filters.max_aspect_ratio)
-    required = {
-        "url": True,
-        "caption": True,
-        "width_px": any(bound is not None for bound in asks_for_size),
-        "height_px": any(bound is not None for bound in asks_for_size),
-        "aesthetic_score": filters.min_aesthetic_score is not None,
-        "watermark_prob": filters.max_watermark_prob is not None,
-        "unsafe_prob": filters.max_unsafe_prob is not None,
-        "clip_similarity": filters.min_clip_similarity is not None,
+def _present(spellings: Mapping[str, tuple[str, ...]], found: set[str]) -> dict[str, str]:
+    chosen = {
+        canonical: next((name for name in names if name in found), None)
+        for canonical, names in spellings.items()
     }
-    spellings = LAION_COLUMNS | {"aesthetic_score": AESTHETIC_COLUMNS[filters.aesthetic_scale]}
+    return {canonical: name for canonical, name in chosen.items() if name is not None}
+
+
+def _aesthetic(
+    columns: Sequence[tuple[str, str]], filters: FilterConfig, found: set[str]
+) -> tuple[str | None, str | None]:
+    """The scale and the column read: the recipe's scale where both are there."""
+    there = {scale: name for scale, name in columns if name in found}
+    scale = filters.aesthetic_scale if filters.aesthetic_scale in there else min(there, default="")
+    return (scale, there[scale]) if scale else (None, None)
+
+
+def _refuse_scale(
+    columns: Sequence[tuple[str, str]],
+    scale: str | None,
+    filters: FilterConfig,
+    name: str,
+    file: str,
+) -> None:
+    """A threshold means nothing on the other scale, whatever happens to unknown scores."""
+    wanted = filters.aesthetic_scale
+    if filters.min_aesthetic_score is None or scale is None or scale == wanted:
+        return
+    raise UserError(
+        expected=f"aesthetic scores on scale {wanted} in {file}",
+        got=f"scale {scale} ({name}, column {dict(columns)[scale]}), which is another",
+        remedy=f"set filters.aesthetic_scale to {scale} with a threshold for it, or "
+        "filters.min_aesthetic_score to null",
+    )
+
+
+def _missing(has: set[str], filters: FilterConfig) -> list[str]:
+    asks_for_size = any(
+        bound is not None
+        for bound in (filters.min_width_px, filters.min_height_px, filters.max_aspect_ratio)
+    )
+    unknown = filters.unknown
+    asked: dict[str, tuple[bool, OnUnknown]] = {
+        "url": (True, "drop"),
+        "caption": (True, "drop"),
+        "width_px": (asks_for_size, unknown.size),
+        "height_px": (asks_for_size, unknown.size),
+        "aesthetic_score": (filters.min_aesthetic_score is not None, unknown.aesthetic_score),
+        "watermark_prob": (filters.max_watermark_prob is not None, unknown.watermark_prob),
+        "unsafe_prob": (filters.max_unsafe_prob is not None, unknown.unsafe_prob),
+        "clip_similarity": (filters.min_clip_similarity is not None, unknown.clip_similarity),
+        "language": (filters.languages is not None, unknown.language),
+    }
     return [
-        f"{canonical} ({' or '.join(spellings[canonical])})"
-        for canonical, is_required in required.items()
-        if is_required and canonical not in names
+        f"a column for {canonical}"
+        for canonical, (is_on, on_unknown) in asked.items()
+        if is_on and on_unknown == "drop" and canonical not in has
     ]
 
 
-def _mistyped(schema: pa.Schema, names: dict[str, str]) -> list[str]:
+def _mistyped(
+    schema: pa.Schema, views: Sequence[Mapping[str, str]], synthetic: Sequence[SyntheticColumn]
+) -> list[str]:
+    wanted = {
+        name: canonical in _TEXT_COLUMNS for view in views for canonical, name in view.items()
+    }
     problems = []
-    for canonical, name in names.items():
+    for name, is_text in wanted.items():
         kind = schema.field(name).type
-        if canonical in _TEXT_COLUMNS:
-            fits = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        else:
-            fits = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        fits = (
+            _is_text(kind) if is_text else pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        )
         if not (fits or pa.types.is_null(kind)):
-            problems.append(f"{name} as {'text' if canonical in _TEXT_COLUMNS else 'a number'}")
+            problems.append(f"{name} as {'text' if is_text else 'a number'}")
+    for column in synthetic:
+        kind = schema.field(column.column).type
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        if not (_is_text(kind.value_type if is_list else kind) or pa.types.is_null(kind)):
+            problems.append(f"{column.column} as text")
     return problems
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
 def canonical_rows(table: pa.Table, layout: Layout, source: str) -> pl.DataFrame:
-    """Rows of ``CANONICAL_SCHEMA`` in the order of ``table``. Memory: about twice the table."""
+    """Rows of ``CANONICAL_SCHEMA`` in the order of ``table``, one view after the other.
+
+    Without ``sample_id``: see ``sample_ids``. Memory: about twice the table.
+    """
     raw = pl.DataFrame(pl.from_arrow(table))
-    names = dict(layout.names)
+    views = [raw.select(_expressions(layout, view, source)) for view in layout.views]
+    return pl.concat(views) if len(views) > 1 else views[0]
+
+
+def _expressions(layout: Layout, view: Mapping[str, str], source: str) -> list[pl.Expr]:
+    names = dict(view)
     if layout.swapped_sizes and "width_px" in names and "height_px" in names:
         names["width_px"], names["height_px"] = names["height_px"], names["width_px"]
 
@@ -167,25 +247,74 @@ def canonical_rows(table: pa.Table, layout: Layout, source: str) -> pl.DataFrame
         return pl.col(names[canonical]).cast(dtype, strict=False).alias(canonical)
 
     def score(canonical: str) -> pl.Expr:
+        if canonical == "watermark_prob" and layout.watermark_class is not None:
+            found = pl.col(layout.watermark_class)
+            is_clean = pl.when(found.is_in(_NO_WATERMARK)).then(0.0)
+            return pl.when(found == _WATERMARK).then(1.0).otherwise(is_clean).alias(canonical)
+        if canonical not in names:
+            return column(canonical, pl.Float64())
         low, high = RANGES[canonical]
         value = column(canonical, pl.Float64())
         # Polars ranks NaN above every number, so it falls out with what is out of range.
-        return pl.when(value.is_between(low, high)).then(value)
+        return pl.when(value.is_between(low, high)).then(value).alias(canonical)
 
     def side(canonical: str) -> pl.Expr:
+        if canonical not in names:
+            return column(canonical, pl.Int32())
         value = column(canonical, pl.Float64())
         return pl.when(value.is_between(1, MAX_SIDE_PX)).then(value).cast(pl.Int32).alias(canonical)
 
-    rows = raw.select(
-        column("url", pl.String()).fill_null(""),
+    url = column("url", pl.String()).fill_null("")
+    if layout.url_prefix:
+        path = url.str.strip_prefix("./").str.strip_chars_start("/")
+        url = pl.when(path != "").then(pl.lit(layout.url_prefix) + path).otherwise(pl.lit(""))
+    language: pl.Expr = column("language", pl.String())
+    if "language" in names:
+        code = language.str.strip_chars().str.to_lowercase()
+        language = pl.when(~code.is_in(_NO_LANGUAGE)).then(code).alias("language")
+    sha256: pl.Expr = column("recorded_sha256", pl.String())
+    if "recorded_sha256" in names:
+        lower = sha256.str.to_lowercase()
+        sha256 = pl.when(lower.str.contains(_SHA256)).then(lower).alias("recorded_sha256")
+    return [
+        url.alias("url"),
         column("caption", pl.String()).fill_null(""),
         side("width_px"),
         side("height_px"),
-        *(score(name).alias(name) for name in RANGES),
+        score("clip_similarity"),
+        score("unsafe_prob"),
+        score("watermark_prob"),
+        score("aesthetic_score"),
         pl.lit(layout.aesthetic_scale, dtype=pl.String).alias("aesthetic_scale"),
-        column("language", pl.String()),
+        language,
         pl.lit(source).alias("source"),
-    )
-    ids = [sample_id(url, caption) for url, caption in rows.select("url", "caption").iter_rows()]
-    rows = rows.with_columns(pl.Series("sample_id", ids, dtype=pl.String))
-    return rows.select(CANONICAL_SCHEMA.names)
+        score("human_preference"),
+        sha256,
+    ]
+
+
+def own_captions(
+    table: pa.Table, urls: pl.Series, layout: Layout, max_chars: int | None
+) -> pl.DataFrame:
+    """The long captions inside ``table``: ``url, caption, model``; ``urls`` are its rows' URLs.
+
+    A row whose URL is null has none. Captions that are empty or longer than the bound are left out.
+    """
+    raw = pl.DataFrame(pl.from_arrow(table))
+    frames = [pl.DataFrame(schema={"url": pl.String, "caption": pl.String, "model": pl.String})]
+    for found in layout.synthetic:
+        model = pl.lit(found.model)
+        if found.model_column is not None:
+            model = pl.coalesce(pl.col(found.model_column).cast(pl.String), model)
+        frame = raw.select(
+            urls.alias("url"), pl.col(found.column).alias("caption"), model.alias("model")
+        ).drop_nulls("url")
+        if isinstance(frame.schema["caption"], pl.List):
+            frame = frame.explode("caption")
+        caption = pl.col("caption").cast(pl.String).str.strip_chars()
+        caption = caption.str.strip_prefix(found.prefix).str.strip_chars()
+        frames.append(frame.with_columns(caption).filter(pl.col("caption") != ""))
+    captions = pl.concat(frames)
+    if max_chars is None:
+        return captions
+    return captions.filter(pl.col("caption").str.len_chars() <= max_chars)

@@ -8,20 +8,42 @@ from pydantic import Field, field_validator, model_validator
 
 from infra.config import StrictModel, operational, semantic
 
-OnUnknown = Literal["keep", "drop"]
+# keep: as if it passed; drop: rejected; later: goes on as unknown, for a scorer after the fetch.
+OnUnknown = Literal["keep", "drop", "later"]
+FormatName = Literal[
+    "laion-raw",
+    "laion-joined",
+    "laion-aesthetic-v1",
+    "laion-aesthetics-v2",
+    "re-laion",
+    "laion-coco",
+    "datacomp",
+    "coyo",
+    "capsfusion",
+    "recap-datacomp",
+    "pixelprose",
+    "journeydb",
+    "pick-a-pic",
+    "hpd-v2",
+]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 MAX_QUALITY = {"jpg": 100, "webp": 100, "png": 9}
 
 
 class UnknownPolicy(StrictModel):
-    """What happens to a row whose value is NULL, NaN or out of range while its filter is on."""
+    """What happens to a row whose value is NULL, NaN or out of range while its filter is on.
+
+    keep: it passes; drop: it is rejected; later: it goes on as unknown, to be scored once fetched.
+    With keep and later, the metadata need not have the column at all.
+    """
 
     size: OnUnknown = semantic("drop", "width or height unknown")
     aesthetic_score: OnUnknown = semantic("drop", "aesthetic score unknown")
     watermark_prob: OnUnknown = semantic("drop", "watermark probability unknown")
     unsafe_prob: OnUnknown = semantic("drop", "unsafe probability unknown")
     clip_similarity: OnUnknown = semantic("drop", "CLIP similarity unknown")
+    language: OnUnknown = semantic("drop", "language unknown")
 
 
 class FilterConfig(StrictModel):
@@ -36,7 +58,12 @@ class FilterConfig(StrictModel):
     )
     max_watermark_prob: float | None = semantic(None, "in [0, 1]", ge=0, le=1)
     max_unsafe_prob: float | None = semantic(None, "in [0, 1]", ge=0, le=1)
-    min_clip_similarity: float | None = semantic(None, "cosine, in [-1, 1]", ge=-1, le=1)
+    min_clip_similarity: float | None = semantic(
+        None, "cosine of CLIP ViT-B/32, in [-1, 1]", ge=-1, le=1
+    )
+    languages: list[str] | None = semantic(
+        None, "languages kept, as the metadata's codes (en, de), whatever their case", min_length=1
+    )
     max_caption_chars: int | None = semantic(2_000, "longest caption taken, characters", ge=1)
     min_caption_words: int | None = semantic(None, "fewest words of the caption to train on", ge=1)
     unknown: UnknownPolicy = semantic(
@@ -174,16 +201,62 @@ class PreferenceConfig(StrictModel):
     unknown: float | None = semantic(None, "the score of an image whose aesthetic score is unknown")
 
 
+class EstimateConfig(StrictModel):
+    """What `plan` reckons with before anything is fetched. Nothing here changes the dataset."""
+
+    row_groups: int = operational(
+        24, "row groups read as a sample; all are read where there are no more", ge=2, le=10_000
+    )
+    seed: int = operational(0, "of the draw of row groups", ge=0)
+    fetch_success_ratio: float | None = operational(
+        None,
+        "expected share of the rows asked for over the web that become samples, in (0, 1]; "
+        "null: as measured in an earlier version of this dataset, else all of them",
+        gt=0,
+        le=1,
+    )
+    duplicate_ratio: float | None = operational(
+        None,
+        "expected share of the rows left by the filters that copy another, in [0, 1); "
+        "null: as measured in an earlier version of this dataset, else none",
+        ge=0,
+        lt=1,
+    )
+    bytes_per_pixel: float = operational(
+        0.45, "of a stored image, where this dataset has no version yet to measure it by", gt=0
+    )
+    rows_per_core_second: float = operational(
+        250_000.0, "metadata rows read and filtered per core and second", gt=0
+    )
+    fetches_per_core_second: float = operational(
+        60.0, "images asked for, checked and encoded per core and second", gt=0
+    )
+    num_cores: int | None = operational(
+        None, "cores that will work; null: those of this machine", ge=1
+    )
+    price_per_core_hour: float | None = operational(
+        None, "price of one core for one hour, in any currency; null: no cost is shown", ge=0
+    )
+
+
 class CurationConfig(StrictModel):
     """One dataset: which rows, which images, stored how."""
 
     metadata: list[str] = operational(
-        description="LAION-shaped parquet files: s3:// or file:// URIs, paths, or globs of these",
+        description="the set's parquet or jsonl files: s3:// or file:// URIs, paths, or globs",
         min_length=1,
+    )
+    format: FormatName | None = semantic(
+        None, "which published schema the metadata has; null: found from its columns"
+    )
+    image_base_url: str | None = semantic(
+        None,
+        "put before the image paths of a set that has no URLs (JourneyDB, HPDv2)",
+        pattern=r"^https?://.+/$",
     )
     source: str = semantic("laion", "name of the source, stored with every sample", min_length=1)
     swapped_sizes: bool | None = semantic(
-        None, "WIDTH and HEIGHT are swapped; null: when the columns are those of raw LAION files"
+        None, "WIDTH and HEIGHT are swapped; null: as the format has them (only raw LAION files do)"
     )
     partitions: int | None = semantic(
         None, "work units the rows are spread over; null: one per 5000 rows, 8 to 10000", ge=1
@@ -198,4 +271,7 @@ class CurationConfig(StrictModel):
     shards: ShardConfig = semantic(default_factory=ShardConfig, description="shard sizes")
     preference: PreferenceConfig = semantic(
         default_factory=PreferenceConfig, description="the preference score written per sample"
+    )
+    estimate: EstimateConfig = operational(
+        default_factory=EstimateConfig, description="what `plan` reckons with"
     )

@@ -38,6 +38,7 @@ def fetch_images(
 
     slots = task.Slots(tuple(partitions), build.num_partitions)
     pending = list(units)
+    one_thread_per_task(spark)
 
     def read(batches: Batches) -> Batches:
         for batch in batches:
@@ -72,7 +73,7 @@ def retry_images(spark: SparkSession, build: Build, partitions: Sequence[int], r
                 retry(build, pending[index], round)
             yield batch
 
-    with _one_line_errors(build):
+    with one_line_errors(build):
         numbers = spark.range(0, len(pending), 1, numPartitions=len(pending))
         numbers.mapInArrow(again, "id long").write.format("noop").mode("overwrite").save()
 
@@ -85,6 +86,7 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
     from pipelines.duplicates import image_duplicates
 
     pending = list(partitions)
+    one_thread_per_task(spark)
     slot_of = {partition: slot for slot, partition in enumerate(pending)}
 
     def index(batches: Batches) -> Batches:
@@ -111,6 +113,11 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
             images = every.mapInArrow(index, _IMAGES_SCHEMA)
             seeds = seeds.union(image_duplicates(images).where("slot >= 0"))
         _run_by_slot(seeds, len(pending), write)
+
+
+def one_thread_per_task(spark: SparkSession) -> None:
+    """Spark runs a task per core; threads of Polars' own would only wait for one another."""
+    spark.sparkContext.environment.setdefault("POLARS_MAX_THREADS", "1")
 
 
 def _run_by_slot(rows: DataFrame, num_slots: int, run: Callable[[int, Batches], int]) -> None:

@@ -11,13 +11,10 @@ from pipelines.config import FilterConfig, OnUnknown
 
 @dataclass(frozen=True)
 class Filter:
-    """``reason`` is an expression over canonical columns: null keeps the row, text names why not.
+    """``rejects`` is a condition over canonical columns; null keeps the row, as False does."""
 
-    ``reasons`` are the texts it can give, in the order of its questions.
-    """
-
-    reason: pl.Expr
-    reasons: tuple[str, ...]
+    rejects: pl.Expr
+    reason: str
 
 
 def metadata_filters(config: FilterConfig) -> list[Filter]:
@@ -48,6 +45,7 @@ def metadata_filters(config: FilterConfig) -> list[Filter]:
         "low_clip_similarity",
         config.unknown.clip_similarity,
     )
+    found += _language_filters(config)
     if config.max_caption_chars is not None:
         too_long = pl.col("caption").str.len_chars() > config.max_caption_chars
         found.append(_reject(too_long, "caption_too_long"))
@@ -63,15 +61,39 @@ def caption_filters(config: FilterConfig) -> list[Filter]:
     return found
 
 
+def unknown_kept(config: FilterConfig) -> dict[OnUnknown, dict[str, pl.Expr]]:
+    """Per policy that keeps unknown values, per filter that is on, whether a row's is unknown."""
+    asks_for_size = (config.min_width_px, config.min_height_px, config.max_aspect_ratio)
+    unknown = config.unknown
+    asked: dict[str, tuple[bool, OnUnknown]] = {
+        "size": (any(bound is not None for bound in asks_for_size), unknown.size),
+        "aesthetic_score": (config.min_aesthetic_score is not None, unknown.aesthetic_score),
+        "watermark_prob": (config.max_watermark_prob is not None, unknown.watermark_prob),
+        "unsafe_prob": (config.max_unsafe_prob is not None, unknown.unsafe_prob),
+        "clip_similarity": (config.min_clip_similarity is not None, unknown.clip_similarity),
+        "language": (config.languages is not None, unknown.language),
+    }
+    is_unknown = {
+        "size": pl.col("width_px").is_null() | pl.col("height_px").is_null(),
+        "language": pl.col("language").is_null(),
+    }
+    found: dict[OnUnknown, dict[str, pl.Expr]] = {}
+    for name, (is_on, on_unknown) in asked.items():
+        if is_on and on_unknown != "drop":
+            found.setdefault(on_unknown, {})[name] = is_unknown.get(name, pl.col(name).is_null())
+    return found
+
+
 def first_reason(filters: list[Filter]) -> pl.Expr:
     """The reason of the first filter that rejects, or null."""
-    if not filters:
-        return pl.lit(None, dtype=pl.String).alias("reason")
-    return pl.coalesce(found.reason for found in filters).alias("reason")
+    chain: pl.Expr = pl.lit(None, dtype=pl.String)
+    for found in reversed(filters):
+        chain = pl.when(found.rejects).then(pl.lit(found.reason)).otherwise(chain)
+    return chain.alias("reason")
 
 
 def _reject(when: pl.Expr, reason: str) -> Filter:
-    return Filter(pl.when(when).then(pl.lit(reason)), (reason,))
+    return Filter(when, reason)
 
 
 def _size_filters(config: FilterConfig) -> list[Filter]:
@@ -87,6 +109,17 @@ def _size_filters(config: FilterConfig) -> list[Filter]:
         ratio = pl.max_horizontal(width, height) / pl.min_horizontal(width, height)
         known = width.is_not_null() & height.is_not_null()
         found.append(_reject(known & (ratio > config.max_aspect_ratio), "aspect_ratio"))
+    return found
+
+
+def _language_filters(config: FilterConfig) -> list[Filter]:
+    if config.languages is None:
+        return []
+    language = pl.col("language")
+    wanted = sorted({code.strip().lower() for code in config.languages})
+    drops = config.unknown.language == "drop"
+    found = [_reject(language.is_null(), "unknown_language")] if drops else []
+    found.append(_reject(~language.is_in(wanted), "other_language"))
     return found
 
 

@@ -1,4 +1,7 @@
-"""Which files go in: found, digested and checked against the schema contract before any work."""
+"""Which files go in: found, checked against the schema contract in seconds, then digested.
+
+A file is read in batches, so that a task's memory does not depend on how large a row group is.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,16 @@ import pyarrow.parquet as pq
 from infra import storage
 from infra.errors import UserError
 from pipelines.captions import CAPTION_COLUMNS, canonical_captions, check_caption_schema
-from pipelines.columns import canonical_rows, layout_of
+from pipelines.columns import Layout, layout_of
 from pipelines.config import CurationConfig
+from pipelines.json_lines import MAX_LINE_BYTES, BlockCutter, columns_of, read_lines
+from pipelines.sources import SOURCE_FORMATS
 
 Kind = Literal["metadata", "captions"]
 
-# Row groups are read together up to this many rows: what one Spark task holds in memory.
+# Row groups are read by one Spark task up to this many rows, so many at a time.
 ROWS_PER_UNIT = 500_000
+ROWS_PER_BATCH = 1 << 16
 _THREADS = 8
 _GLOB = frozenset("*?[")
 _READ_BYTES = 1 << 20
@@ -34,17 +40,22 @@ _READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class InputFile:
-    """A parquet file as it was when planned. ``row_groups`` are their row counts."""
+    """A file as it was when planned. ``row_groups`` are their record counts.
+
+    A jsonl file's row groups are blocks of lines; ``offsets`` says where they begin, and the end.
+    """
 
     kind: Kind
     uri: str
     num_bytes: int
     sha256: str
     row_groups: tuple[int, ...]
+    rows_per_record: int = 1
+    offsets: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int:
-        return sum(self.row_groups)
+        return sum(self.row_groups) * self.rows_per_record
 
     def identity(self) -> dict[str, Any]:
         """What the file is, wherever it lies: goes into the build key and the manifest."""
@@ -66,18 +77,75 @@ class Unit:
 def find_inputs(config: CurationConfig) -> list[InputFile]:
     """Every metadata and caption file, in an order that names and places do not influence.
 
-    Reads each file once for its digest. Raises ``UserError`` in one line for a pattern that
-    matches nothing, a file that is not whole parquet, or a schema that does not fit.
+    Checks every schema first, from the files' footers, in seconds; then reads each file once for
+    its digest. Raises ``UserError`` in one line for a pattern that matches nothing, a file that is
+    not whole, a schema that does not fit, or aesthetic scores on two scales.
     """
+    found = check_inputs(config)
+
+    def digest(item: tuple[Kind, str, Layout | None]) -> InputFile:
+        kind, uri, layout = item
+        return _digested(kind, uri, layout)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        files = list(pool.map(digest, found))
+    return sorted(files, key=lambda file: (file.kind, file.sha256, file.uri))
+
+
+def check_inputs(config: CurationConfig) -> list[tuple[Kind, str, Layout | None]]:
+    """Kind, address and layout of every file, from schemas alone; caption files have no layout."""
     found: list[tuple[Kind, str]] = [("metadata", uri) for uri in _resolve(config.metadata)]
     found += [("captions", uri) for uri in _resolve(config.captions.files)]
 
-    def inspect(item: tuple[Kind, str]) -> InputFile:
-        return _inspect(item[0], item[1], config)
+    def check(item: tuple[Kind, str]) -> tuple[Kind, str, Layout | None]:
+        kind, uri = item
+        if kind == "metadata":
+            return kind, uri, read_layout(uri, config)
+        with open_parquet(uri) as parquet:
+            check_caption_schema(parquet.schema_arrow, uri)
+        return kind, uri, None
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        files = list(pool.map(inspect, found))
-    return sorted(files, key=lambda file: (file.kind, file.sha256, file.uri))
+        checked = list(pool.map(check, found))
+    _refuse_two_scales(checked)
+    return checked
+
+
+def _refuse_two_scales(checked: Sequence[tuple[Kind, str, Layout | None]]) -> None:
+    """Scores of v1 and v2 in one dataset would be ranked against each other."""
+    first: dict[str, str] = {}
+    for _, uri, layout in checked:
+        if layout is not None and layout.aesthetic_scale is not None:
+            first.setdefault(layout.aesthetic_scale, uri)
+    if len(first) > 1:
+        raise UserError(
+            expected="aesthetic scores on one scale in one dataset",
+            got=" and ".join(f"{scale} in {uri}" for scale, uri in sorted(first.items())),
+            remedy="make a dataset of each",
+        )
+
+
+def read_layout(uri: str, config: CurationConfig) -> Layout:
+    """How a metadata file spells the canonical columns, from its footer or its first line."""
+    if uri.endswith(".tar"):
+        raise UserError(
+            expected=f"parquet or jsonl with the images' addresses at {uri}",
+            got="a tar: sets with their images inside (text-to-image-2M) are not read",
+            remedy="serve its images over HTTP and list them in jsonl: img_path, prompt and "
+            '{"Task2": {"Caption"}} with `image_base_url`, as JourneyDB does',
+        )
+    if not _is_jsonl(uri):
+        with open_parquet(uri) as parquet:
+            return layout_of(parquet.schema_arrow, config, uri)
+    with storage.open_stream(uri) as stream:
+        head = bytearray()
+        while b"\n" not in head and len(head) < MAX_LINE_BYTES:
+            if not (chunk := stream.read(_READ_BYTES)):
+                break
+            head += chunk
+    columns = columns_of(bytes(head), uri)
+    line = read_lines(bytes(head).partition(b"\n")[0], columns)
+    return layout_of(line.schema, config, uri, "jsonl")
 
 
 def units_of(files: Sequence[InputFile]) -> list[Unit]:
@@ -97,48 +165,83 @@ def units_of(files: Sequence[InputFile]) -> list[Unit]:
     return units
 
 
-def read_metadata(unit: Unit, config: CurationConfig) -> pl.DataFrame:
-    """The unit's rows, canonical."""
-    with _parquet(unit.file.uri) as parquet:
-        layout = layout_of(parquet.schema_arrow, config, unit.file.uri)
-        return canonical_rows(_read(parquet, unit, layout.columns), layout, config.source)
+def metadata_batches(unit: Unit, config: CurationConfig) -> Iterator[tuple[pa.Table, Layout]]:
+    """The unit's records, ``ROWS_PER_BATCH`` at a time, with the layout to read them by."""
+    layout = read_layout(unit.file.uri, config)
+    if unit.file.offsets:
+        for block in unit.row_groups:
+            start, end = unit.file.offsets[block : block + 2]
+            lines = read_range(unit.file.uri, start, end)
+            yield read_lines(lines, layout.columns), layout
+        return
+    for table in _parquet_batches(unit, layout.columns):
+        yield table, layout
 
 
-def read_captions(unit: Unit, config: CurationConfig) -> pl.DataFrame:
-    """The unit's long captions: ``url, caption, model``."""
-    with _parquet(unit.file.uri) as parquet:
+def read_captions(unit: Unit, config: CurationConfig) -> Iterator[pl.DataFrame]:
+    """The unit's long captions: ``url, caption, model``, ``ROWS_PER_BATCH`` at a time."""
+    with open_parquet(unit.file.uri) as parquet:
         present = [name for name in CAPTION_COLUMNS if name in parquet.schema_arrow.names]
-        return canonical_captions(_read(parquet, unit, present), config.filters.max_caption_chars)
+    for table in _parquet_batches(unit, present):
+        yield canonical_captions(table, config.filters.max_caption_chars)
 
 
-def _read(parquet: pq.ParquetFile, unit: Unit, columns: list[str]) -> pa.Table:
-    """The unit's row groups; text that is not UTF-8 is an Arrow error like any."""
-    table = parquet.read_row_groups(list(unit.row_groups), columns=columns, use_threads=False)
-    table.validate(full=True)
-    return table
-
-
-def _inspect(kind: Kind, uri: str, config: CurationConfig) -> InputFile:
-    with _parquet(uri) as parquet:
-        if kind == "metadata":
-            layout_of(parquet.schema_arrow, config, uri)
-        else:
-            check_caption_schema(parquet.schema_arrow, uri)
-        metadata = parquet.metadata
-        row_groups = tuple(
-            metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)
+def _parquet_batches(unit: Unit, columns: list[str]) -> Iterator[pa.Table]:
+    """The unit's row groups in pieces; text that is not UTF-8 is an Arrow error like any."""
+    with open_parquet(unit.file.uri) as parquet:
+        batches = parquet.iter_batches(
+            ROWS_PER_BATCH, list(unit.row_groups), columns=columns, use_threads=False
         )
+        for batch in batches:
+            batch.validate(full=True)
+            yield pa.Table.from_batches([batch])
+
+
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """The file's bytes from ``start`` up to ``end``."""
+    filesystem, path = storage.arrow_filesystem(uri)
+    with filesystem.open_input_file(path) as file:
+        return bytes(file.read_at(end - start, start))
+
+
+def _is_jsonl(uri: str) -> bool:
+    return uri.endswith((".jsonl", ".ndjson", ".json"))
+
+
+def _digested(kind: Kind, uri: str, layout: Layout | None) -> InputFile:
+    is_jsonl = kind == "metadata" and _is_jsonl(uri)
+    cutter = BlockCutter()
     digest = hashlib.sha256()
     num_bytes = 0
     with storage.open_stream(uri) as stream:
         while chunk := stream.read(_READ_BYTES):
             digest.update(chunk)
             num_bytes += len(chunk)
-    return InputFile(kind, uri, num_bytes, digest.hexdigest(), row_groups)
+            if is_jsonl:
+                _feed(cutter, chunk, uri)
+    cutter.finish()
+    row_groups, offsets = tuple(cutter.num_rows), tuple(cutter.offsets)
+    if not is_jsonl:
+        with open_parquet(uri) as parquet:
+            metadata = parquet.metadata
+            counts = range(metadata.num_row_groups)
+            row_groups = tuple(metadata.row_group(index).num_rows for index in counts)
+        offsets = ()
+    rows_per_record = 1 if layout is None else SOURCE_FORMATS[layout.format].rows_per_record
+    return InputFile(kind, uri, num_bytes, digest.hexdigest(), row_groups, rows_per_record, offsets)
+
+
+def _feed(cutter: BlockCutter, chunk: bytes, uri: str) -> None:
+    try:
+        cutter.feed(chunk)
+    except ValueError as error:
+        raise UserError(
+            expected=f"one JSON record a line in {uri}", got=str(error), remedy="split its records"
+        ) from error
 
 
 @contextmanager
-def _parquet(uri: str) -> Iterator[pq.ParquetFile]:
+def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     """The open file; whatever Arrow finds wrong with it becomes one line naming it."""
     storage.stat(uri)
     filesystem, path = storage.arrow_filesystem(uri)

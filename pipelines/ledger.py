@@ -47,6 +47,8 @@ REASONS = (
     "unsafe",
     "unknown_clip_similarity",
     "low_clip_similarity",
+    "unknown_language",
+    "other_language",
     "caption_too_long",
     "no_caption",
     "short_caption",
@@ -68,6 +70,19 @@ REASONS = (
     "decode",
     "duplicate_image",
     "near_duplicate",
+)
+
+
+# Few values, many rows; a dictionary of the others would cost time and save nothing.
+_DICTIONARIES = (
+    "aesthetic_scale",
+    "language",
+    "source",
+    "disposition",
+    "reason",
+    "shard",
+    "width_px",
+    "height_px",
 )
 
 
@@ -110,8 +125,12 @@ class LedgerFile:
 
     def __init__(self, folder: Path, part: str) -> None:
         self._path = folder / "ledger.parquet"
-        schema = LEDGER_SCHEMA.with_metadata({"atelier.part": part})
-        self._writer = pq.ParquetWriter(self._path, schema, compression="zstd")
+        self._writer = pq.ParquetWriter(
+            self._path,
+            LEDGER_SCHEMA.with_metadata({"atelier.part": part}),
+            compression="zstd",
+            use_dictionary=list(_DICTIONARIES),
+        )
         self._num_rows = 0
 
     def __enter__(self) -> Self:

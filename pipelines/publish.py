@@ -28,8 +28,11 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
 
     rejected: Counter[str] = Counter()
     failed: Counter[str] = Counter()
+    unknown: dict[str, Counter[str]] = {}
     for read in reads:
         rejected.update(read.rejected)
+        for policy, values in read.unknown.items():
+            unknown.setdefault(policy, Counter()).update(values)
     for part in parts:
         rejected.update(part.rejected)
         failed.update(part.failed)
@@ -63,6 +66,8 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
             "crop": build.config.resize.crop,
             "encode_format": build.config.resize.encode_format,
             "aesthetic_scale": build.config.filters.aesthetic_scale,
+            # policy -> value -> rows that went on without it while a filter asks for it
+            "unknown": {policy: dict(values) for policy, values in sorted(unknown.items())},
             "recipe": recipe,
         },
     )

@@ -1,23 +1,28 @@
 """First task: a unit of input becomes rows for the partitions, and a ledger of the rejected.
 
-Polars filters whole row groups; only rows that stay travel. A row's partition comes from its URL,
+Polars filters batch by batch; only rows that stay travel. A row's partition comes from its URL,
 so that copies of one URL and its long captions meet in one partition whatever files they are in.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
+from infra.manifest import FileEntry
 from pipelines.build import Build, ReadMarker
-from pipelines.columns import CANONICAL_SCHEMA
-from pipelines.filters import first_reason, metadata_filters
-from pipelines.inputs import Unit, read_captions, read_metadata
-from pipelines.ledger import REJECTED, LedgerFile, count
+from pipelines.columns import CANONICAL_SCHEMA, Layout, canonical_rows, own_captions, sample_ids
+from pipelines.config import CurationConfig
+from pipelines.filters import first_reason, metadata_filters, unknown_kept
+from pipelines.inputs import Unit, metadata_batches, read_captions
+from pipelines.ledger import REJECTED, LedgerFile
 
 # What travels: rows, long captions (``is_caption``) and one empty seed per slot (no ``url``).
 TRAVEL_SCHEMA = pa.schema(
@@ -37,13 +42,20 @@ class Slots:
     partitions: tuple[int, ...]
     num_partitions: int
 
-    def by_partition(self) -> Mapping[int, int]:
-        return {partition: slot for slot, partition in enumerate(self.partitions)}
+    def of_urls(self, urls: pl.Series) -> pl.Series:
+        """Per URL the slot of its partition, or -1 when that is not to be fetched."""
+        slot_of = np.full(self.num_partitions, -1, np.int32)
+        slot_of[list(self.partitions)] = np.arange(len(self.partitions), dtype=np.int32)
+        return pl.Series("slot", slot_of[partitions_of(urls, self.num_partitions)])
 
 
-def partition_of(url: str, num_partitions: int) -> int:
-    """The partition of a URL: its CRC-32 modulo the number of partitions."""
-    return zlib.crc32(url.encode("utf-8")) % num_partitions
+def partitions_of(urls: pl.Series, num_partitions: int) -> npt.NDArray[np.int64]:
+    """The partition of each URL: the CRC-32 of its UTF-8 bytes modulo the number of partitions.
+
+    One hash that every machine and version computes alike, unlike Polars' own.
+    """
+    texts = urls.cast(pl.Binary).to_list()
+    return np.fromiter(map(zlib.crc32, texts), np.int64, len(texts)) % num_partitions
 
 
 def seeds(slots: Slots) -> pa.RecordBatch:
@@ -61,34 +73,77 @@ def read_rows(build: Build, unit: Unit, slots: Slots) -> Iterator[pa.RecordBatch
     """Yield what goes on to ``slots``; write the unit's ledger and marker when not there yet."""
     with build.task(f"read-{unit.index:05d}") as folder:
         if unit.file.kind == "captions":
-            captions = read_captions(unit, build.config)
-            rows = captions.with_columns(pl.lit(True).alias("is_caption"))
-        else:
-            filters = metadata_filters(build.config.filters)
-            rows = read_metadata(unit, build.config).with_columns(first_reason(filters))
-            kept = pl.col("reason").is_null()
-            if build.read(ReadMarker, unit.index) is None:
-                rejected = rows.filter(~kept).with_columns(pl.lit(REJECTED).alias("disposition"))
-                with LedgerFile(folder, f"read-{unit.index:05d}") as ledger:
-                    ledger.add(rejected)
-                    marker = ReadMarker(
-                        num_rows=rows.height,
-                        num_kept=rows.height - rejected.height,
-                        rejected=count(rejected).rejected,
-                        ledger=ledger.publish(build.dataset_root),
-                    )
-                build.write(marker, unit.index)
-            rows = rows.filter(kept).with_columns(pl.lit(False).alias("is_caption"))
-        yield from _travelling(rows, slots).to_batches()
+            for captions in read_captions(unit, build.config):
+                yield from _travelling(captions, slots, is_caption=True)
+            return
+        is_new = build.read(ReadMarker, unit.index) is None
+        tally = _Tally(build.config)
+        with LedgerFile(folder, f"read-{unit.index:05d}") as ledger:
+            for table, layout, rows in judged_batches(unit, build.config):
+                is_kept = rows["reason"].is_null()
+                kept = rows.filter(is_kept)
+                if is_new:
+                    rejected = rows.filter(~is_kept)
+                    tally.add(kept, rejected)
+                    ledger.add(_with_ids(rejected).with_columns(disposition=pl.lit(REJECTED)))
+                yield from _travelling(_with_ids(kept), slots, is_caption=False)
+                if layout.synthetic:
+                    urls = pl.select(pl.when(is_kept).then(rows["url"])).to_series()
+                    max_chars = build.config.filters.max_caption_chars
+                    long = own_captions(table, urls, layout, max_chars)
+                    yield from _travelling(long, slots, is_caption=True)
+            if is_new:
+                build.write(tally.marker(ledger.publish(build.dataset_root)), unit.index)
 
 
-def _travelling(rows: pl.DataFrame, slots: Slots) -> pa.Table:
-    by_partition = slots.by_partition()
-    slot_of_row = [
-        by_partition.get(partition_of(url, slots.num_partitions), -1) for url in rows["url"]
-    ]
-    rows = rows.with_columns(pl.Series("slot", slot_of_row, dtype=pl.Int32))
+def judged_batches(
+    unit: Unit, config: CurationConfig
+) -> Iterator[tuple[pa.Table, Layout, pl.DataFrame]]:
+    """Per batch the table read, its layout, and its canonical rows with a ``reason`` or null."""
+    reason = first_reason(metadata_filters(config.filters))
+    for table, layout in metadata_batches(unit, config):
+        yield table, layout, canonical_rows(table, layout, config.source).with_columns(reason)
+
+
+class _Tally:
+    """Counts of one unit, batch by batch."""
+
+    def __init__(self, config: CurationConfig) -> None:
+        self._unknown = unknown_kept(config.filters)
+        self._num_rows = 0
+        self._rejected: Counter[str] = Counter()
+        self._lacking: Counter[tuple[str, str]] = Counter()
+
+    def add(self, kept: pl.DataFrame, rejected: pl.DataFrame) -> None:
+        self._num_rows += kept.height + rejected.height
+        self._rejected.update(dict(rejected["reason"].value_counts().iter_rows()))
+        for policy, values in self._unknown.items():
+            for name, number in (
+                kept.select(**{n: e.sum() for n, e in values.items()}).row(0, named=True).items()
+            ):
+                self._lacking[policy, name] += number
+
+    def marker(self, ledger: FileEntry | None) -> ReadMarker:
+        unknown: dict[str, dict[str, int]] = {}
+        for (policy, name), number in sorted(self._lacking.items()):
+            if number:
+                unknown.setdefault(policy, {})[name] = number
+        return ReadMarker(
+            num_rows=self._num_rows,
+            num_kept=self._num_rows - self._rejected.total(),
+            rejected=dict(self._rejected),
+            ledger=ledger,
+            unknown=unknown,
+        )
+
+
+def _with_ids(rows: pl.DataFrame) -> pl.DataFrame:
+    return rows.with_columns(sample_ids(rows))
+
+
+def _travelling(rows: pl.DataFrame, slots: Slots, *, is_caption: bool) -> Iterator[pa.RecordBatch]:
+    rows = rows.with_columns(slots.of_urls(rows["url"]), is_caption=pl.lit(is_caption))
     rows = rows.filter(pl.col("slot") >= 0)
-    missing = [name for name in TRAVEL_SCHEMA.names if name not in rows.columns]
-    rows = rows.with_columns(pl.lit(None).alias(name) for name in missing)
-    return rows.select(TRAVEL_SCHEMA.names).to_arrow().cast(TRAVEL_SCHEMA)
+    missing = [pl.lit(None).alias(name) for name in TRAVEL_SCHEMA.names if name not in rows.columns]
+    travelling = rows.with_columns(missing).select(TRAVEL_SCHEMA.names)
+    yield from travelling.to_arrow().cast(TRAVEL_SCHEMA).to_batches()

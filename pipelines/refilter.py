@@ -249,7 +249,7 @@ def _refilter_ledger(job: RefilterJob, ledger: FileEntry, folder: Path) -> Refil
         else pl.coalesce(f"{name}_new", name).alias(name)
         for name in _CHANGED
     ).select(rows.columns)
-    with LedgerFile(folder) as file:
+    with LedgerFile(folder, f"refilter {ledger.path}") as file:
         file.add(updated)
         entry = file.publish(job.dataset_root)
     if entry is None or entry.num_rows != ledger.num_rows:

@@ -151,7 +151,7 @@ def export_hits(
             for key in sorted(samples):
                 writer.add(key, samples[key])
             entries = writer.finish()
-        with LedgerFile(Path(folder)) as ledger:
+        with LedgerFile(Path(folder), "export") as ledger:
             ledger.add(_ledger_rows(samples, writer.shard_of))
             in_ledger = ledger.publish(root)
     selection = {"dataset": source.dataset, "query": query, "embeddings": source.sha256}

@@ -38,6 +38,11 @@ def test_a_recipe_with_three_mistakes_gets_three_lines(tmp_path: Path) -> None:
     assert all("\n" not in line for line in lines)
 
 
+def test_a_format_with_captions_of_its_own_has_synthetic_ones() -> None:
+    overrides = ["datasets.captioned.captions={}", "datasets.captioned.format=laion-coco"]
+    assert load_recipe(TINY, overrides).datasets["captioned"].format == "laion-coco"
+
+
 def test_a_missing_key_says_what_it_is() -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_from_text("seed: 1\n", "x.yaml")

@@ -1,59 +1,129 @@
-"""LAION's schemas, all of them, into one."""
+"""Every published schema, made here to the column and the type, into canonical rows."""
 
 from __future__ import annotations
 
+import json
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
+import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import UserError
-from pipelines.columns import CANONICAL_SCHEMA, canonical_rows, layout_of, sample_id
-from pipelines.config import CurationConfig
+from pipelines.columns import CANONICAL_SCHEMA, canonical_rows, layout_of, own_captions, sample_id
+from pipelines.columns import sample_ids as ids_of
+from pipelines.config import CurationConfig, FormatName
+from pipelines.inputs import check_inputs, find_inputs, metadata_batches, units_of
+from pipelines.sources import SOURCE_FORMATS
 
 I32, I64, F32, F64, STR = pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.string()
-VALUES: dict[str, Any] = {
-    "URL": "http://a.example/1.jpg", "url": "http://a.example/1.jpg", "TEXT": "a fox",
-    "caption": "a fox", "text": "a fox", "WIDTH": 640, "HEIGHT": 480, "width": 640, "height": 480,
-    "original_width": 640, "original_height": 480, "similarity": 0.3, "LANGUAGE": "en",
-    "hash": 1, "pwatermark": 0.25, "punsafe": 0.125, "aesthetic": 7.5, "AESTHETIC_SCORE": 5.5,
-    "SAMPLE_ID": 1, "LICENSE": "?", "NSFW": "UNLIKELY", "__index_level_0__": 0, "uid": "0" * 32,
-    "clip_l14_similarity_score": 0.3, "watermark_score": 0.25, "sha256": "0" * 64,
-    "aesthetic_score_laion_v2": 5.5, "nsfw_score_opennsfw2": 0.125, "id": 1, "key": "0",
-    "clip_b32_similarity_score": 0.2,
+U = "http://a.example/1.jpg"
+SHA = "ab" * 32
+Columns = dict[str, tuple[pa.DataType, Any]]
+
+
+def canonical(**known: Any) -> dict[str, Any]:
+    row = dict.fromkeys(name for name in CANONICAL_SCHEMA.names if name != "sample_id")
+    return row | {"url": U, "caption": "a fox", "source": "laion"} | known
+
+
+JOINED: Columns = {
+    "URL": (STR, U), "TEXT": (STR, "a fox"), "WIDTH": (I32, 640), "HEIGHT": (I32, 480),
+    "similarity": (F64, 0.3), "hash": (I64, -5), "punsafe": (F32, 0.125),
+    "pwatermark": (F32, 0.25),
 }  # fmt: skip
-# Published schemas: name -> (columns with types, aesthetic scale, sizes swapped).
-SCHEMAS: dict[str, tuple[list[tuple[str, pa.DataType]], str | None, bool]] = {
+JOINED_ROW: dict[str, Any] = {
+    "width_px": 640, "height_px": 480, "clip_similarity": 0.3, "unsafe_prob": 0.125,
+    "watermark_prob": 0.25,
+}  # fmt: skip
+BLIP = "BLIP ViT-L/14, chosen by CLIP (LAION-COCO)"
+# What is published -> the format it is found to be, the canonical row, its long captions.
+CASES: dict[str, tuple[Columns, str, dict[str, Any], list[tuple[str, str]]]] = {
     "laion2B-en raw": (
-        [("SAMPLE_ID", I64), ("URL", STR), ("TEXT", STR), ("HEIGHT", I32), ("WIDTH", I32),
-         ("LICENSE", STR), ("NSFW", STR), ("similarity", F64)], None, True),
-    "laion2B-en-joined": (
-        [("URL", STR), ("TEXT", STR), ("WIDTH", I32), ("HEIGHT", I32), ("similarity", F64),
-         ("hash", I64), ("punsafe", F32), ("pwatermark", F32)], None, False),
+        {"SAMPLE_ID": (I64, 1), "URL": (STR, U), "TEXT": (STR, "a fox"), "HEIGHT": (I32, 480),
+         "WIDTH": (I32, 640), "LICENSE": (STR, "?"), "NSFW": (STR, "UNLIKELY"),
+         "similarity": (F64, 0.3)},
+        "laion-raw", canonical(width_px=480, height_px=640, clip_similarity=0.3), []),
+    "laion2B-multi raw": (
+        {"SAMPLE_ID": (I64, 1), "URL": (STR, U), "TEXT": (STR, "a fox"), "HEIGHT": (I32, 480),
+         "WIDTH": (I32, 640), "LICENSE": (STR, "?"), "NSFW": (STR, "UNLIKELY"),
+         "similarity": (F64, 0.3), "LANGUAGE": (STR, "De")},
+        "laion-raw",
+        canonical(width_px=480, height_px=640, clip_similarity=0.3, language="de"), []),
+    "laion2B-en-joined": (JOINED, "laion-joined", canonical(**JOINED_ROW), []),
     "laion2B-en-aesthetic": (
-        [("URL", STR), ("TEXT", STR), ("WIDTH", I32), ("HEIGHT", I32), ("similarity", F64),
-         ("hash", I64), ("punsafe", F32), ("pwatermark", F32), ("aesthetic", F32)], "v1", False),
+        JOINED | {"aesthetic": (F32, 7.5)}, "laion-aesthetic-v1",
+        canonical(**JOINED_ROW, aesthetic_score=7.5, aesthetic_scale="v1"), []),
+    "laion-art": (
+        JOINED | {"LANGUAGE": (STR, "en"), "aesthetic": (F32, 8.5)}, "laion-aesthetic-v1",
+        canonical(**JOINED_ROW, language="en", aesthetic_score=8.5, aesthetic_scale="v1"), []),
     "laion-high-resolution": (
-        [("URL", STR), ("TEXT", STR), ("WIDTH", I32), ("HEIGHT", I32), ("similarity", F64),
-         ("LANGUAGE", STR), ("hash", I64), ("pwatermark", F32), ("punsafe", F32)], None, False),
-    "improved_aesthetics": (
-        [("URL", STR), ("TEXT", STR), ("WIDTH", F64), ("HEIGHT", F64), ("similarity", F64),
-         ("punsafe", F64), ("pwatermark", F64), ("AESTHETIC_SCORE", F64), ("hash", I64),
-         ("__index_level_0__", I64)], "v2", False),
-    "Re-LAION": (
-        [("url", STR), ("caption", STR), ("similarity", F64), ("punsafe", F64),
-         ("pwatermark", F64), ("key", STR), ("width", I64), ("height", I64),
-         ("original_width", I64), ("original_height", I64)], None, False),
+        JOINED | {"LANGUAGE": (STR, "en")}, "laion-joined",
+        canonical(**JOINED_ROW, language="en"), []),
+    "improved_aesthetics_6plus": (
+        JOINED | {"WIDTH": (F64, 640.0), "HEIGHT": (F64, 480.0), "punsafe": (F64, 0.125),
+                  "pwatermark": (F64, 0.25), "AESTHETIC_SCORE": (F64, 6.5),
+                  "__index_level_0__": (I64, 7)},
+        "laion-aesthetics-v2",
+        canonical(**JOINED_ROW, aesthetic_score=6.5, aesthetic_scale="v2"), []),
+    "Re-LAION, least": (
+        {"url": (STR, U), "caption": (STR, "a fox")}, "re-laion", canonical(), []),
+    "Re-LAION, as fetched": (
+        {"url": (STR, U), "caption": (STR, "a fox"), "similarity": (F64, 0.3),
+         "punsafe": (F64, 0.125), "pwatermark": (F64, 0.25), "key": (STR, "0"),
+         "status": (STR, "success"), "width": (I64, 256), "height": (I64, 192),
+         "original_width": (I64, 640), "original_height": (I64, 480), "exif": (STR, "{}"),
+         "md5": (STR, "0"), "sha256": (STR, SHA.upper())},
+        "re-laion", canonical(**JOINED_ROW, recorded_sha256=SHA), []),
+    "LAION-COCO": (
+        JOINED | {"WIDTH": (F64, 640.0), "HEIGHT": (F64, 480.0), "top_caption": (STR, "a red fox"),
+                  "all_captions": (pa.list_(STR), ["a red fox", "one fox"]),
+                  "all_similarities": (pa.list_(F64), [0.4, 0.3])},
+        "laion-coco", canonical(**JOINED_ROW),
+        [("a red fox", BLIP), ("a red fox", BLIP), ("one fox", BLIP)]),
     "DataComp": (
-        [("uid", STR), ("url", STR), ("text", STR), ("original_width", I64),
-         ("original_height", I64), ("clip_b32_similarity_score", F32),
-         ("clip_l14_similarity_score", F32), ("sha256", STR)], None, False),
-    "COYO": (
-        [("id", I64), ("url", STR), ("text", STR), ("width", I32), ("height", I32),
-         ("nsfw_score_opennsfw2", F32), ("watermark_score", F32),
-         ("aesthetic_score_laion_v2", F32)], "v2", False),
-    "large strings": ([("URL", pa.large_string()), ("TEXT", pa.large_string())], None, False),
+        {"uid": (STR, "0" * 32), "url": (STR, U), "text": (STR, "a fox"),
+         "original_width": (I64, 640), "original_height": (I64, 480),
+         "clip_b32_similarity_score": (F32, 0.25), "clip_l14_similarity_score": (F32, 0.5),
+         "face_bboxes": (pa.list_(pa.list_(F64)), [[0.0, 0.0, 1.0, 1.0]]), "sha256": (STR, SHA)},
+        "datacomp",
+        canonical(width_px=640, height_px=480, clip_similarity=0.25, recorded_sha256=SHA), []),
+    "COYO-700M": (
+        {"id": (I64, 1), "url": (STR, U), "text": (STR, "a fox"), "width": (I32, 640),
+         "height": (I32, 480), "image_phash": (STR, "c9b6a7d8469c1959"), "text_length": (I32, 5),
+         "word_count": (I32, 2), "num_tokens_bert": (I32, 2), "num_tokens_gpt": (I32, 2),
+         "num_faces": (I32, 0), "clip_similarity_vitb32": (F32, 0.25),
+         "clip_similarity_vitl14": (F32, 0.5), "nsfw_score_opennsfw2": (F32, 0.125),
+         "nsfw_score_gantman": (F32, 0.75), "watermark_score": (F32, 0.25),
+         "aesthetic_score_laion_v2": (F32, 5.5)},
+        "coyo",
+        canonical(width_px=640, height_px=480, clip_similarity=0.25, unsafe_prob=0.125,
+                  watermark_prob=0.25, aesthetic_score=5.5, aesthetic_scale="v2"), []),
+    "CapsFusion-120M": (
+        {"image_url": (STR, U), "laion_2b": (STR, "a fox"), "laion_coco": (STR, "a red fox"),
+         "capsfusion": (STR, "A red fox sits.")},
+        "capsfusion", canonical(),
+        [("a red fox", BLIP), ("A red fox sits.", "CapsFus-LLaMA (CapsFusion)")]),
+    "Recap-DataComp-1B": (
+        {"url": (STR, U), "re_caption": (STR, "A red fox sits."), "org_caption": (STR, "a fox"),
+         "sha256": (STR, SHA), "key": (STR, "0"), "re_clip_score": (F64, 0.5),
+         "org_clip_score": (F64, 0.5), "re_length": (I64, 4), "org_length": (I64, 2),
+         "re_gpt4v_score": (I64, 5), "org_gpt4v_score": (I64, 2)},
+        "recap-datacomp", canonical(recorded_sha256=SHA),
+        [("A red fox sits.", "LLaVA-1.5-LLaMA3-8B (Recap-DataComp)")]),
+    "PixelProse": (
+        {"uid": (STR, "0"), "url": (STR, U), "original_caption": (STR, "a fox"),
+         "vlm_caption": (STR, " This image displays: A red fox. "), "aesthetic_score": (F64, 5.5),
+         "watermark_class_id": (I64, 0), "original_width": (I64, 640),
+         "original_height": (I64, 480)},
+        "pixelprose", canonical(width_px=640, height_px=480, watermark_prob=1.0),
+        [("A red fox.", "Gemini 1.0 Pro Vision (PixelProse)")]),
+    "large strings": (
+        {"URL": (pa.large_string(), U), "TEXT": (pa.large_string(), "a fox")},
+        "laion-joined", canonical(), []),
 }  # fmt: skip
 
 
@@ -61,71 +131,227 @@ def config(**filters: Any) -> CurationConfig:
     return CurationConfig.model_validate({"metadata": ["x"], "filters": filters})
 
 
-def table(columns: list[tuple[str, pa.DataType]], **values: Any) -> pa.Table:
-    data = {name: pa.array([values.get(name, VALUES[name])], kind) for name, kind in columns}
-    return pa.table(data)
+def table(columns: Columns) -> pa.Table:
+    return pa.table({name: pa.array([value], kind) for name, (kind, value) in columns.items()})
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", CASES)
 def test_every_published_schema_becomes_ours(name: str) -> None:
-    columns, scale, swapped = SCHEMAS[name]
+    columns, format_name, expected, long = CASES[name]
     raw = table(columns)
     layout = layout_of(raw.schema, config(), "file")
-    rows = canonical_rows(raw, layout, "laion")
-    assert rows.columns == CANONICAL_SCHEMA.names
-    assert rows.to_arrow().cast(CANONICAL_SCHEMA).num_rows == 1
-    row = rows.row(0, named=True)
-    assert row["sample_id"] == sample_id("http://a.example/1.jpg", "a fox")
-    assert (layout.aesthetic_scale, layout.swapped_sizes) == (scale, swapped)
-    has_size = {"WIDTH", "width", "original_width"} & {name for name, _ in columns}
-    if has_size:
-        expected = (480, 640) if swapped else (640, 480)
-        assert (row["width_px"], row["height_px"]) == expected
-    if scale is not None:
-        assert row["aesthetic_score"] == (7.5 if scale == "v1" else 5.5)
-    present = {name for name, _ in columns}
-    assert row["watermark_prob"] == (0.25 if {"pwatermark", "watermark_score"} & present else None)
-    assert row["unsafe_prob"] == (0.125 if {"punsafe", "nsfw_score_opennsfw2"} & present else None)
-    assert row["source"] == "laion"
+    rows = canonical_rows(raw.select(layout.columns), layout, "laion")
+    assert layout.format == format_name
+    assert rows.row(0, named=True) == expected
+    whole = rows.with_columns(ids_of(rows)).select(CANONICAL_SCHEMA.names)
+    assert whole.to_arrow().cast(CANONICAL_SCHEMA).num_rows == 1
+    assert whole["sample_id"][0] == sample_id(U, "a fox")
+    captions = own_captions(raw, rows["url"], layout, None)
+    assert captions.rows() == [(U, text, model) for text, model in long]
+    assert own_captions(raw, pl.Series([None], dtype=pl.String), layout, None).is_empty()
+    assert own_captions(raw, rows["url"], layout, 2).is_empty()
+
+
+def test_the_table_of_formats_is_whole_and_tells_them_apart() -> None:
+    assert set(SOURCE_FORMATS) == set(get_args(FormatName))
+    marks = {known.marks for known in SOURCE_FORMATS.values()}
+    assert len(marks) == len(SOURCE_FORMATS)
+
+
+@pytest.mark.parametrize(("class_id", "prob"), [(0, 1.0), (1, 0.0), (2, 0.0), (3, None)])
+def test_a_watermark_class_is_certain_or_nothing(class_id: int, prob: float | None) -> None:
+    raw = table(CASES["PixelProse"][0] | {"watermark_class_id": (I64, class_id)})
+    rows = canonical_rows(raw, layout_of(raw.schema, config(max_watermark_prob=0.5), "f"), "s")
+    assert rows["watermark_prob"].to_list() == [prob]
+
+
+def test_a_pair_is_two_rows(tmp_path: Path) -> None:
+    columns: Columns = {
+        "are_different": (pa.bool_(), True), "best_image_uid": (STR, "1"),
+        "caption": (STR, "a fox"), "created_at": (pa.timestamp("us"), 0),
+        "has_label": (pa.bool_(), True),
+        "image_0_uid": (STR, "0"), "image_0_url": (STR, U), "image_1_uid": (STR, "1"),
+        "image_1_url": (STR, U + "2"), "jpg_0": (pa.binary(), b"x"), "jpg_1": (pa.binary(), b"y"),
+        "label_0": (F64, 0.0), "label_1": (F64, 1.0), "model_0": (STR, "m"), "model_1": (STR, "m"),
+        "ranking_id": (I64, 1), "user_id": (I64, 1), "num_example_per_prompt": (I64, 1),
+    }  # fmt: skip
+    pq.write_table(table(columns), tmp_path / "pairs.parquet")
+    asked = CurationConfig(metadata=[str(tmp_path)])
+    (file,) = find_inputs(asked)
+    assert file.num_rows == 2
+    ((raw, layout),) = metadata_batches(units_of([file])[0], asked)
+    assert layout.format == "pick-a-pic"
+    assert not {"jpg_0", "jpg_1"} & set(raw.column_names)
+    assert canonical_rows(raw, layout, "laion").rows(named=True) == [
+        canonical(human_preference=0.0),
+        canonical(url=U + "2", human_preference=1.0),
+    ]
+
+
+JOURNEY = {
+    "img_path": "./000/fox.jpg", "prompt": "a fox", "Task1": {"Style": ["x"], "Content": ["y"]},
+    "Task2": {"Caption": "A red fox sits."}, "Task3": [{"Question": "?"}],
+}  # fmt: skip
+CHOICE = {"human_preference": [1, 0], "prompt": "a fox", "file_path": ["1.jpg", "2.jpg"]}
+
+
+def lines(path: Path, *records: Any) -> CurationConfig:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return CurationConfig.model_validate(
+        {"metadata": [str(path)], "image_base_url": "https://images.example/set/"}
+    )
+
+
+def rows_of(asked: CurationConfig) -> list[dict[str, Any]]:
+    files = find_inputs(asked)
+    batches = [batch for unit in units_of(files) for batch in metadata_batches(unit, asked)]
+    rows = pl.concat(canonical_rows(raw, layout, "laion") for raw, layout in batches)
+    assert rows.height == sum(file.num_rows for file in files)
+    return rows.rows(named=True)
+
+
+def test_json_lines_become_ours(tmp_path: Path) -> None:
+    base = "https://images.example/set/"
+    asked = lines(tmp_path / "j.jsonl", JOURNEY, "no record", {"prompt": 5})
+    nothing = canonical(url="", caption="")
+    assert rows_of(asked) == [canonical(url=base + "000/fox.jpg"), nothing, nothing]
+    (unit,) = units_of(find_inputs(asked))
+    ((raw, layout),) = metadata_batches(unit, asked)
+    urls = canonical_rows(raw, layout, "laion")["url"]
+    assert own_captions(raw, urls, layout, None).rows()[0] == (
+        base + "000/fox.jpg", "A red fox sits.", "GPT-3.5 (JourneyDB)",
+    )  # fmt: skip
+    asked = lines(tmp_path / "h.json", CHOICE)
+    assert rows_of(asked) == [
+        canonical(url=base + "1.jpg", human_preference=1.0),
+        canonical(url=base + "2.jpg", human_preference=0.0),
+    ]
+
+
+@pytest.mark.parametrize("ending", ["", "\n"])
+@pytest.mark.parametrize("num_lines", [1, 6, 7, 8, 14, 40])
+def test_json_lines_are_cut_into_blocks_of_whole_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_lines: int, ending: str
+) -> None:
+    monkeypatch.setattr("pipelines.json_lines.BlockCutter.__init__.__defaults__", (7,))
+    monkeypatch.setattr("pipelines.inputs._READ_BYTES", 100)
+    asked = lines(
+        tmp_path / "j.jsonl", *(JOURNEY | {"img_path": f"{n}.jpg"} for n in range(num_lines))
+    )
+    path = tmp_path / "j.jsonl"
+    path.write_text(path.read_text().removesuffix("\n") + ending)
+    (file,) = find_inputs(asked)
+    assert len(file.row_groups) == math.ceil(num_lines / 7)
+    urls = [row["url"] for row in rows_of(asked)]
+    assert urls == [f"https://images.example/set/{n}.jpg" for n in range(num_lines)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[\n{}]", "got one array; turn it into lines: jq"),
+        ("", "one JSON record a line"),
+        ("not json\n", "got b'not json'"),
+        ('{"a": 1}\n', "nearest journeydb, without Task2.Caption, img_path, prompt"),
+    ],
+)
+def test_json_that_does_not_fit_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(UserError) as caught:
+        check_inputs(CurationConfig(metadata=[str(tmp_path / "x.jsonl")]))
+    assert expected in str(caught.value)
+    assert "x.jsonl" in str(caught.value)
+
+
+def test_images_inside_a_tar_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "data_000000.tar").write_bytes(bytes(10240))
+    with pytest.raises(UserError, match=r"got a tar: sets with their images inside .* are not"):
+        check_inputs(CurationConfig(metadata=[str(tmp_path / "data_000000.tar")]))
+
+
+def test_paths_need_an_address(tmp_path: Path) -> None:
+    asked = lines(tmp_path / "j.jsonl", JOURNEY).model_copy(update={"image_base_url": None})
+    with pytest.raises(UserError, match="`image_base_url` in the recipe"):
+        check_inputs(asked)
 
 
 def test_swapping_can_be_said() -> None:
-    raw = table(SCHEMAS["laion2B-en-joined"][0])
+    raw = table(JOINED)
     said = CurationConfig(metadata=["x"], swapped_sizes=True)
     row = canonical_rows(raw, layout_of(raw.schema, said, "f"), "s").row(0, named=True)
     assert (row["width_px"], row["height_px"]) == (480, 640)
 
 
+PAIR: Columns = {"URL": (STR, U), "TEXT": (STR, "t")}
+
+
 @pytest.mark.parametrize(
     ("columns", "filters", "expected"),
     [
-        ([("TEXT", STR)], {}, r"expected url \(url or URL or image_url\)"),
-        ([("URL", STR)], {}, r"expected caption \(caption or TEXT"),
-        ([("URL", I64), ("TEXT", STR)], {}, "URL as text"),
-        ([("URL", STR), ("TEXT", F64)], {}, "TEXT as text"),
-        ([("URL", STR), ("TEXT", STR), ("pwatermark", STR)], {}, "pwatermark as a number"),
-        ([("URL", STR), ("TEXT", STR)], {"min_width_px": 1}, r"width_px \(original_width or"),
-        ([("URL", STR), ("TEXT", STR)], {"max_unsafe_prob": 0.5}, r"unsafe_prob \(punsafe or"),
-        ([("URL", STR), ("TEXT", STR)], {"max_watermark_prob": 0.5}, r"watermark_prob \("),
-        ([("URL", STR), ("TEXT", STR)], {"min_clip_similarity": 0.2}, r"clip_similarity \("),
-        ([("URL", STR), ("TEXT", STR), ("aesthetic", F32)], {"min_aesthetic_score": 4.5},
-         r"aesthetic_score \(AESTHETIC_SCORE or"),
-        ([("URL", STR), ("TEXT", STR), ("AESTHETIC_SCORE", F32)],
-         {"min_aesthetic_score": 7, "aesthetic_scale": "v1"}, r"aesthetic_score \(aesthetic\)"),
+        ({"TEXT": (STR, "t")}, {}, "nearest laion-joined, without URL"),
+        ({"URL": (STR, U)}, {}, "nearest laion-joined, without TEXT"),
+        ({"URL": (I64, 1), "TEXT": (STR, "t")}, {}, "URL as text"),
+        ({"URL": (STR, U), "TEXT": (F64, 1.0)}, {}, "TEXT as text"),
+        (PAIR | {"pwatermark": (STR, "x")}, {}, "pwatermark as a number"),
+        (PAIR | {"top_caption": (I64, 1)}, {}, "top_caption as text"),
+        (PAIR, {"min_width_px": 1}, "a column for width_px, a column for height_px"),
+        (PAIR, {"max_unsafe_prob": 0.5}, "a column for unsafe_prob"),
+        (PAIR, {"max_watermark_prob": 0.5}, "a column for watermark_prob"),
+        (PAIR, {"min_clip_similarity": 0.2}, "a column for clip_similarity"),
+        (PAIR, {"languages": ["en"]}, "a column for language"),
+        (PAIR, {"min_aesthetic_score": 4.5}, "a column for aesthetic_score"),
+        (PAIR | {"aesthetic": (F32, 7.0), "AESTHETIC_SCORE": (F32, 5.0)}, {},
+         "got what fits laion-aesthetic-v1 and laion-aesthetics-v2; set `format`"),
     ],
 )  # fmt: skip
 def test_a_schema_that_does_not_fit_is_one_line(
-    columns: list[tuple[str, pa.DataType]], filters: dict[str, Any], expected: str
+    columns: Columns, filters: dict[str, Any], expected: str
 ) -> None:
-    values = {"URL": 1, "TEXT": 1.0, "pwatermark": "x"}
-    fitting = {name: values[name] for name, kind in columns
-               if name in values and (kind == STR) == (name == "pwatermark")}  # fmt: skip
-    raw = table(columns, **fitting)
-    with pytest.raises(UserError, match=expected) as caught:
-        layout_of(raw.schema, config(**filters), "part-7.parquet")
+    with pytest.raises(UserError) as caught:
+        layout_of(table(columns).schema, config(**filters), "part-7.parquet")
+    assert expected in str(caught.value)
     assert "part-7.parquet" in str(caught.value)
-    assert columns[0][0] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_format_can_be_named_and_is_held_to() -> None:
+    both = table(PAIR | {"aesthetic": (F32, 7.0), "AESTHETIC_SCORE": (F32, 5.0)})
+    for name, score in (("laion-aesthetic-v1", 7.0), ("laion-aesthetics-v2", 5.0)):
+        asked = CurationConfig.model_validate({"metadata": ["x"], "format": name})
+        layout = layout_of(both.schema, asked, "f")
+        assert canonical_rows(both, layout, "s")["aesthetic_score"].to_list() == [score]
+    asked = CurationConfig(metadata=["x"], format="coyo")
+    with pytest.raises(UserError, match="expected coyo in f: id, image_phash, text, url column;"):
+        layout_of(both.schema, asked, "f")
+
+
+@pytest.mark.parametrize("unknown", ["drop", "keep", "later"])
+@pytest.mark.parametrize(("scale", "other"), [("v1", "v2"), ("v2", "v1")])
+def test_a_threshold_on_the_other_scale_is_refused(scale: str, other: str, unknown: str) -> None:
+    raw = table(PAIR | {("aesthetic" if scale == "v1" else "AESTHETIC_SCORE"): (F32, 7.0)})
+    policy = {"aesthetic_score": unknown}
+    asked = config(min_aesthetic_score=4.5, aesthetic_scale=other, unknown=policy)
+    with pytest.raises(UserError, match=f"on scale {other} in f; got scale {scale}"):
+        layout_of(raw.schema, asked, "f")
+    assert layout_of(raw.schema, config(aesthetic_scale=other), "f").aesthetic_scale == scale
+
+
+def test_two_scales_make_no_dataset(tmp_path: Path) -> None:
+    for name in ("aesthetic", "AESTHETIC_SCORE"):
+        pq.write_table(table(PAIR | {name: (F32, 7.0)}), tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match=r"on one scale .* got v1 in .* and v2 in .*"):
+        check_inputs(CurationConfig(metadata=[str(tmp_path)]))
+
+
+@pytest.mark.parametrize("policy", ["keep", "later"])
+def test_a_column_may_lack_where_unknown_rows_go_on(policy: str) -> None:
+    names = ("size", "aesthetic_score", "watermark_prob", "unsafe_prob", "clip_similarity",
+             "language")  # fmt: skip
+    asked = config(
+        min_width_px=1, min_aesthetic_score=5, max_watermark_prob=0.5, max_unsafe_prob=0.5,
+        min_clip_similarity=0.2, languages=["en"], unknown=dict.fromkeys(names, policy),
+    )  # fmt: skip
+    assert layout_of(table(PAIR).schema, asked, "f").columns == ["URL", "TEXT"]
 
 
 def test_a_column_may_be_all_null() -> None:
@@ -135,7 +361,7 @@ def test_a_column_may_be_all_null() -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "canonical", "unknown"),
+    ("column", "canonical_name", "unknown"),
     [
         ("pwatermark", "watermark_prob", [None, math.nan, -1.0, 2.0, math.inf, -math.inf]),
         ("punsafe", "unsafe_prob", [None, math.nan, -0.001, 1.001]),
@@ -143,20 +369,17 @@ def test_a_column_may_be_all_null() -> None:
         ("similarity", "clip_similarity", [None, math.nan, -1.5, 1.5]),
         ("WIDTH", "width_px", [None, math.nan, 0.0, -5.0, 0.5, math.inf, 1e9]),
         ("HEIGHT", "height_px", [None, math.nan, 0.0, -5.0, math.inf, 1e9]),
+        ("LANGUAGE", "language", [None, "", " ", "XX", "und"]),
     ],
 )
 def test_values_that_say_nothing_are_null(
-    column: str, canonical: str, unknown: list[float | None]
+    column: str, canonical_name: str, unknown: list[Any]
 ) -> None:
-    raw = pa.table(
-        {
-            "URL": ["u"] * len(unknown),
-            "TEXT": ["t"] * len(unknown),
-            column: pa.array(unknown, F64),
-        }
-    )
+    kind = STR if column == "LANGUAGE" else F64
+    columns = {"URL": ["u"] * len(unknown), "TEXT": ["t"] * len(unknown)}
+    raw = pa.table(columns | {column: pa.array(unknown, kind)})
     rows = canonical_rows(raw, layout_of(raw.schema, config(), "f"), "s")
-    assert rows[canonical].to_list() == [None] * len(unknown)
+    assert rows[canonical_name].to_list() == [None] * len(unknown)
 
 
 def test_the_ends_of_a_range_are_known() -> None:
@@ -169,3 +392,5 @@ def test_identity_is_content_and_tells_url_from_caption() -> None:
     assert sample_id("u", "t") == "d5f8d50c29883bfe847cfc51ccaa1ab2"
     assert sample_id("ab", "c") != sample_id("a", "bc")
     assert sample_id("u", "t") != sample_id("u", "t2")
+    frame = pl.DataFrame({"url": ["u", "", "ü"], "caption": ["t", "", "日本"]})
+    assert ids_of(frame).to_list() == [sample_id(*row) for row in frame.rows()]

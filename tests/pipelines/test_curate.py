@@ -27,6 +27,7 @@ from infra.sessions import ClusterConfig, spark_session, stop_spark
 from pipelines.columns import sample_id
 from pipelines.config import CurationConfig
 from pipelines.curate import curate, plan_curation
+from pipelines.estimate import estimate_curation
 from pipelines.shards import read_shard
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def test_the_painted_world_is_curated_and_every_trap_holds(
     assert reasons["redirect"] == traps["redirect_loop"] + traps["redirect_internal"]
     assert reasons["http_404"] == traps["dead_404"]
     assert reasons["unknown_aesthetic_score"] == traps["null_aesthetic"]
+    assert manifest.attributes["unknown"] == {"keep": {"watermark_prob": traps["null_watermark"]}}
     assert set(EXPECTED) <= set(traps)
     requested = painted_world.server.requests
     assert not [path for path in requested if "canary" in path or "meta-data" in path]
@@ -164,6 +166,27 @@ def test_a_file_and_its_copy_are_both_accounted_for(
     assert twice.counts["rows_in"] == NUM_ROWS + num_copied
     assert twice.counts["committed"] == once.counts["committed"]
     assert verify_dataset(twice.manifest_uri) == []
+
+
+def test_an_earlier_version_foresees_the_next(
+    painted_world: PaintedWorld, spark: Callable[[], SparkSession], tmp_path: Path
+) -> None:
+    """Link rot and copies as the first parts of the metadata had them, told for the other parts."""
+    parts = sorted((painted_world.folder / "metadata").glob("*.parquet"))
+    half = len(parts) // 2
+    first = painted_world.config(metadata=[str(path) for path in parts[:half]])
+    curate("painted", first, tmp_path.as_uri(), spark)
+    rest = painted_world.config(metadata=[str(path) for path in parts[half:]])
+    foreseen = estimate_curation(rest, storage.join(tmp_path.as_uri(), "datasets", "painted"))
+    assert foreseen.known_from.startswith("version ")
+    result = curate("painted", rest, tmp_path.as_uri(), spark)
+    committed = result.counts["committed"]
+    assert abs(foreseen.samples - committed) <= 0.1 * committed
+    taken = {name: share.rows for name, share in foreseen.funnel.items()}
+    assert taken == {name: number for name, number in result.funnel.items() if name in taken}
+    assert foreseen.stored_bytes == pytest.approx(
+        sum(s.num_bytes for s in load_manifest(result.manifest_uri).shards), rel=0.15
+    )
 
 
 def test_long_captions_are_joined_and_asked_for_their_length(

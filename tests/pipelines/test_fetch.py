@@ -266,7 +266,7 @@ def test_a_redirect_inside_is_refused(
 ) -> None:
     location = location.format(port=canary.port)
     evil_web.route("/out", http_response(b"", f"Location: {location}", status="302 x"))
-    fetcher = evil_web.fetcher(pipelines.fetch.system_lookup, allowed_ports=[80, 443, canary.port])
+    fetcher = evil_web.fetcher(pipelines.hosts.system_lookup, allowed_ports=[80, 443, canary.port])
     assert rejection(fetcher, f"{URL}/out").reason == "redirect"
 
 

@@ -10,15 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import FilterConfig
-from pipelines.filters import caption_filters, first_reason, metadata_filters
+from pipelines.filters import caption_filters, first_reason, metadata_filters, unknown_kept
 from pipelines.ledger import REASONS
 
 SCHEMA = {
     "url": pl.String, "caption": pl.String, "width_px": pl.Int32, "height_px": pl.Int32,
     "aesthetic_score": pl.Float64, "watermark_prob": pl.Float64, "unsafe_prob": pl.Float64,
-    "clip_similarity": pl.Float64,
+    "clip_similarity": pl.Float64, "language": pl.String,
 }  # fmt: skip
-UNKNOWN = ("size", "aesthetic_score", "watermark_prob", "unsafe_prob", "clip_similarity")
+POLICIES = st.sampled_from(["keep", "drop", "later"])
+UNKNOWN = (
+    "size",
+    "aesthetic_score",
+    "watermark_prob",
+    "unsafe_prob",
+    "clip_similarity",
+    "language",
+)
 
 
 def maybe(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -41,6 +49,7 @@ ROWS = st.lists(
             "watermark_prob": maybe(PROBS),
             "unsafe_prob": maybe(PROBS),
             "clip_similarity": maybe(PROBS),
+            "language": maybe(st.sampled_from(["en", "de", "zh-cn"])),
         }
     ),
     min_size=1,
@@ -55,9 +64,10 @@ CONFIGS = st.builds(
     max_watermark_prob=maybe(PROBS),
     max_unsafe_prob=maybe(PROBS),
     min_clip_similarity=maybe(PROBS),
+    languages=maybe(st.sampled_from([["EN"], [" en", "de"], ["fr"]])),
     max_caption_chars=maybe(st.sampled_from([1, 3])),
     min_caption_words=maybe(st.sampled_from([1, 2, 3])),
-    unknown=st.fixed_dictionaries({name: st.sampled_from(["keep", "drop"]) for name in UNKNOWN}),
+    unknown=st.fixed_dictionaries({name: POLICIES for name in UNKNOWN}),
 )
 
 
@@ -89,6 +99,12 @@ def brute_force(row: dict[str, Any], config: FilterConfig) -> str | None:
             continue
         if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
             return reason
+    if config.languages is not None:
+        if row["language"] is None and config.unknown.language == "drop":
+            return "unknown_language"
+        wanted = [code.strip().lower() for code in config.languages]
+        if row["language"] is not None and row["language"] not in wanted:
+            return "other_language"
     if config.max_caption_chars is not None and len(row["caption"]) > config.max_caption_chars:
         return "caption_too_long"
     return None
@@ -102,6 +118,33 @@ def test_metadata_filters_agree_with_brute_force(
     frame = pl.DataFrame(rows, schema=SCHEMA)
     reasons = frame.select(first_reason(metadata_filters(config)))["reason"].to_list()
     assert reasons == [brute_force(row, config) for row in rows]
+
+
+@given(ROWS, CONFIGS)
+def test_what_goes_on_unknown_is_counted(rows: list[dict[str, Any]], config: FilterConfig) -> None:
+    frame = pl.DataFrame(rows, schema=SCHEMA)
+    kept = [row for row in rows if brute_force(row, config) is None]
+    frame = frame.filter(frame.select(first_reason(metadata_filters(config)))["reason"].is_null())
+    bounds: dict[str, list[Any]] = {
+        "size": [config.min_width_px, config.min_height_px, config.max_aspect_ratio],
+        "aesthetic_score": [config.min_aesthetic_score],
+        "watermark_prob": [config.max_watermark_prob],
+        "unsafe_prob": [config.max_unsafe_prob],
+        "clip_similarity": [config.min_clip_similarity],
+        "language": [config.languages],
+    }
+    expected: dict[tuple[str, str], int] = {}
+    for name, asked in bounds.items():
+        policy = getattr(config.unknown, name)
+        if asked != [None] * len(asked) and policy != "drop":
+            columns = ["width_px", "height_px"] if name == "size" else [name]
+            expected[policy, name] = sum(None in [row[c] for c in columns] for row in kept)
+    counted = {
+        (policy, name): frame.select(is_unknown.sum()).item()
+        for policy, values in unknown_kept(config).items()
+        for name, is_unknown in values.items()
+    }
+    assert counted == expected
 
 
 @given(ROWS, CONFIGS)
@@ -123,19 +166,16 @@ def test_every_reason_has_its_place_in_the_report() -> None:
     config = FilterConfig(
         min_width_px=1, min_height_px=1, max_aspect_ratio=1, min_aesthetic_score=1,
         max_watermark_prob=1, max_unsafe_prob=1, min_clip_similarity=0, min_caption_words=1,
+        languages=["en"],
     )  # fmt: skip
-    asked = [
-        reason
-        for found in metadata_filters(config) + caption_filters(config)
-        for reason in found.reasons
-    ]
+    asked = [found.reason for found in metadata_filters(config) + caption_filters(config)]
     assert asked == [reason for reason in REASONS if reason in asked]
     assert len(asked) == len(set(asked))
 
 
 def test_nothing_but_the_url_is_asked_when_all_is_off() -> None:
     config = FilterConfig(max_caption_chars=None)
-    assert [found.reasons for found in metadata_filters(config)] == [("no_url",)]
+    assert [found.reason for found in metadata_filters(config)] == ["no_url"]
 
 
 @pytest.mark.parametrize("score", [None, 4.4999])

@@ -13,7 +13,7 @@ import pipelines.inputs
 from infra import storage
 from infra.errors import UserError
 from pipelines.config import CurationConfig
-from pipelines.inputs import find_inputs, read_captions, read_metadata, units_of
+from pipelines.inputs import Unit, find_inputs, metadata_batches, read_captions, units_of
 from pipelines.plan import plan_curation
 
 
@@ -21,6 +21,10 @@ def config(*metadata: str, captions: tuple[str, ...] = ()) -> CurationConfig:
     return CurationConfig.model_validate(
         {"metadata": list(metadata), "captions": {"files": list(captions)}}
     )
+
+
+def read_metadata(unit: Unit, config: CurationConfig) -> pa.Table:
+    return pa.concat_tables(table for table, _ in metadata_batches(unit, config))
 
 
 def parquet(path: Path, num_rows: int = 10, **options: Any) -> Path:
@@ -61,7 +65,7 @@ def test_s3_addresses_folders_and_globs(tmp_path: Path, s3_server: Any) -> None:
     files = find_inputs(config(f"{root}/part/a.parquet"))
     local = find_inputs(config(str(tmp_path / "a.parquet")))
     assert [file.identity() for file in files] == [file.identity() for file in local]
-    assert read_metadata(units_of(files)[0], config("x")).height == 10
+    assert read_metadata(units_of(files)[0], config("x")).num_rows == 10
 
 
 @pytest.mark.parametrize("pattern", ["{}/nothing", "{}/*.parquet", "file://{}/x.parquet"])
@@ -125,7 +129,7 @@ def test_every_row_group_is_in_exactly_one_unit(
     units = units_of(files)
     assert [unit.index for unit in units] == list(range(len(units)))
     assert len(units) > 5
-    rows = [url for unit in units for url in read_metadata(unit, config("x"))["url"]]
+    rows = [url for unit in units for url in read_metadata(unit, config("x"))["URL"].to_pylist()]
     assert len(rows) == len(set(rows)) == 130
 
 
@@ -135,7 +139,8 @@ def test_caption_files_are_found_checked_and_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["u"], "caption": ["c"], "other": [1]}), captions)
     files = find_inputs(config(str(metadata), captions=(str(captions),)))
     assert [file.kind for file in files] == ["captions", "metadata"]
-    assert read_captions(units_of(files)[0], config("x")).rows() == [("u", "c", None)]
+    (batch,) = read_captions(units_of(files)[0], config("x"))
+    assert batch.rows() == [("u", "c", None)]
     with pytest.raises(UserError, match="text columns url, caption"):
         find_inputs(config(str(metadata), captions=(str(metadata),)))
 

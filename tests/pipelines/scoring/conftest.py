@@ -200,7 +200,7 @@ def _ledger(rows: list[dict[str, Any]], shard_of: dict[str, str], root: str, fol
     )
     frame = pl.DataFrame(kept + gone, schema=types)
     assert count(frame).num_rows == len(kept) + len(gone)
-    with LedgerFile(folder) as ledger:
+    with LedgerFile(folder, "test") as ledger:
         ledger.add(frame)
         return ledger.publish(root)
 

@@ -1,0 +1,243 @@
+"""The funnel before anything is fetched: unbiased, honest about its interval, near the truth."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import pipelines.clusters
+import pipelines.estimate
+from demo.metadata import build_world
+from demo.world import WorldConfig
+from infra import storage
+from infra.manifest import DatasetManifest, ShardEntry, publish_manifest, shard_path
+from pipelines.columns import canonical_rows
+from pipelines.config import CurationConfig
+from pipelines.estimate import Estimate, estimate_curation
+from pipelines.filters import first_reason, metadata_filters
+from pipelines.inputs import find_inputs, metadata_batches, units_of
+
+NUM_FILES, GROUPS_PER_FILE = 12, 10
+FILTERS: dict[str, Any] = {
+    "min_width_px": 256, "min_height_px": 256, "max_aspect_ratio": 3.0, "min_aesthetic_score": 4.5,
+    "max_watermark_prob": 0.5, "max_unsafe_prob": 0.5,
+    "unknown": {"watermark_prob": "later"},
+}  # fmt: skip
+
+
+def laion_file(path: Path, rng: np.random.Generator, index: int) -> None:
+    """Files differ, and row groups differ in size and in score, as sorted files do."""
+    groups = []
+    for group in range(GROUPS_PER_FILE):
+        n = int(rng.integers(100, 3000)) * (10 if group == 0 else 1)
+        score = 4.6 + 0.1 * index / NUM_FILES + 0.02 * group
+        columns = {
+            "URL": [f"http://a.example/{index}/{group}/{i}" for i in range(n)],
+            "TEXT": ["some words about a picture"] * n,
+            "WIDTH": rng.lognormal(6.2, 0.6, n),
+            "HEIGHT": rng.lognormal(6.1, 0.6, n),
+            "punsafe": rng.beta(0.3, 6, n),
+            "pwatermark": np.where(rng.random(n) < 0.1, np.nan, rng.beta(0.5, 2, n)),
+            "AESTHETIC_SCORE": rng.normal(score, 0.7, n),
+        }
+        groups.append(pa.table(columns))
+    with pq.ParquetWriter(path, groups[0].schema) as writer:
+        for table in groups:
+            writer.write_table(table)
+
+
+@pytest.fixture(scope="module")
+def laion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("laion")
+    rng = np.random.default_rng(7)
+    for index in range(NUM_FILES):
+        laion_file(folder / f"part-{index:05d}.parquet", rng, index)
+    return folder
+
+
+def config_of(folder: Path, **estimate: Any) -> CurationConfig:
+    return CurationConfig.model_validate(
+        {"metadata": [str(folder)], "filters": FILTERS, "estimate": estimate}
+    )
+
+
+def true_reasons(config: CurationConfig) -> tuple[int, Counter[str | None], int]:
+    """Rows, what each reason takes of all of them, and how many go on with no watermark known."""
+    frames = [
+        canonical_rows(table, layout, "s").with_columns(
+            first_reason(metadata_filters(config.filters))
+        )
+        for unit in units_of(find_inputs(config))
+        for table, layout in metadata_batches(unit, config)
+    ]
+    rows = pl.concat(frames)
+    later = rows.filter(pl.col("reason").is_null() & pl.col("watermark_prob").is_null()).height
+    return rows.height, Counter(rows["reason"].to_list()), later
+
+
+def test_a_sample_is_within_ten_percent_and_its_interval_holds(
+    laion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipelines.estimate, "MAX_RECORDS_PER_GROUP", 500)
+    rows_in, truth, later = true_reasons(config_of(laion))
+    found = [
+        estimate_curation(config_of(laion, seed=seed), tmp_path.as_uri()) for seed in range(12)
+    ]
+    kept = truth[None]
+    held = 0
+    for one in found:
+        assert (one.rows_in, one.groups_sampled) == (rows_in, 24)
+        assert one.rows_sampled <= 24 * 500 < rows_in / 10
+        assert abs(one.to_fetch.rows - kept) < 0.1 * kept
+        held += abs(one.to_fetch.ratio - kept / rows_in) <= one.to_fetch.margin
+        for name, share in one.funnel.items():
+            if truth[name] > rows_in / 20:
+                assert abs(share.rows - truth[name]) < 0.1 * truth[name], name
+        total = one.to_fetch.ratio + sum(share.ratio for share in one.funnel.values())
+        assert total == pytest.approx(1)
+    assert held >= 10
+    mean = sum(one.to_fetch.ratio for one in found) / len(found)
+    assert mean == pytest.approx(kept / rows_in, rel=0.02)
+    unknown = sum(one.unknown["later:watermark_prob"].rows for one in found) / len(found)
+    assert unknown == pytest.approx(later, rel=0.1)
+
+
+def test_the_same_draw_twice(laion: Path, tmp_path: Path) -> None:
+    one = estimate_curation(config_of(laion, row_groups=5), tmp_path.as_uri())
+    assert estimate_curation(config_of(laion, row_groups=5), tmp_path.as_uri()) == one
+    other = estimate_curation(config_of(laion, row_groups=5, seed=1), tmp_path.as_uri())
+    assert other.to_fetch != one.to_fetch
+
+
+def test_few_row_groups_are_all_read(laion: Path, tmp_path: Path) -> None:
+    config = config_of(laion, row_groups=200)
+    rows_in, truth, later = true_reasons(config)
+    found = estimate_curation(config, tmp_path.as_uri())
+    assert 0.9 * rows_in < found.rows_sampled < rows_in  # only the largest groups are thinned
+    assert found.groups_sampled == NUM_FILES * GROUPS_PER_FILE
+    assert found.rows_in == rows_in
+    for name, share in found.funnel.items():
+        assert abs(share.ratio - truth[name] / rows_in) <= 2 * share.margin, name
+    assert found.unknown["later:watermark_prob"].rows == pytest.approx(later, rel=0.02)
+
+
+def test_no_bias_towards_small_or_large_row_groups(tmp_path: Path) -> None:
+    """A group of 9 000 good rows among 30 groups of 100 bad ones."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(31):
+        n = 9000 if index == 0 else 100
+        side = 500.0 if index == 0 else 100.0
+        frame = {
+            "URL": [f"u{i}" for i in range(n)], "TEXT": ["a b"] * n, "WIDTH": [side] * n,
+            "HEIGHT": [side] * n,
+        }  # fmt: skip
+        pl.DataFrame(frame).write_parquet(folder / f"{index}.parquet")
+    ratios = []
+    for seed in range(40):
+        config = CurationConfig.model_validate(
+            {"metadata": [str(folder)], "filters": {"min_width_px": 256},
+             "estimate": {"row_groups": 10, "seed": seed}}
+        )  # fmt: skip
+        ratios.append(estimate_curation(config, tmp_path.as_uri()).to_fetch.ratio)
+    assert np.mean(ratios) == pytest.approx(0.75, abs=0.05)
+
+
+def published(root: str, **changes: Any) -> None:
+    known: dict[str, Any] = {
+        "name": "d",
+        "recipe_fingerprint": "0" * 64,
+        "shards": [],
+        "ledger": [],
+        "counts": {"rows_in": 0, "committed": 0, "rejected": 0, "failed": 0},
+        "rejected": {},
+        "failed": {},
+        "parents": [],
+        "attributes": {},
+    }
+    publish_manifest(root, DatasetManifest(**(known | changes)))
+
+
+def test_what_is_stated_and_what_was_measured(laion: Path, tmp_path: Path) -> None:
+    plain = estimate_curation(config_of(laion), tmp_path.as_uri())
+    assert (plain.known_from, plain.fetch_success_ratio) == ("nothing", None)
+    assert plain.samples == plain.fetches == plain.to_fetch.rows
+    assert len(plain.notes) == 2
+    stated = estimate_curation(
+        config_of(
+            laion, fetch_success_ratio=0.5, duplicate_ratio=0.2, num_cores=4,
+            price_per_core_hour=0.04, fetches_per_core_second=10.0, rows_per_core_second=1e5,
+        ),
+        tmp_path.as_uri(),
+    )  # fmt: skip
+    assert stated.fetches == pytest.approx(0.8 * plain.to_fetch.rows, abs=1)
+    assert stated.samples == pytest.approx(0.4 * plain.to_fetch.rows, abs=1)
+    assert stated.core_hours == pytest.approx(
+        (stated.rows_in / 1e5 + stated.fetches / 10) / 3600, rel=1e-3
+    )
+    assert stated.hours == pytest.approx(stated.core_hours / 4)
+    assert stated.cost == pytest.approx(0.04 * stated.core_hours)
+    assert stated.notes == ()
+    json.dumps(stated.to_json())
+
+
+def test_an_earlier_version_tells_link_rot_copies_and_bytes(laion: Path, tmp_path: Path) -> None:
+    root = tmp_path.as_uri()
+    shard = ShardEntry(shard_path("0" * 64), 6000, "0" * 64, 60)
+    storage.write_bytes(storage.join(root, shard.path), bytes(6000))
+    published(
+        root,
+        shards=[shard],
+        counts={"rows_in": 400, "committed": 60, "rejected": 320, "failed": 20},
+        rejected={"too_small": 300, "duplicate_url": 20},
+        failed={"http_404": 20},
+    )
+    found = estimate_curation(config_of(laion), root)
+    assert found.duplicate_ratio == 0.2
+    assert found.fetch_success_ratio == 0.75
+    assert found.known_from.startswith("version ")
+    assert found.stored_bytes == pytest.approx(100 * found.samples, rel=1e-3)
+    overruled = estimate_curation(config_of(laion, fetch_success_ratio=0.5), root)
+    assert (overruled.fetch_success_ratio, overruled.known_from) == (0.5, "recipe")
+
+
+def test_json_lines_are_drawn_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines.clusters, "STRETCH_BYTES", 5000)
+    records = [
+        json.dumps(
+            {"img_path": f"{i}.jpg", "prompt": "a fox" if i % 4 else " ", "Task2": {"Caption": ""}}
+        )
+        for i in range(3000)
+    ]
+    path = tmp_path / "j.jsonl"
+    path.write_text("\n".join(records))
+    for row_groups in (10, 1000):
+        config = CurationConfig.model_validate(
+            {"metadata": [str(path)], "image_base_url": "https://i.example/",
+             "estimate": {"row_groups": row_groups}}
+        )  # fmt: skip
+        found = estimate_curation(config, (tmp_path / "none").as_uri())
+        assert found.rows_in == pytest.approx(3000, rel=0 if row_groups == 1000 else 0.02)
+        assert found.funnel["no_caption"].ratio == pytest.approx(0.25, rel=0.02)
+
+
+def test_the_painted_world_ends_as_foreseen(tmp_path: Path) -> None:
+    """The metadata's own reasons, to the row; what its web then does is in the slow test."""
+    build_world(WorldConfig.model_validate({"num_rows": 400, "trap_ratio": 0.4}), tmp_path)
+    config = CurationConfig.model_validate(
+        {"metadata": [str(tmp_path / "metadata")], "filters": FILTERS}
+    )
+    rows_in, truth, _ = true_reasons(config)
+    found: Estimate = estimate_curation(config, (tmp_path / "none").as_uri())
+    assert found.rows_in == rows_in == found.rows_sampled
+    assert {name: share.rows for name, share in found.funnel.items() if name in truth} == {
+        name: number for name, number in truth.items() if name is not None
+    }
