@@ -182,12 +182,12 @@ def _ledger(rows: list[dict[str, Any]], shard_of: dict[str, str], root: str, fol
     names = [name for name in CANONICAL_SCHEMA.names if name != "caption"]
     schema = dict(pl.Schema(CANONICAL_SCHEMA))
     kept = [
-        {name: row[name] for name in names}
+        {name: row.get(name) for name in names}
         | {"disposition": "committed", "sha256": row["sha256"], "shard": shard_of[row["sample_id"]]}
         for row in rows
     ]
     gone = [
-        {name: row[name] for name in names}
+        {name: row.get(name) for name in names}
         | {
             "sample_id": sample_id("gone", str(row["url"])),
             "disposition": "rejected",
