@@ -14,7 +14,9 @@ from app import verb as verbs
 from infra.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-VERBS = ("doctor", "up", "down", "plan", "run", "curate", "train", "status", "sample", "verify")
+VERBS = (
+    "doctor", "up", "down", "plan", "run", "curate", "train", "status", "sample", "verify", "diff",
+)  # fmt: skip
 HEAVY = ("torch", "ray", "pyspark", "mlflow", "lightning", "pyarrow", "polars", "numpy", "PIL")
 
 
