@@ -285,7 +285,12 @@ def sample(
     )
 )
 @verb
-def verify(manifest: ManifestUri | None = None, json_: Json = False) -> None:
+def verify(
+    manifest: Annotated[
+        str | None, typer.Argument(help="a dataset's manifest.json; default: the newest run")
+    ] = None,
+    json_: Json = False,
+) -> None:
     """Prove every byte of the newest run, or of one dataset.
 
     Datasets and checkpoints are read and compared with their digests; one line per problem, and

@@ -98,6 +98,15 @@ def test_before_the_first_run_there_is_nothing_to_see(verb: str, tmp_path: Path)
     assert "try `atelier run recipes/demo.yaml`" in done.stderr
 
 
+def test_a_dataset_that_is_not_there_is_one_problem(tmp_path: Path) -> None:
+    uri = f"{tmp_path.as_uri()}/d/v/manifest.json"
+    done = atelier("verify", uri, "--json", home=tmp_path)
+    assert done.returncode == 1
+    answer = json.loads(done.stdout)
+    assert not answer["ok"]
+    assert len(answer["problems"]) == 1
+
+
 def test_painting_needs_a_model(tmp_path: Path) -> None:
     done = atelier("sample", "a fox", "--out", str(tmp_path / "a.png"), home=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
