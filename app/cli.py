@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(help="a YAML file of recipes/")]
+ManifestUri = Annotated[str, typer.Argument(help="the address of a dataset's manifest.json")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, no progress")]
 Overrides = Annotated[
     list[str] | None,
@@ -298,20 +299,44 @@ def sample(
     output.result({"images": [image.to_json() for image in images]})
 
 
-@app.command(epilog=_examples("atelier verify", "atelier verify --json"))
+@app.command(
+    epilog=_examples(
+        "atelier verify", "atelier verify s3://atelier/datasets/concepts/<version>/manifest.json"
+    )
+)
 @verb
-def verify(json_: Json = False) -> None:
-    """Prove every byte of the newest run.
+def verify(
+    manifest: Annotated[
+        str | None, typer.Argument(help="a dataset's manifest.json; default: the newest run")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Prove every byte of the newest run, or of one dataset.
 
-    Datasets and checkpoints are read and compared with their digests.
+    Datasets and checkpoints are read and compared with their digests; one line per problem, and
+    exit code 1 when there is one.
     """
-    from app.verify import verify_run
+    from app.verify import verify_address, verify_run
 
     out = Output(json_)
-    problems = verify_run(out)
+    problems = verify_run(out) if manifest is None else verify_address(manifest, out)
     out.result({"ok": not problems, "problems": problems})
     if problems:
         raise typer.Exit(1)
+
+
+@app.command(epilog=_examples("atelier diff <old manifest.json> <new manifest.json>"))
+@verb
+def diff(old: ManifestUri, new: ManifestUri, json_: Json = False) -> None:
+    """Compare two versions of a dataset.
+
+    Samples added, removed and changed, rows that now end otherwise, and scores that moved; from
+    the ledgers alone, without reading a shard.
+    """
+    from app.diff import show_diff
+
+    out = Output(json_)
+    out.result(show_diff(old, new, out))
 
 
 scoring_verbs.register(app)

@@ -1,4 +1,4 @@
-"""`atelier verify`: read everything the newest run made, and compare it with its digests."""
+"""`atelier verify`: read everything a run made, or one dataset, and compare it with its digests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,32 @@ from app.status import read_latest
 from app.verb import Output
 from infra.config import atelier_home
 from infra.errors import UserError
+
+
+def verify_address(manifest_uri: str, out: Output) -> list[str]:
+    """The problems of one dataset version; files that no version lists are said, and no problem."""
+    from infra.manifest import dataset_root, verify_dataset
+    from infra.manifest_verify import unlisted_files
+    from infra.progress import progress
+
+    root = dataset_root(manifest_uri)
+    reach(manifest_uri)
+    with progress("reading", None, "MB") as bar:
+        problems = verify_dataset(manifest_uri, bar)
+    for problem in problems:
+        out.say(problem)
+    for path in unlisted_files(root):
+        out.say(f"{path}: extra; no version lists it, and no reader looks at it")
+    out.say("damaged" if problems else "ok")
+    return problems
+
+
+def reach(uri: str) -> None:
+    """Have what reading ``uri`` needs: the local store for s3://, unless the keys are given."""
+    import os
+
+    if uri.startswith("s3://") and "AWS_ACCESS_KEY_ID" not in os.environ:
+        with_services()
 
 
 def verify_run(out: Output) -> list[str]:
@@ -27,7 +53,7 @@ def verify_run(out: Output) -> list[str]:
         try:
             if step.manifest_uri is not None:
                 what = f"dataset {step.label} {str(step.dataset_version)[:12]}"
-                with progress(f"reading {step.label}", None, "files") as bar:
+                with progress(f"reading {step.label}", None, "MB") as bar:
                     found = verify_dataset(step.manifest_uri, bar)
             else:
                 what = f"stage {step.name} {str(step.checkpoint_sha256)[:12]}"

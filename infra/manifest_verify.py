@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tarfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import IO, cast
@@ -11,42 +13,45 @@ from typing import IO, cast
 from infra import storage
 from infra.errors import UserError
 from infra.manifest import (
+    MANIFEST_NAME,
     FileEntry,
     ShardEntry,
     dataset_root,
+    listed_files,
     load_manifest,
     manifest_problems,
 )
 from infra.progress import Progress
 
-VERIFY_THREADS = 4
+MIN_THREADS = 4  # more than cores where storage answers slowly; hashing lets go of the lock
 DRAIN_BYTES = 1 << 20
+MEGABYTE = 1_000_000
 
 
 def verify(manifest_uri: str, progress: Progress | None = None) -> list[str]:
     """Read every listed byte and return the problems found, one line each, in manifest order.
 
     Finds missing files, wrong sizes, digests and row counts, members that are not plain files,
-    and counts that do not add up. Streams: memory stays at a few MiB per thread. Raises
-    ``StorageUnavailable`` when storage itself fails, for then nothing is proven.
+    and counts that do not add up. Streams: memory stays at a few MiB per thread. ``progress`` is
+    told megabytes read, of those listed. Raises ``StorageUnavailable`` when storage itself fails,
+    for then nothing is proven.
     """
     try:
         manifest = load_manifest(manifest_uri)
     except (storage.ObjectMissing, storage.DigestMismatch) as error:
         return [str(error)]
     root = dataset_root(manifest_uri)
+    meter = _Meter(progress, sum(entry.num_bytes for entry in listed_files(manifest)))
     checks: list[Callable[[], list[str]]] = [
-        *(lambda shard=shard: _check_shard(root, shard) for shard in manifest.shards),
-        *(lambda file=file: _check_ledger(root, file) for file in manifest.ledger),
+        *(lambda shard=shard: _check_shard(root, shard, meter) for shard in manifest.shards),
+        *(lambda file=file: _check_ledger(root, file, meter) for file in manifest.ledger),
     ]
     problems: dict[int, list[str]] = {}
-    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+    with ThreadPoolExecutor(max(MIN_THREADS, os.cpu_count() or 1)) as pool:
         futures = {pool.submit(check): index for index, check in enumerate(checks)}
         try:
-            for num_done, future in enumerate(as_completed(futures), start=1):
+            for future in as_completed(futures):
                 problems[futures[future]] = future.result()
-                if progress is not None:
-                    progress.update(done=num_done, total=len(checks))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -54,11 +59,54 @@ def verify(manifest_uri: str, progress: Progress | None = None) -> list[str]:
     return manifest_problems(manifest) + found
 
 
+def unlisted_files(root: str) -> list[str]:
+    """Shards and ledger files under a dataset's root that no readable manifest there lists.
+
+    Paths relative to ``root``, sorted. No damage: a build under way, or one that was given up,
+    leaves such files, and readers never look at them.
+    """
+    prefix = root.rstrip("/") + "/"
+    listed: set[str] = set()
+    found: list[str] = []
+    for info in storage.list_objects(root):
+        path = info.uri.removeprefix(prefix)
+        folder, _, name = path.rpartition("/")
+        if folder in ("shards", "ledger"):
+            found.append(path)
+        elif name == MANIFEST_NAME and "/" not in folder:
+            try:
+                listed.update(entry.path for entry in listed_files(load_manifest(info.uri)))
+            except (storage.DigestMismatch, storage.ObjectMissing, UserError):
+                continue  # verify names it
+    return sorted(path for path in found if path not in listed)
+
+
+class _Meter:
+    """Tells progress in megabytes; many threads add to it."""
+
+    def __init__(self, progress: Progress | None, num_bytes: int) -> None:
+        self._progress = progress
+        self._total = -(-num_bytes // MEGABYTE)
+        self._num_bytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, num_bytes: int) -> None:
+        if self._progress is None:
+            return
+        with self._lock:
+            before = -(-self._num_bytes // MEGABYTE)
+            self._num_bytes += num_bytes
+            done = -(-self._num_bytes // MEGABYTE)
+            if done > before:
+                self._progress.update(done=done, total=self._total)
+
+
 class _Hashed:
     """A stream that hashes and counts what passes through."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: IO[bytes], meter: _Meter) -> None:
         self._stream = stream
+        self._meter = meter
         self._digest = hashlib.sha256()
         self.num_bytes = 0
 
@@ -66,6 +114,7 @@ class _Hashed:
         data = self._stream.read(size)
         self._digest.update(data)
         self.num_bytes += len(data)
+        self._meter.add(len(data))
         return data
 
     def finish(self) -> str:
@@ -74,11 +123,11 @@ class _Hashed:
         return self._digest.hexdigest()
 
 
-def _check_shard(root: str, shard: ShardEntry) -> list[str]:
+def _check_shard(root: str, shard: ShardEntry, meter: _Meter) -> list[str]:
     uri = storage.join(root, shard.path)
     try:
         with storage.open_stream(uri) as stream:
-            hashed = _Hashed(stream)
+            hashed = _Hashed(stream, meter)
             keys, problems = _read_tar(shard.path, hashed)
             sha256 = hashed.finish()
     except storage.ObjectMissing:
@@ -105,11 +154,11 @@ def _read_tar(path: str, stream: _Hashed) -> tuple[set[str], list[str]]:
     return keys, problems
 
 
-def _check_ledger(root: str, file: FileEntry) -> list[str]:
+def _check_ledger(root: str, file: FileEntry, meter: _Meter) -> list[str]:
     uri = storage.join(root, file.path)
     try:
         with storage.open_stream(uri) as stream:
-            hashed = _Hashed(stream)
+            hashed = _Hashed(stream, meter)
             sha256 = hashed.finish()
     except storage.ObjectMissing:
         return [f"{file.path}: missing"]

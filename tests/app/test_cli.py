@@ -15,7 +15,7 @@ from infra.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VERBS = (
-    "doctor", "up", "down", "plan", "run", "curate", "train", "status", "sample", "verify",
+    "doctor", "up", "down", "plan", "run", "curate", "train", "status", "sample", "verify", "diff",
     "score", "refilter", "search",
 )  # fmt: skip
 HEAVY = ("torch", "ray", "pyspark", "mlflow", "lightning", "pyarrow", "polars", "numpy", "PIL")
@@ -97,6 +97,15 @@ def test_before_the_first_run_there_is_nothing_to_see(verb: str, tmp_path: Path)
     done = atelier(verb, home=tmp_path)
     assert done.returncode == 1
     assert "try `atelier run recipes/demo.yaml`" in done.stderr
+
+
+def test_a_dataset_that_is_not_there_is_one_problem(tmp_path: Path) -> None:
+    uri = f"{tmp_path.as_uri()}/d/v/manifest.json"
+    done = atelier("verify", uri, "--json", home=tmp_path)
+    assert done.returncode == 1
+    answer = json.loads(done.stdout)
+    assert not answer["ok"]
+    assert len(answer["problems"]) == 1
 
 
 def test_painting_needs_a_model(tmp_path: Path) -> None:

@@ -1,0 +1,191 @@
+"""What changed between two versions of a dataset, from their ledgers.
+
+One pass over each ledger spills the columns that matter into local buckets by sample id (and by
+URL for captions), and buckets are joined one at a time: memory does not grow with the dataset.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra import storage
+from infra.manifest import DatasetManifest, dataset_root, load_manifest
+from infra.progress import Progress
+from pipelines.ledger import COMMITTED, FAILED
+from pipelines.publish import funnel_of
+
+NUM_EXAMPLES = 20
+ROWS_PER_BUCKET = 5_000_000
+MAX_BUCKETS = 256
+_NO_ROW = "no row"
+# Score -> (lowest, highest) value of its histogram of NUM_BINS equal bins.
+SCORE_RANGES = {
+    "clip_similarity": (-1.0, 1.0),
+    "aesthetic_score": (0.0, 10.0),
+    "watermark_prob": (0.0, 1.0),
+    "unsafe_prob": (0.0, 1.0),
+}
+NUM_BINS = 20
+_COLUMNS = ["sample_id", "url", "disposition", "reason", "sha256"]
+
+
+@dataclass
+class DatasetDiff:
+    """The difference of two versions.
+
+    Samples are committed rows, matched by sample id (the hash of URL and caption); ``changed``
+    ones have another image sha256. ``captions_changed`` counts URLs committed in both versions
+    under other captions only. ``outcomes_changed`` are (old, new, rows), most first.
+    ``histograms``: score -> version -> counts of committed samples per bin, the last one unknown.
+    ``scores_moved``: the share of samples in another bin, 0 to 1 (total variation distance).
+    """
+
+    old_version: str
+    new_version: str
+    old_funnel: dict[str, int]
+    new_funnel: dict[str, int]
+    added: int = 0
+    removed: int = 0
+    changed: int = 0
+    kept: int = 0
+    captions_changed: int = 0
+    outcomes_changed: list[tuple[str, str, int]] = field(default_factory=list)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    histograms: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    scores_moved: dict[str, float] = field(default_factory=dict)
+
+
+def diff_datasets(old_uri: str, new_uri: str, progress: Progress | None = None) -> DatasetDiff:
+    """Compare two manifests' versions; they may belong to different datasets."""
+    manifests = {"old": load_manifest(old_uri), "new": load_manifest(new_uri)}
+    old, new = manifests["old"], manifests["new"]
+    found = DatasetDiff(old.version, new.version, funnel_of(old), funnel_of(new))
+    most = max(manifest.counts["rows_in"] for manifest in manifests.values())
+    num_buckets = min(MAX_BUCKETS, 1 + most // ROWS_PER_BUCKET)
+    found.histograms = {
+        name: {side: [0] * (NUM_BINS + 1) for side in manifests} for name in SCORE_RANGES
+    }
+    with TemporaryDirectory(prefix="atelier-diff-") as name:
+        folder = Path(name)
+        for side, uri in (("old", old_uri), ("new", new_uri)):
+            _spill(side, uri, manifests[side], folder, num_buckets, found, progress)
+        outcomes: Counter[tuple[str, str]] = Counter()
+        for bucket in range(num_buckets):
+            _compare_ids(folder, bucket, found, outcomes)
+            _compare_urls(folder, bucket, found)
+    ranked = sorted(outcomes.items(), key=lambda item: (-item[1], item[0]))
+    found.outcomes_changed = [(before, after, number) for (before, after), number in ranked]
+    for score, sides in found.histograms.items():
+        a, b = (max(sum(counts), 1) for counts in (sides["old"], sides["new"]))
+        pairs = zip(sides["old"], sides["new"], strict=True)
+        found.scores_moved[score] = sum(abs(x / a - y / b) for x, y in pairs) / 2
+    return found
+
+
+def _batches(uri: str, manifest: DatasetManifest) -> Iterator[pl.DataFrame]:
+    columns = [*_COLUMNS, *SCORE_RANGES]
+    for entry in manifest.ledger:
+        where = storage.join(dataset_root(uri), entry.path)
+        filesystem, path = storage.arrow_filesystem(where)
+        with filesystem.open_input_file(path) as source:
+            for batch in pq.ParquetFile(source).iter_batches(columns=columns):
+                yield pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
+
+
+def _spill(
+    side: str,
+    uri: str,
+    manifest: DatasetManifest,
+    folder: Path,
+    num_buckets: int,
+    found: DatasetDiff,
+    progress: Progress | None,
+) -> None:
+    ids = pa.schema([(n, pa.string()) for n in ("sample_id", "outcome", "sha256")])
+    urls = pa.schema([(n, pa.string()) for n in ("url_hash", "sample_id")])
+    with ExitStack() as stack:
+        writers = {
+            (kind, bucket): stack.enter_context(
+                pq.ParquetWriter(folder / f"{side}-{kind}-{bucket}", schema)
+            )
+            for kind, schema in (("ids", ids), ("urls", urls))
+            for bucket in range(num_buckets)
+        }
+        for rows in _batches(uri, manifest):
+            committed = rows.filter(pl.col("disposition") == COMMITTED)
+            _add_scores(side, committed, found)
+            failed = pl.lit("failed:") + pl.col("reason")
+            outcome = (
+                pl.when(pl.col("disposition") == COMMITTED)
+                .then(pl.lit(""))  # sorts first: of a row and its rejected copies, the row counts
+                .when(pl.col("disposition") == FAILED)
+                .then(failed)
+                .otherwise("reason")
+            )
+            by_id = rows.with_columns(outcome.alias("outcome")).drop_nulls("sample_id")
+            by_url = committed.with_columns(pl.col("url").hash(0).alias("url_hash"))
+            for kind, frame, schema, key in (
+                ("ids", by_id, ids, pl.col("sample_id").hash(0)),
+                ("urls", by_url, urls, pl.col("url_hash")),
+            ):
+                split = frame.with_columns((key % num_buckets).alias("bucket"))
+                for (bucket,), part in split.group_by("bucket"):
+                    columns = part.select(pl.col(schema.names).cast(pl.String))
+                    writers[kind, int(str(bucket))].write_table(columns.to_arrow().cast(schema))
+            if progress is not None:
+                progress.advance(rows.height)
+
+
+def _add_scores(side: str, committed: pl.DataFrame, found: DatasetDiff) -> None:
+    for name, (low, high) in SCORE_RANGES.items():
+        position = (pl.col(name) - low) / (high - low) * NUM_BINS
+        bins = position.floor().clip(0, NUM_BINS - 1).cast(pl.Int32).fill_null(NUM_BINS)
+        counts = committed.select(bins.alias("bin")).group_by("bin").len()
+        for index, number in counts.iter_rows():
+            found.histograms[name][side][index] += number
+
+
+def _compare_ids(
+    folder: Path, bucket: int, found: DatasetDiff, outcomes: Counter[tuple[str, str]]
+) -> None:
+    sides = [
+        pl.read_parquet(folder / f"{side}-ids-{bucket}")
+        .sort("outcome", "sha256", nulls_last=True)
+        .unique("sample_id", keep="first", maintain_order=True)
+        for side in ("old", "new")
+    ]
+    both = sides[0].join(sides[1], on="sample_id", how="full", coalesce=True, suffix="_new")
+    was, is_ = (pl.col(name).eq_missing(pl.lit("")) for name in ("outcome", "outcome_new"))
+    same = pl.col("sha256").eq_missing(pl.col("sha256_new"))
+    for name, rule in (
+        ("added", is_ & ~was), ("removed", was & ~is_), ("changed", was & is_ & ~same)
+    ):  # fmt: skip
+        ids = both.filter(rule)["sample_id"]
+        setattr(found, name, getattr(found, name) + ids.len())
+        known = found.examples.get(name, [])
+        smallest = ids.sort().head(NUM_EXAMPLES).to_list()
+        found.examples[name] = sorted(known + smallest)[:NUM_EXAMPLES]
+    found.kept += both.filter(was & is_ & same).height
+    moved = both.filter(~pl.col("outcome").eq_missing(pl.col("outcome_new")))
+    for before, after, number in moved.group_by("outcome", "outcome_new").len().iter_rows():
+        outcomes[_outcome(before), _outcome(after)] += number
+
+
+def _outcome(value: str | None) -> str:
+    return _NO_ROW if value is None else value or COMMITTED
+
+
+def _compare_urls(folder: Path, bucket: int, found: DatasetDiff) -> None:
+    old, new = (pl.read_parquet(folder / f"{side}-urls-{bucket}") for side in ("old", "new"))
+    shared = old.join(new, on=["url_hash", "sample_id"], how="semi").select("url_hash")
+    in_both = old.join(new, on="url_hash", how="semi").join(shared, on="url_hash", how="anti")
+    found.captions_changed += in_both["url_hash"].n_unique()

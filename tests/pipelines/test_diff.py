@@ -1,0 +1,87 @@
+"""Two versions compared: every kind of change is counted, on a folder and on S3."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from infra import storage
+from infra.manifest import DatasetManifest, ShardEntry, publish_manifest
+from pipelines import diff
+from pipelines.ledger import LEDGER_SCHEMA, LedgerFile, count
+
+Row = tuple[str, str, str, str | None, str | None, float | None]
+OLD: list[Row] = [
+    ("a", "http://x/a", "committed", None, "1", 5.0),
+    ("b", "http://x/b", "committed", None, "2", 5.0),
+    ("c", "http://x/c", "rejected", "unsafe", None, 5.0),
+    ("d", "http://x/d", "committed", None, "4", None),
+    ("e", "http://x/e", "failed", "timeout", None, 5.0),
+    ("a", "http://x/a", "rejected", "duplicate_row", None, 5.0),
+]
+NEW: list[Row] = [
+    ("a", "http://x/a", "committed", None, "1", 5.0),
+    ("b", "http://x/b", "committed", None, "9", 9.0),
+    ("c", "http://x/c", "committed", None, "3", 9.0),
+    ("d2", "http://x/d", "committed", None, "4", None),
+    ("e", "http://x/e", "rejected", "format", None, 5.0),
+]
+
+
+def published(root: str, folder: Path, rows: list[Row]) -> str:
+    names = ["sample_id", "url", "disposition", "reason", "sha256", "aesthetic_score"]
+    schema = dict.fromkeys(names[:-1], pl.String()) | {"aesthetic_score": pl.Float64()}
+    frame = pl.DataFrame(rows, schema=schema, orient="row")
+    empty = pl.DataFrame(pl.from_arrow(LEDGER_SCHEMA.empty_table()))
+    frame = pl.concat([empty, frame], how="diagonal")
+    counts = count(frame)
+    with LedgerFile(folder, "test") as file:
+        file.add(frame)
+        entry = file.publish(root)
+    assert entry is not None
+    stored = storage.write_bytes(storage.join(root, "shards/x.tar"), b"never read")
+    shard = ShardEntry("shards/x.tar", stored.num_bytes, stored.sha256, counts.committed)
+    totals = {
+        "rows_in": counts.num_rows,
+        "committed": counts.committed,
+        "rejected": sum(counts.rejected.values()),
+        "failed": sum(counts.failed.values()),
+    }
+    return publish_manifest(
+        root,
+        DatasetManifest("d", "f" * 64, [shard], [entry], totals, counts.rejected, counts.failed),
+    )
+
+
+@pytest.mark.parametrize("rows_per_bucket", [1, 5_000_000])
+def test_every_kind_of_change_is_counted(
+    store_uri: str, tmp_path: Path, rows_per_bucket: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diff, "ROWS_PER_BUCKET", rows_per_bucket)
+    root = storage.join(store_uri, "datasets", "d")
+    old, new = (published(root, tmp_path, rows) for rows in (OLD, NEW))
+    found = diff.diff_datasets(old, new)
+    assert (found.added, found.removed, found.changed, found.kept) == (2, 1, 1, 1)
+    assert found.examples == {"added": ["c", "d2"], "removed": ["d"], "changed": ["b"]}
+    assert found.captions_changed == 1
+    assert found.outcomes_changed == [
+        ("committed", "no row", 1),
+        ("failed:timeout", "format", 1),
+        ("no row", "committed", 1),
+        ("unsafe", "committed", 1),
+    ]
+    scores = found.histograms["aesthetic_score"]
+    assert (scores["old"][10], scores["old"][-1]) == (2, 1)
+    assert (scores["new"][10], scores["new"][18], scores["new"][-1]) == (1, 2, 1)
+    assert found.scores_moved["aesthetic_score"] == pytest.approx(0.5)
+
+
+def test_a_version_does_not_differ_from_itself(tmp_path: Path) -> None:
+    uri = published(storage.file_uri(tmp_path / "d"), tmp_path, OLD)
+    found = diff.diff_datasets(uri, uri)
+    assert (found.added, found.removed, found.changed, found.kept) == (0, 0, 0, 3)
+    assert found.outcomes_changed == []
+    assert found.captions_changed == 0
+    assert set(found.scores_moved.values()) == {0.0}
