@@ -268,7 +268,7 @@ def sample(
         Path("sample.png")
     ),
     stage: Annotated[
-        str | None, typer.Option("--stage", help="a stage of the newest run; default: its last")
+        str | None, typer.Option("--stage", help="a stage of the newest recipe; default: its last")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="a model folder or address instead of a stage")
@@ -307,11 +307,11 @@ def sample(
 @verb
 def verify(
     manifest: Annotated[
-        str | None, typer.Argument(help="a dataset's manifest.json; default: the newest run")
+        str | None, typer.Argument(help="a dataset's manifest.json; default: all that is made here")
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Prove every byte of the newest run, or of one dataset.
+    """Prove every byte of what the newest recipe made here, or of one dataset.
 
     Datasets and checkpoints are read and compared with their digests; one line per problem, and
     exit code 1 when there is one.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from app.status import RunStatus, StepStatus, read_latest
+from app.status import RunStatus, StepStatus, read_made
 from infra.config import atelier_home
 from infra.errors import UserError
 
@@ -117,7 +117,7 @@ def find_source(stage: str | None, model: str | None) -> Source:
 
 def _of_stage(stage: str | None) -> Source:
     home = atelier_home()
-    run = read_latest(home)
+    run = read_made(home)
     trained = (
         [] if run is None else [s for s in run.steps if s.kind == "stage" and s.checkpoint_uri]
     )
@@ -147,7 +147,7 @@ def _named(stage: str, trained: list[StepStatus]) -> StepStatus:
         if step.name == stage:
             return step
     hint = did_you_mean(stage, [step.name for step in trained])
-    raise UserError(f"no trained stage {stage!r} in the newest run; {hint}")
+    raise UserError(f"no trained stage {stage!r} in this recipe's runs; {hint}")
 
 
 def lineage_of(run: RunStatus, step: StepStatus) -> dict[str, str]:

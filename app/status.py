@@ -51,6 +51,11 @@ class StepStatus:
     progress: dict[str, Any] | None = None
 
     @property
+    def is_made(self) -> bool:
+        """Whether there is a dataset version or a checkpoint."""
+        return self.manifest_uri is not None or self.checkpoint_uri is not None
+
+    @property
     def label(self) -> str:
         """The dataset or stage, without the verb in a step's name."""
         return self.name.rpartition(":")[2]
@@ -181,14 +186,9 @@ def write_whole(path: Path, text: str) -> None:
 
 def read_latest(home: Path) -> RunStatus | None:
     """The newest run of this home, None before the first. A run whose process died is stopped."""
-    path = home / "runs" / "latest" / "status.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    status = _read(home / "runs" / "latest" / "status.json")
+    if status is None:
         return None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); remove it, or run again") from error
-    status = RunStatus.from_json(raw)
     if status.state == RUNNING and holder_of_lock(home) != status.pid:
         status.state = STOPPED
         status.error = "its process ended without a word; the same command goes on"
@@ -196,6 +196,36 @@ def read_latest(home: Path) -> RunStatus | None:
             if step.state == RUNNING:
                 step.state = STOPPED
     return status
+
+
+def read_made(home: Path) -> RunStatus | None:
+    """The newest run with every step as that recipe's runs last ended it.
+
+    A run that failed, or did a part only, takes nothing away from what is there.
+    """
+    newest = read_latest(home)
+    if newest is None:
+        return None
+    steps = {step.name: step for step in newest.steps}
+    for path in sorted((home / "runs").glob("*/status.json"), reverse=True):
+        earlier = None if path.parent.name == "latest" else _read(path)
+        if earlier is None or earlier.recipe_name != newest.recipe_name:
+            continue
+        for step in earlier.steps:
+            if step.name not in steps or (step.is_made and not steps[step.name].is_made):
+                steps[step.name] = step
+    newest.steps = list(steps.values())
+    return newest
+
+
+def _read(path: Path) -> RunStatus | None:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); remove it, or run again") from error
+    return RunStatus.from_json(raw)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from app.sample import with_services
-from app.status import read_latest
+from app.status import read_made
 from app.verb import Output
 from infra.config import atelier_home
 from infra.errors import UserError
@@ -37,8 +37,8 @@ def reach(uri: str) -> None:
 
 def verify_run(out: Output) -> list[str]:
     """The problems found, one line each; empty when every byte is right."""
-    run = read_latest(atelier_home())
-    made = [] if run is None else [s for s in run.steps if s.manifest_uri or s.checkpoint_uri]
+    run = read_made(atelier_home())
+    made = [] if run is None else [step for step in run.steps if step.is_made]
     if run is None or not made:
         raise UserError("there is nothing to verify yet; try `atelier run recipes/demo.yaml`")
 

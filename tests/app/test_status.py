@@ -24,6 +24,7 @@ from app.status import (
     new_run_id,
     now,
     read_latest,
+    read_made,
     run_lock,
     watch,
 )
@@ -104,6 +105,30 @@ def test_latest_is_the_newest(tmp_path: Path) -> None:
     latest = read_latest(tmp_path)
     assert latest is not None
     assert latest.run_id == second.status.run_id
+
+
+def test_what_was_made_outlives_a_run_that_failed_or_did_a_part(tmp_path: Path) -> None:
+    assert read_made(tmp_path) is None
+    whole = [
+        StepStatus("curate:painted", "dataset", manifest_uri="s3://a/old"),
+        StepStatus("concepts", "stage", checkpoint_uri="s3://a/concepts"),
+        StepStatus("alignment", "stage", checkpoint_uri="s3://a/alignment"),
+    ]
+    part = [
+        StepStatus("curate:painted", "dataset", manifest_uri="s3://a/new"),
+        StepStatus("concepts", "stage"),
+    ]
+    for number, (name, steps) in enumerate([("demo", whole), ("other", whole), ("demo", part)]):
+        status = new_file(tmp_path / "elsewhere").status
+        status.run_id, status.recipe_name, status.steps = f"2026-{number}", name, steps
+        StatusFile.create(tmp_path, status, {})
+    made = read_made(tmp_path)
+    assert made is not None
+    assert [step.manifest_uri or step.checkpoint_uri for step in made.steps] == [
+        "s3://a/new",
+        "s3://a/concepts",
+        "s3://a/alignment",
+    ]
 
 
 def test_a_run_whose_process_died_is_stopped_not_running(tmp_path: Path) -> None:
