@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from infra.manifest import dataset_root, load_manifest
 from infra.progress import Progress
+from pipelines.derive import DerivationResult, derive
 from pipelines.embeddings import EmbeddingsResult, embed_dataset
 from pipelines.heads import load_head
 from pipelines.near_duplicates import near_duplicates, publish_near_duplicates
-from pipelines.refilter import RefilterResult, refilter
 from pipelines.scores import ScoresResult, score_dataset
 from pipelines.scoring_config import ScoringConfig
 from pipelines.search import point_to_latest
@@ -83,8 +83,8 @@ def selection(
 
 def select(
     job: RefilterJob, spark: Callable[[], SparkSession], bars: Bars
-) -> tuple[RefilterResult, dict[str, int]]:
+) -> tuple[DerivationResult, dict[str, int]]:
     """Publish the selection; returns it with what each reason took and how many stay."""
     with bars("rewriting", job.manifest.counts["committed"], "samples") as bar:
-        result = refilter(job, spark, bar.update)
+        result = derive(job, spark, bar.update)
     return result, preview(job)

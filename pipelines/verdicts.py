@@ -1,11 +1,17 @@
-"""Which samples of a scored dataset version stay: decided from scores alone, no shard is read."""
+"""A new version from scores: which samples stay is decided from these alone, no shard is read.
+
+A score that was unknown takes the computed one, in the sample and in the ledger.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 import polars as pl
 
@@ -13,14 +19,15 @@ from infra import storage
 from infra.config import semantic_part
 from infra.digests import canonical_json, sha256_bytes
 from infra.manifest import DatasetManifest, FileEntry, dataset_root, load_manifest
-from pipelines.config import FilterConfig, UnknownPolicy
-from pipelines.embed import KEY_CHARS, EmbeddedShard, checked_bytes, read_rows
+from pipelines.config import FilterConfig, PreferenceConfig, UnknownPolicy
+from pipelines.derive import Derivation, Members
+from pipelines.embed import EmbeddedShard, checked_bytes, read_rows
 from pipelines.embeddings import EmbeddingsManifest
 from pipelines.filters import first_reason, metadata_filters
 from pipelines.ledger import COMMITTED
 from pipelines.scores import SCORE_COLUMNS, ScoresManifest, read_scores
 from pipelines.scoring_config import RefilterConfig
-from pipelines.workspace import Workspace
+from pipelines.shards import preference_score
 
 REFILTER_VERSION = 1
 NEAR_DUPLICATE = "near_duplicate"
@@ -28,8 +35,10 @@ _READ_THREADS = 8
 
 
 @dataclass(frozen=True)
-class RefilterJob(Workspace):
+class RefilterJob(Derivation):
     """One selection from one version; travels to the workers. ``dropped`` are near-duplicates."""
+
+    kind: ClassVar[str] = "refilter"
 
     dataset_root: str
     manifest: DatasetManifest
@@ -51,19 +60,46 @@ class RefilterJob(Workspace):
         }
         return sha256_bytes(canonical_json(identity))
 
-    @property
-    def relative(self) -> str:
-        """The job's folder under the dataset's root."""
-        return f"work/refilter-{self.key[:KEY_CHARS]}"
+    def decide(self, index: int, folder: Path) -> pl.DataFrame:
+        """The samples below a threshold, and those that take a computed score."""
+        found = verdicts(self, self.embeddings.units[index], self.scores.units[index].scores)
+        taken = [pl.when(f"{name}_taken").then(pl.col(name)).alias(name) for name in SCORE_COLUMNS]
+        scale = pl.when("aesthetic_score_taken").then(pl.lit(self.config.aesthetic_scale))
+        return found.filter(pl.col("reason").is_not_null() | pl.col("is_changed")).select(
+            "sample_id", "reason", *taken, scale.alias("aesthetic_scale")
+        )
 
-    @property
-    def folder(self) -> str:
-        """The job's folder."""
-        return storage.join(self.dataset_root, self.relative)
+    def rewrite(self, members: Members, decided: Mapping[str, Any]) -> Members:
+        """The sample with computed scores in its ``.json``, each with the head that gave it."""
+        known = json.loads(members["json"])
+        provenance = self.scores.provenance()
+        origin = dict(known.get("score_models") or {})
+        for name in SCORE_COLUMNS:
+            if decided[name] is not None:
+                known[name] = round(decided[name], 6)
+                origin[name] = provenance[name]
+        if decided["aesthetic_score"] is not None:
+            known["aesthetic_scale"] = self.config.aesthetic_scale
+            recipe = self.manifest.attributes.get("recipe", {})
+            preference = PreferenceConfig.model_validate(recipe.get("preference", {}))
+            known["preference_score"] = preference_score(known["aesthetic_score"], preference)
+        return members | {"json": canonical_json(known | {"score_models": origin})}
 
-    def marker_uri(self, kind: str, index: int) -> str:
-        """The marker of the n-th shard or ledger file."""
-        return storage.join(self.folder, kind, f"{index:06d}.json")
+    def choices(self) -> dict[str, Any]:
+        """The thresholds."""
+        return semantic_part(self.config)
+
+    def record(self) -> dict[str, Any]:
+        """The thresholds, and whose scores they were asked of."""
+        return {
+            "thresholds": self.choices(),
+            "scores": self.scores.sha256,
+            "models": self.scores.provenance(),
+        }
+
+    def parents(self) -> list[dict[str, Any]]:
+        """The version, and the scores."""
+        return [*super().parents(), {"scores": self.scores.sha256}]
 
     @property
     def computed_scale(self) -> str | None:

@@ -19,6 +19,8 @@ from infra import storage
 from infra.errors import UserError
 from infra.manifest import DatasetManifest, publish_manifest, verify_dataset
 from pipelines.clip_model import publish_weights
+from pipelines.derive import DerivedLedger, DerivedShard, assemble, run_unit
+from pipelines.derive import finished_units as finished_parts
 from pipelines.embed import embed_shard, read_rows
 from pipelines.embeddings import (
     EmbeddingsManifest,
@@ -28,15 +30,6 @@ from pipelines.embeddings import (
     store_of,
 )
 from pipelines.heads import Affine, Head, load_head
-from pipelines.refilter import (
-    RefilteredLedger,
-    RefilteredShard,
-    assemble,
-    run_unit,
-)
-from pipelines.refilter import (
-    finished_units as finished_parts,
-)
 from pipelines.scores import (
     ScoresJob,
     ScoresManifest,
@@ -97,8 +90,8 @@ def refiltered(job: RefilterJob) -> DatasetManifest:
         ]
     from pydantic import TypeAdapter
 
-    shards = [TypeAdapter(RefilteredShard).validate_python(each) for each in made["shards"]]
-    ledger = [TypeAdapter(RefilteredLedger).validate_python(each) for each in made["ledger"]]
+    shards = [TypeAdapter(DerivedShard).validate_python(each) for each in made["shards"]]
+    ledger = [TypeAdapter(DerivedLedger).validate_python(each) for each in made["ledger"]]
     manifest = assemble(job, shards, ledger)
     publish_manifest(job.dataset_root, manifest)
     return manifest
@@ -209,7 +202,7 @@ def test_samples_below_a_threshold_leave_with_a_reason_and_others_stay_as_they_a
     # A marker without its file counts as not written; what is made again is the same.
     changed = next(s for s in manifest.shards if s.path not in untouched)
     storage.delete(storage.join(dataset.root, changed.path))
-    left = finished_parts(job, "shards", len(job.manifest.shards), RefilteredShard)
+    left = finished_parts(job, "shards", DerivedShard)
     assert len(left) == len(job.manifest.shards) - 1
     assert refiltered(job).version == manifest.version
     assert verify_dataset(uri) == []
