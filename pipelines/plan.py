@@ -89,6 +89,11 @@ def plan_curation(name: str, config: CurationConfig, store_uri: str) -> Curation
     return _unfinished(build, inputs, problems)
 
 
+def companion_build(name: str, config: CurationConfig, store_uri: str, plan: CurationPlan) -> Build:
+    """The build that ``plan_curation`` would find for another dataset of the same inputs."""
+    return _build(name, config, store_uri, list(plan.inputs))
+
+
 def _build(
     name: str,
     config: CurationConfig,
