@@ -179,7 +179,9 @@ def _known_dataset(parts: Parts, path: tuple[str, ...], name: str) -> Iterator[P
 def _large_enough(
     path: tuple[str, ...], side_px: int, name: str, dataset: CurationConfig
 ) -> Iterator[Problem]:
-    stored_px = dataset.resize.image_size_px
+    from pipelines.buckets import shortest_side_px
+
+    stored_px = shortest_side_px(dataset.resize)
     if stored_px < side_px:
         yield problem(
             path,

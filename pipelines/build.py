@@ -43,7 +43,10 @@ class ReadMarker:
 
 @dataclass(frozen=True)
 class PartMarker:
-    """A partition is done, up to a round: its shards, and how each of its rows ended."""
+    """A partition is done, up to a round: its shards, and how each of its rows ended.
+
+    ``shard_sizes``: width and height of every image of a shard, px, where they are alike.
+    """
 
     shards: list[ShardEntry]
     ledger: FileEntry | None
@@ -51,6 +54,7 @@ class PartMarker:
     rejected: dict[str, int]
     failed: dict[str, int]
     round: int = 0
+    shard_sizes: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:

@@ -26,6 +26,7 @@ FormatName = Literal[
     "pick-a-pic",
     "hpd-v2",
 ]
+Side = Annotated[int, Field(ge=8, le=8192)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 MAX_QUALITY = {"jpg": 100, "webp": 100, "png": 9}
@@ -86,22 +87,39 @@ class CaptionConfig(StrictModel):
 class ResizeConfig(StrictModel):
     """How an image is stored. It is never made larger."""
 
-    image_size_px: int = semantic(256, "shorter side after the resize, px", ge=8, le=8192)
+    image_size_px: int = semantic(
+        256, "shorter side after the resize, or the root of a bucket's area, px", ge=8, le=8192
+    )
     if_smaller: Literal["keep", "reject"] = semantic(
         "keep",
         "an image whose shorter side is below image_size_px: keep: stored as it is; reject: "
         "image_too_small",
     )
-    crop: Literal["square", "none"] = semantic(
-        "square", "square: centre crop to a square first; none: keep the aspect ratio"
+    crop: Literal["square", "none", "bucket"] = semantic(
+        "square",
+        "square: centre crop to a square first; none: keep the aspect ratio; bucket: centre crop "
+        "to the nearest of a few aspect ratios, one per shard",
     )
+    buckets: tuple[tuple[Side, Side], ...] | None = semantic(
+        None, "[width, height] of every bucket, px; null: made from the next two", min_length=1
+    )
+    bucket_step_px: int = semantic(64, "sides of made buckets are multiples of it, px", ge=8)
+    max_bucket_ratio: float = semantic(2.0, "longer over shorter side of made buckets", ge=1)
     encode_format: Literal["jpg", "webp", "png"] = semantic("jpg", "format of the stored image")
     encode_quality: int = semantic(
         95, "jpg and webp: quality, 1..100; png: compression level, 0..9", ge=0, le=100
     )
 
     @model_validator(mode="after")
-    def _quality_fits_format(self) -> ResizeConfig:
+    def _fits_together(self) -> ResizeConfig:
+        is_made = self.crop == "bucket" and self.buckets is None
+        if is_made and self.bucket_step_px > self.image_size_px:
+            raise ValueError(
+                f"bucket_step_px is {self.bucket_step_px}, more than image_size_px "
+                f"{self.image_size_px}: no bucket has room; lower it"
+            )
+        if self.buckets is not None and self.crop != "bucket":
+            raise ValueError("buckets are given, and crop is not bucket; set it, or remove them")
         highest = MAX_QUALITY[self.encode_format]
         if self.encode_quality > highest:
             raise ValueError(
@@ -273,7 +291,7 @@ class CurationConfig(StrictModel):
     )
     fetch: FetchConfig = semantic(default_factory=FetchConfig, description="download bounds")
     resize: ResizeConfig = semantic(default_factory=ResizeConfig, description="stored images")
-    also_sizes_px: list[Annotated[int, Field(ge=8, le=8192)]] = operational(
+    also_sizes_px: list[Side] = operational(
         default_factory=list,
         description="further resize.image_size_px, px, from the same fetch: each N becomes a "
         "dataset NAME-N, without the images that are smaller",

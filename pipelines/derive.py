@@ -22,6 +22,7 @@ from infra.digests import canonical_json, sha256_bytes
 from infra.environment import applied
 from infra.lease import Lease
 from infra.manifest import DatasetManifest, FileEntry, ShardEntry, publish_manifest
+from pipelines.buckets import SHARD_SIZES, moved
 from pipelines.build import KEY_CHARS
 from pipelines.config import ShardConfig
 from pipelines.embed import checked_bytes, publish_file
@@ -327,6 +328,10 @@ def assemble(
         )
     fingerprint = {"parent": old.recipe_fingerprint, job.kind: job.choices()}
     before = old.attributes.get("derivations", [])
+    attributes = {**old.attributes, "derivations": [*before, {"kind": job.kind, **job.record()}]}
+    if SHARD_SIZES in attributes:
+        made = [each.shards for each in shards]
+        attributes[SHARD_SIZES] = moved(attributes[SHARD_SIZES], old.shards, made)
     return replace(
         old,
         recipe_fingerprint=sha256_bytes(canonical_json(fingerprint)),
@@ -336,8 +341,5 @@ def assemble(
         rejected=dict(rejected),
         failed=dict(failed),
         parents=job.parents(),
-        attributes={
-            **old.attributes,
-            "derivations": [*before, {"kind": job.kind, **job.record()}],
-        },
+        attributes=attributes,
     )

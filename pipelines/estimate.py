@@ -200,7 +200,7 @@ def _stored_pixels(kept: pl.DataFrame, config: CurationConfig) -> float:
     short = pl.min_horizontal("width_px", "height_px").cast(pl.Float64)
     long = pl.max_horizontal("width_px", "height_px").cast(pl.Float64)
     side = pl.min_horizontal(short, pl.lit(float(config.resize.image_size_px)))
-    pixels = side * side if config.resize.crop == "square" else side * side * long / short
+    pixels = side * side if config.resize.crop != "none" else side * side * long / short
     mean = kept.drop_nulls(["width_px", "height_px"]).select(pixels.mean()).item()
     return float(mean) if mean is not None else 0.0
 

@@ -21,7 +21,16 @@ from PIL import Image, ImageCms
 
 from pipelines.config import ResizeConfig
 from pipelines.guard import Rejected
-from pipelines.resize import Pixels, crop_of, cropped, encoded, shrunk
+from pipelines.resize import (
+    Pixels,
+    bucket_for,
+    crop_of,
+    cropped,
+    encoded,
+    is_large_enough,
+    shrunk,
+    spare_detail,
+)
 
 # Pillow's names of what we decode, with what such files begin with.
 _MAGIC = (
@@ -121,10 +130,10 @@ def store_images(
         bounds.check(*size)
         groups: dict[int, list[int]] = {}
         for number, config in enumerate(configs):
-            if config.if_smaller == "reject" and min(size) < config.image_size_px:
-                found[number] = Rejected("image_too_small", f"{size[0]} x {size[1]}")
+            if is_large_enough(*size, config):
+                groups.setdefault(_reduction(image, size, config), []).append(number)
             else:
-                groups.setdefault(_reduction(image, config), []).append(number)
+                found[number] = Rejected("image_too_small", f"{size[0]} x {size[1]}")
         for turn, (reduction, numbers) in enumerate(groups.items()):
             if turn:
                 image = _opened(body)  # a decoder takes its scale once
@@ -141,8 +150,9 @@ def store_images(
 def _stored(
     pixels: Pixels, config: ResizeConfig, size: tuple[int, int], sha256: str
 ) -> StoredImage:
-    small = shrunk(cropped(pixels, config), config)
-    crop = crop_of(*size, config)
+    bucket = bucket_for(*size, config)
+    small = shrunk(cropped(pixels, config, bucket), config, bucket)
+    crop = crop_of(*size, config, bucket)
     return StoredImage(
         encoded(small, config),
         width_px=small.shape[1],
@@ -182,12 +192,12 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (height_px, width_px) if _orientation(image) in _SWAPPING_ORIENTATIONS else image.size
 
 
-def _reduction(image: Image.Image, config: ResizeConfig) -> int:
+def _reduction(image: Image.Image, size: tuple[int, int], config: ResizeConfig) -> int:
     """How many times smaller, per side, a JPEG is decoded: 1, 2, 4 or 8."""
     if image.format not in ("JPEG", "MPO"):
         return 1
-    wanted_px = config.image_size_px * _DRAFT_FACTOR
-    return next((by for by in (8, 4, 2) if min(image.size) >= by * wanted_px), 1)
+    spare = spare_detail(*size, config) / _DRAFT_FACTOR
+    return next((by for by in (8, 4, 2) if spare >= by), 1)
 
 
 def _decoded(image: Image.Image, reduction: int) -> Pixels:

@@ -7,6 +7,7 @@ from collections import Counter
 from infra.config import semantic_part
 from infra.digests import canonical_json, sha256_bytes
 from infra.manifest import DatasetManifest
+from pipelines.buckets import SHARD_SIZES
 from pipelines.build import PartMarker, ReadMarker
 from pipelines.inputs import units_of
 from pipelines.ledger import COMMITTED, FAILED, REASONS, REJECTED
@@ -51,6 +52,7 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
             f"{plan.rows_in} rows went in, {ended} are accounted for, {in_ledger} are in the ledger"
         )
     recipe = semantic_part(build.config)
+    sizes = {path: size for part in parts for path, size in part.shard_sizes.items()}
     return DatasetManifest(
         name=name,
         recipe_fingerprint=sha256_bytes(canonical_json(recipe)),
@@ -69,6 +71,7 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
             # policy -> value -> rows that went on without it while a filter asks for it
             "unknown": {policy: dict(values) for policy, values in sorted(unknown.items())},
             "recipe": recipe,
+            **({SHARD_SIZES: sizes} if build.config.resize.crop == "bucket" else {}),
         },
     )
 

@@ -18,6 +18,7 @@ from infra import storage
 from infra.digests import canonical_json, sha256_bytes
 from infra.errors import UserError
 from infra.manifest import DatasetManifest, load_manifest, publish_manifest
+from pipelines.buckets import SHARD_SIZES
 from pipelines.clip_model import ClipEncoder
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import ShardConfig
@@ -167,7 +168,10 @@ def export_hits(
             "failed": 0,
         },
         parents=[{"dataset": source.dataset, "version": source.dataset_version}],
-        attributes={**parent.attributes, "search": selection},
+        attributes={
+            **{key: value for key, value in parent.attributes.items() if key != SHARD_SIZES},
+            "search": selection,
+        },
     )
     uri = publish_manifest(root, manifest)
     write_report(uri, manifest)

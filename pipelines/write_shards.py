@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import polars as pl
 
 from infra import storage
+from infra.manifest import ShardEntry
 from pipelines.build import Build, PartMarker, StagedMarker
 from pipelines.config import CurationConfig
 from pipelines.duplicates import DUPLICATE_IMAGE
@@ -54,13 +55,19 @@ def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> N
             pl.when(is_duplicate).then(pl.lit(DUPLICATE_IMAGE)).otherwise("reason").alias("reason"),
         )
         images_path = build.fetch_staged(staged.images, folder)
-        with ShardWriter(build.config.shards, build.dataset_root, folder) as writer:
-            kept = rows.filter(pl.col("disposition") == COMMITTED)
-            _pack(kept, images_path, build.config, writer)
-            shards = writer.finish()
+        kept = rows.filter(pl.col("disposition") == COMMITTED)
+        shards: list[ShardEntry] = []
+        shard_of: dict[str, str] = {}
+        sizes = dict(staged.carried.shard_sizes) if staged.carried else {}
+        for size, alike in _by_bucket(kept, build.config):
+            with ShardWriter(build.config.shards, build.dataset_root, folder) as writer:
+                _pack(alike, images_path, build.config, writer)
+                shards += writer.finish()
+            shard_of |= writer.shard_of
+            sizes |= {entry.path: size for entry in writer.shards if size}
         # A rejected copy of a row has the id of the one that stayed, and no shard.
         in_shard = pl.col("sample_id").replace_strict(
-            writer.shard_of, default=None, return_dtype=pl.String
+            shard_of, default=None, return_dtype=pl.String
         )
         is_committed = pl.col("disposition") == COMMITTED
         rows = rows.with_columns(pl.when(is_committed).then(in_shard).alias("shard"))
@@ -78,8 +85,21 @@ def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> N
             rejected=counts.rejected,
             failed=counts.failed,
             round=staged.round,
+            shard_sizes=sizes,
         )
         build.write(marker, partition)
+
+
+def _by_bucket(
+    rows: pl.DataFrame, config: CurationConfig
+) -> Iterator[tuple[list[int], pl.DataFrame]]:
+    """The rows of each bucket with its width and height, or all rows and no size."""
+    if config.resize.crop != "bucket":
+        yield [], rows
+        return
+    columns = ["image_width_px", "image_height_px"]
+    for size in rows.select(columns).unique().sort(columns).iter_rows():
+        yield list(size), rows.filter(pl.col(columns[0]) == size[0], pl.col(columns[1]) == size[1])
 
 
 def _carried_rows(

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
+# How other images of the small size end where it is wanted.
+_ALSO_SMALL = ("image_too_small", "duplicate_image", "decode")
+
+
 def sized(config: CurationConfig, image_size_px: int) -> CurationConfig:
     resize = config.resize.model_copy(
         update={"image_size_px": image_size_px, "if_smaller": "reject"}
@@ -101,10 +105,7 @@ def test_each_size_is_what_it_would_be_alone(
     assert small.rejected["image_too_small"] > 30
     assert small.rejected["image_too_small"] == (
         alone["photos"].counts["committed"]
-        + sum(
-            alone["photos"].rejected[each]
-            for each in ("image_too_small", "duplicate_image", "decode")
-        )
+        + sum(alone["photos"].rejected[each] for each in _ALSO_SMALL)
     )
     assert alone["photos-256"].counts == alone["photos"].counts
 
