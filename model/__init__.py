@@ -5,6 +5,8 @@ layout.
 """
 
 from model.compression import insert_compression
+from model.edit_operations import OPERATIONS, Operation
+from model.edit_words import Instruction, read_instruction
 from model.errors import ModelError
 from model.loss import masked_token_loss
 from model.paint_options import PaintOptions
@@ -17,12 +19,15 @@ from model.transformer import MaskedImageTransformer, TransformerConfig
 from model.vq import Quantized, VQConfig, VQTokenizer
 
 __all__ = [
+    "OPERATIONS",
     "CLIPTextConfig",
     "CLIPTextEncoder",
     "CLIPTokenizer",
     "Condition",
+    "Instruction",
     "MaskedImageTransformer",
     "ModelError",
+    "Operation",
     "PaintOptions",
     "PainterDefaults",
     "Quantized",
@@ -36,6 +41,7 @@ __all__ = [
     "insert_compression",
     "linear_schedule",
     "masked_token_loss",
+    "read_instruction",
     "sample_mask",
     "training_timestep",
     "unmask",
