@@ -5,8 +5,8 @@ layout.
 """
 
 from model.compression import insert_compression
-from model.edit_operations import OPERATIONS, Operation
-from model.edit_words import Instruction, read_instruction
+from model.edit_operations import OPERATIONS, Operation, operation_of
+from model.edit_words import Instruction, is_instruction, read_instruction
 from model.errors import ModelError
 from model.loss import masked_token_loss
 from model.paint_options import PaintOptions
@@ -39,8 +39,10 @@ __all__ = [
     "VQTokenizer",
     "cosine_schedule",
     "insert_compression",
+    "is_instruction",
     "linear_schedule",
     "masked_token_loss",
+    "operation_of",
     "read_instruction",
     "sample_mask",
     "training_timestep",

@@ -62,6 +62,20 @@ def outpaint(
     return repaint(painter, prompts, canvas_B3HW, new_BHW, 1.0, feather_px, options)
 
 
+def find_change(
+    painter: "TextToImage",
+    prompts: list[str],
+    images: Sequence[Picture],
+    sources: list[str] | None,
+    operation: str | None,
+    options: PaintOptions,
+) -> list[Image.Image]:
+    """See `TextToImage.find_change`."""
+    how = operation_of(operation or "local")
+    mask_BHW = place_of_change(painter, prompts, to_pixels(images), sources, how, options)
+    return [Image.fromarray(mask.cpu().numpy()).convert("L") for mask in mask_BHW]
+
+
 def edit(
     painter: "TextToImage",
     prompts: list[str],
@@ -144,6 +158,7 @@ def repaint(
 ) -> list[Image.Image]:
     """Paint the pixels in mask_BHW anew, from where `strength` of the steps are left."""
     first_step = first_step_of(strength, options.steps)
+    mask_BHW = mask_BHW.cpu()
     alpha_BHW = feathered(mask_BHW, feather_px)
     tokens_BHW = encode(painter, pixels_B3HW, options)
     factor = painter.vq.downsample_factor

@@ -50,6 +50,12 @@ class Instruction:
     prompt: str
 
 
+def is_instruction(words: str) -> bool:
+    """Whether the words read as an instruction; otherwise they are a caption."""
+    text = " ".join(words.split())
+    return any(pattern.fullmatch(text) for _, pattern in _PATTERNS)
+
+
 def read_instruction(instruction: str, caption: str) -> Instruction:
     """What `instruction` asks of a picture that `caption` describes.
 

@@ -209,6 +209,23 @@ class TextToImage:
             PaintOptions(**keywords),
         )
 
+    def find_change(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Picture],
+        sources: Sequence[str] | None = None,
+        operation: str | None = None,
+        **keywords: Unpack[PaintKeywords],
+    ) -> list[Image.Image]:
+        """A mask per image (white is to paint) of where `edit` would paint by itself."""
+        prompts = as_prompts(prompts)
+        check_counts(len(prompts), images=len(images))
+        if sources is not None:
+            sources = as_prompts(sources)
+            check_counts(len(prompts), sources=len(sources))
+        options = PaintOptions(**keywords)
+        return edit.find_change(self, prompts, images, sources, operation, options)
+
     @torch.no_grad()
     def fill(
         self, prompts: list[str], tokens_BHW: Tensor, options: PaintOptions, first_step: int = 0
