@@ -7,7 +7,9 @@ layout.
 from model.compression import insert_compression
 from model.edit_operations import OPERATIONS, Operation, operation_of
 from model.edit_words import Instruction, is_instruction, read_instruction
+from model.ema import WeightAverage
 from model.errors import ModelError
+from model.lora import LoRA, LoRAConfig, Merged
 from model.loss import masked_token_loss
 from model.paint_options import PaintOptions
 from model.sampler import Condition, SamplingOptions, unmask
@@ -25,7 +27,10 @@ __all__ = [
     "CLIPTokenizer",
     "Condition",
     "Instruction",
+    "LoRA",
+    "LoRAConfig",
     "MaskedImageTransformer",
+    "Merged",
     "ModelError",
     "Operation",
     "PaintOptions",
@@ -37,6 +42,7 @@ __all__ = [
     "TransformerConfig",
     "VQConfig",
     "VQTokenizer",
+    "WeightAverage",
     "cosine_schedule",
     "insert_compression",
     "is_instruction",

@@ -15,6 +15,7 @@ from torch import Tensor
 from model import edit
 from model.checkpoint import read_json, write_json, write_whole
 from model.errors import ModelError
+from model.lora import LoRA
 from model.paint_options import PaintKeywords, PaintOptions
 from model.pixels import Picture, to_images
 from model.sampler import Condition, unmask
@@ -60,6 +61,7 @@ class TextToImage:
         defaults = defaults or PainterDefaults()
         longest = text_encoder.config.max_position_embeddings
         self.defaults = replace(defaults, text_tokens=min(defaults.text_tokens, longest))
+        self.loras: list[LoRA] = []
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -90,9 +92,20 @@ class TextToImage:
 
     def to(self, device: torch.device | str) -> "TextToImage":
         """Move all parts; returns self."""
-        for part in (self.transformer, self.vq, self.text_encoder):
+        for part in (self.transformer, self.vq, self.text_encoder, *self.loras):
             part.to(device)
         return self
+
+    def load_lora(self, folder: str | Path, weight: float = 1.0) -> LoRA:
+        """Put a folder's adapters on top of what is there; several add up. See `model.lora`."""
+        parts = {"transformer": self.transformer, "text_encoder": self.text_encoder}
+        self.loras.append(LoRA.from_pretrained(folder, parts, weight))
+        return self.loras[-1]
+
+    def remove_loras(self) -> None:
+        """Take all adapters out."""
+        while self.loras:
+            self.loras.pop().detach()
 
     @property
     def size_multiple_px(self) -> int:

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import UserError
-from model import CLIPTextEncoder, CLIPTokenizer, MaskedImageTransformer, masked_token_loss
+from model import (
+    CLIPTextEncoder,
+    CLIPTokenizer,
+    MaskedImageTransformer,
+    WeightAverage,
+    masked_token_loss,
+)
 from training.config import StageConfig
 from training.data import Batch
 from training.masking import draw_dropped, draw_masks, drop_prompts
@@ -45,7 +51,7 @@ class MaskedStage:
     text_encoder: CLIPTextEncoder
     tokenizer: CLIPTokenizer
     optimizer: torch.optim.AdamW
-    ema: dict[str, Tensor] | None
+    ema: WeightAverage | None
     step: int = 0
 
 
@@ -100,7 +106,7 @@ def start_stage(
     optimizer = build_optimizer(groups, config.optimizer)
     ema = None
     if config.ema_decay is not None:
-        ema = {name: p.detach().clone() for name, p in named_trained(optimizer)}
+        ema = WeightAverage(dict(named_trained(optimizer)), config.ema_decay)
     return MaskedStage(config, transformer, text_encoder, tokenizer, optimizer, ema)
 
 
@@ -199,18 +205,9 @@ def apply_update(stage: MaskedStage, loss: Tensor, sample_ids: list[str]) -> Ste
     stage.optimizer.step()
     stage.optimizer.zero_grad(set_to_none=True)
     stage.step += 1
-    update_ema(stage)
+    if stage.ema is not None:
+        stage.ema.update(stage.step)
     return StepResult(loss_value, norm_value, config.optimizer.learning_rate * scale)
-
-
-@torch.no_grad()
-def update_ema(stage: MaskedStage) -> None:
-    """Move the averaged weights towards the current ones; the first steps move them faster."""
-    if stage.ema is None or stage.config.ema_decay is None:
-        return
-    decay = min(stage.config.ema_decay, (1 + stage.step) / (10 + stage.step))
-    for name, parameter in named_trained(stage.optimizer):
-        stage.ema[name].lerp_(parameter, 1.0 - decay)
 
 
 def train_step(stage: MaskedStage, batch: Batch, device: torch.device | str = "cpu") -> StepResult:
@@ -220,10 +217,7 @@ def train_step(stage: MaskedStage, batch: Batch, device: torch.device | str = "c
     return apply_update(stage, loss, batch.sample_ids)
 
 
-@torch.no_grad()
 def use_averaged_weights(stage: MaskedStage) -> None:
     """Replace the trained weights by their average, if one is kept (for export only)."""
-    if stage.ema is None:
-        return
-    for name, parameter in named_trained(stage.optimizer):
-        parameter.copy_(stage.ema[name])
+    if stage.ema is not None:
+        stage.ema.copy_to_weights()
