@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from app.place import Place, connect
 from app.recipe import Recipe
-from app.selection import DATASET_PREFIX, SHEET, WORLD, specs_of
-from app.steps import evaluation_key, placed, refuse_damage, refuse_damaged_world, uses_world
+from app.selection import DATASET_PREFIX, DERIVED_PREFIX, SHEET, WORLD, specs_of
+from app.steps import (
+    evaluation_key,
+    placed,
+    refuse_damage,
+    refuse_damaged,
+    refuse_damaged_world,
+    uses_world,
+)
 from app.verb import Output
 from infra import storage
 from infra.config import atelier_home
@@ -60,6 +67,7 @@ def plan_run(recipe: Recipe, out: Output) -> list[PlannedStep]:
     pins: dict[str, DatasetPin] = {}
     for name in recipe.datasets:
         steps.append(_plan_dataset(recipe, name, place, world_folder, is_world_there, pins))
+    steps += [_plan_derived(recipe, name, pins) for name in recipe.derived]
     stages = _plan_stages(recipe, place, pins)
     steps += stages
     if recipe.evaluation is not None:
@@ -105,6 +113,23 @@ def _plan_dataset(
         {"rows": plan.rows_in, "input_bytes": plan.input_bytes},
         estimate,
     )
+
+
+def _plan_derived(recipe: Recipe, name: str, pins: dict[str, DatasetPin]) -> PlannedStep:
+    from pipelines.derived import plan_derived
+    from training.stages import DatasetPin
+
+    config = recipe.derived[name]
+    parent = pins.get(config.dataset)
+    if parent is None or recipe.scoring is None:
+        reason = f"the dataset {config.dataset} it is made from comes first"
+        return PlannedStep(DERIVED_PREFIX + name, "RUN", reason)
+    plan = plan_derived(parent.manifest_uri, recipe.scoring, config)
+    refuse_damaged(name, plan.problems)
+    if plan.version is not None and plan.manifest_uri is not None:
+        pins[name] = DatasetPin(name, plan.version, plan.manifest_uri)
+    inputs = {f"dataset {config.dataset}": parent.version}
+    return PlannedStep(DERIVED_PREFIX + name, plan.decision, plan.reason, plan.key, inputs)
 
 
 def estimate_datasets(recipe: Recipe, out: Output) -> list[PlannedStep]:

@@ -21,7 +21,7 @@ from infra.digests import canonical_json, sha256_bytes
 from infra.errors import UserError
 from infra.sessions import ClusterConfig
 from pipelines.config import CurationConfig
-from pipelines.scoring_config import ScoringConfig
+from pipelines.scoring_config import DerivedConfig, ScoringConfig
 from training.config import (
     NetworkConfig,
     Precision,
@@ -87,6 +87,11 @@ class Recipe(StrictModel):
     )
     scoring: ScoringConfig | None = semantic(
         None, "embeddings, scores and search of the curated datasets"
+    )
+    derived: dict[str, DerivedConfig] = semantic(
+        default_factory=dict,
+        description="versions of curated datasets by other thresholds, by name; nothing is fetched "
+        "again for them",
     )
     tokenizer: TokenizerConfig | None = semantic(None, "stage 0: image codes and vocabulary")
     text_encoder: TextEncoderConfig = semantic(

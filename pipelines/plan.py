@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from infra import storage
 from infra.config import semantic_part
@@ -15,6 +15,7 @@ from infra.manifest import FileEntry, ShardEntry, verify_dataset
 from pipelines.build import Build, PartMarker, ReadMarker, StagedMarker
 from pipelines.config import CurationConfig
 from pipelines.inputs import InputFile, Unit, find_inputs, units_of
+from pipelines.workspace import noted_version
 
 ROWS_PER_PARTITION = 5_000
 MIN_PARTITIONS = 8
@@ -116,12 +117,7 @@ def _build(
 def _finished_version(build: Build) -> str | None:
     if build.open_round() is not None:
         return None
-    try:
-        result: Any = storage.read_json(build.result_uri)
-    except storage.ObjectMissing:
-        return None
-    version = result.get("version") if isinstance(result, dict) else None
-    return version if isinstance(version, str) else None
+    return noted_version(build.result_uri)
 
 
 def _unfinished(build: Build, inputs: list[InputFile], problems: list[str]) -> CurationPlan:
