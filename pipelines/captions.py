@@ -36,9 +36,11 @@ def check_caption_schema(schema: pa.Schema, file: str) -> None:
             )
 
 
-def canonical_captions(table: pa.Table, max_caption_chars: int | None) -> pl.DataFrame:
+def canonical_captions(
+    table: pa.Table | pl.DataFrame, max_caption_chars: int | None
+) -> pl.DataFrame:
     """``url, caption, model`` as text; longer captions than the bound are left out."""
-    frame = pl.DataFrame(pl.from_arrow(table))
+    frame = pl.DataFrame(table)
     if "model" not in frame.columns:
         frame = frame.with_columns(pl.lit(None, dtype=pl.String).alias("model"))
     frame = frame.select(pl.col(name).cast(pl.String) for name in CAPTION_COLUMNS)

@@ -46,6 +46,7 @@ def fetch_images(
                 if index == 0:
                     yield task.seeds(slots)
                 yield from task.read_rows(build, pending[index], slots)
+        keep_imports_out_of_gc()
 
     def fetch(slot: int, batches: Batches) -> int:
         partition = slots.partitions[slot]
@@ -94,6 +95,7 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
             for partition in batch.column(0).to_pylist():
                 images = task.staged_images(build, partition, slot_of.get(partition, -1))
                 yield from images.to_arrow().to_batches()
+        keep_imports_out_of_gc()
 
     def write(slot: int, batches: Batches) -> int:
         duplicates = {
@@ -131,7 +133,7 @@ def _run_by_slot(rows: DataFrame, num_slots: int, run: Callable[[int, Batches], 
         if context is None:
             raise RuntimeError("not inside a Spark task")
         partition = run(context.partitionId(), batches)
-        _keep_imports_out_of_gc()
+        keep_imports_out_of_gc()
         yield pa.RecordBatch.from_pydict({"partition": pa.array([partition], pa.int32())})
 
     done = rows.repartitionById(num_slots, "slot").mapInArrow(at_slot, _DONE_SCHEMA).collect()
@@ -140,7 +142,7 @@ def _run_by_slot(rows: DataFrame, num_slots: int, run: Callable[[int, Batches], 
 
 
 @functools.cache
-def _keep_imports_out_of_gc() -> None:
+def keep_imports_out_of_gc() -> None:
     """Spark's Python workers collect garbage after every task, 0.1 s with all we import.
 
     What is alive after the first task stays alive; collections need not look at it again.

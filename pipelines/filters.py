@@ -19,7 +19,7 @@ class Filter:
 
 def metadata_filters(config: FilterConfig) -> list[Filter]:
     """The filters that are on, in the order in which they are asked."""
-    found = [_reject(pl.col("url").str.strip_chars() == "", "no_url")]
+    found = [_reject(pl.col("url").str.contains(r"^\s*$"), "no_url")]
     found += _size_filters(config)
     found += _threshold(
         "aesthetic_score",
@@ -86,10 +86,13 @@ def unknown_kept(config: FilterConfig) -> dict[OnUnknown, dict[str, pl.Expr]]:
 
 def first_reason(filters: list[Filter]) -> pl.Expr:
     """The reason of the first filter that rejects, or null."""
-    chain: pl.Expr = pl.lit(None, dtype=pl.String)
+    # A chain of numbers, named at its end: text would be copied at every link.
+    names = list(dict.fromkeys(found.reason for found in filters))
+    chain: pl.Expr = pl.lit(None, dtype=pl.UInt8)
     for found in reversed(filters):
-        chain = pl.when(found.rejects).then(pl.lit(found.reason)).otherwise(chain)
-    return chain.alias("reason")
+        number = pl.lit(names.index(found.reason), dtype=pl.UInt8)
+        chain = pl.when(found.rejects).then(number).otherwise(chain)
+    return chain.cat.to(pl.Enum(names)).cast(pl.String).alias("reason")
 
 
 def _reject(when: pl.Expr, reason: str) -> Filter:

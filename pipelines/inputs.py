@@ -10,29 +10,26 @@ import glob
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from infra import storage
 from infra.errors import UserError
 from pipelines.captions import CAPTION_COLUMNS, canonical_captions, check_caption_schema
-from pipelines.columns import Layout, layout_of
+from pipelines.columns import Layout, RawRows, layout_of
 from pipelines.config import CurationConfig
 from pipelines.json_lines import MAX_LINE_BYTES, BlockCutter, columns_of, read_lines
+from pipelines.parquet import open_parquet, parquet_batches
 from pipelines.sources import SOURCE_FORMATS
 
 Kind = Literal["metadata", "captions"]
 
-# Row groups are read by one Spark task up to this many rows, so many at a time.
+# Row groups are read by one Spark task up to this many rows.
 ROWS_PER_UNIT = 500_000
-ROWS_PER_BATCH = 1 << 16
 _THREADS = 8
 _GLOB = frozenset("*?[")
 _READ_BYTES = 1 << 20
@@ -165,7 +162,7 @@ def units_of(files: Sequence[InputFile]) -> list[Unit]:
     return units
 
 
-def metadata_batches(unit: Unit, config: CurationConfig) -> Iterator[tuple[pa.Table, Layout]]:
+def metadata_batches(unit: Unit, config: CurationConfig) -> Iterator[tuple[RawRows, Layout]]:
     """The unit's records, ``ROWS_PER_BATCH`` at a time, with the layout to read them by."""
     layout = read_layout(unit.file.uri, config)
     if unit.file.offsets:
@@ -174,7 +171,7 @@ def metadata_batches(unit: Unit, config: CurationConfig) -> Iterator[tuple[pa.Ta
             lines = read_range(unit.file.uri, start, end)
             yield read_lines(lines, layout.columns), layout
         return
-    for table in _parquet_batches(unit, layout.columns):
+    for table in parquet_batches(unit.file.uri, unit.row_groups, layout.columns):
         yield table, layout
 
 
@@ -182,19 +179,8 @@ def read_captions(unit: Unit, config: CurationConfig) -> Iterator[pl.DataFrame]:
     """The unit's long captions: ``url, caption, model``, ``ROWS_PER_BATCH`` at a time."""
     with open_parquet(unit.file.uri) as parquet:
         present = [name for name in CAPTION_COLUMNS if name in parquet.schema_arrow.names]
-    for table in _parquet_batches(unit, present):
+    for table in parquet_batches(unit.file.uri, unit.row_groups, present):
         yield canonical_captions(table, config.filters.max_caption_chars)
-
-
-def _parquet_batches(unit: Unit, columns: list[str]) -> Iterator[pa.Table]:
-    """The unit's row groups in pieces; text that is not UTF-8 is an Arrow error like any."""
-    with open_parquet(unit.file.uri) as parquet:
-        batches = parquet.iter_batches(
-            ROWS_PER_BATCH, list(unit.row_groups), columns=columns, use_threads=False
-        )
-        for batch in batches:
-            batch.validate(full=True)
-            yield pa.Table.from_batches([batch])
 
 
 def read_range(uri: str, start: int, end: int) -> bytes:
@@ -237,22 +223,6 @@ def _feed(cutter: BlockCutter, chunk: bytes, uri: str) -> None:
     except ValueError as error:
         raise UserError(
             expected=f"one JSON record a line in {uri}", got=str(error), remedy="split its records"
-        ) from error
-
-
-@contextmanager
-def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    """The open file; whatever Arrow finds wrong with it becomes one line naming it."""
-    storage.stat(uri)
-    filesystem, path = storage.arrow_filesystem(uri)
-    try:
-        with filesystem.open_input_file(path) as file, pq.ParquetFile(file) as parquet:
-            yield parquet
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            expected=f"a whole parquet file at {uri}",
-            got=str(error)[:200],
-            remedy="copy it again, or take it out of the recipe",
         ) from error
 
 

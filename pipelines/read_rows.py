@@ -18,7 +18,14 @@ import pyarrow as pa
 
 from infra.manifest import FileEntry
 from pipelines.build import Build, ReadMarker
-from pipelines.columns import CANONICAL_SCHEMA, Layout, canonical_rows, own_captions, sample_ids
+from pipelines.columns import (
+    CANONICAL_SCHEMA,
+    Layout,
+    RawRows,
+    canonical_rows,
+    own_captions,
+    sample_ids,
+)
 from pipelines.config import CurationConfig
 from pipelines.filters import first_reason, metadata_filters, unknown_kept
 from pipelines.inputs import Unit, metadata_batches, read_captions
@@ -98,7 +105,7 @@ def read_rows(build: Build, unit: Unit, slots: Slots) -> Iterator[pa.RecordBatch
 
 def judged_batches(
     unit: Unit, config: CurationConfig
-) -> Iterator[tuple[pa.Table, Layout, pl.DataFrame]]:
+) -> Iterator[tuple[RawRows, Layout, pl.DataFrame]]:
     """Per batch the table read, its layout, and its canonical rows with a ``reason`` or null."""
     reason = first_reason(metadata_filters(config.filters))
     for table, layout in metadata_batches(unit, config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,8 +24,8 @@ def config(*metadata: str, captions: tuple[str, ...] = ()) -> CurationConfig:
     )
 
 
-def read_metadata(unit: Unit, config: CurationConfig) -> pa.Table:
-    return pa.concat_tables(table for table, _ in metadata_batches(unit, config))
+def read_metadata(unit: Unit, config: CurationConfig) -> pl.DataFrame:
+    return pl.concat(pl.DataFrame(table) for table, _ in metadata_batches(unit, config))
 
 
 def parquet(path: Path, num_rows: int = 10, **options: Any) -> Path:
@@ -65,7 +66,7 @@ def test_s3_addresses_folders_and_globs(tmp_path: Path, s3_server: Any) -> None:
     files = find_inputs(config(f"{root}/part/a.parquet"))
     local = find_inputs(config(str(tmp_path / "a.parquet")))
     assert [file.identity() for file in files] == [file.identity() for file in local]
-    assert read_metadata(units_of(files)[0], config("x")).num_rows == 10
+    assert read_metadata(units_of(files)[0], config("x")).height == 10
 
 
 @pytest.mark.parametrize("pattern", ["{}/nothing", "{}/*.parquet", "file://{}/x.parquet"])
@@ -115,7 +116,7 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     bad = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"URL": ["u"], "TEXT": bad}), path)
     files = find_inputs(config(str(path)))
-    with pytest.raises(UserError, match=r"latin\.parquet; got .*UTF8"):
+    with pytest.raises(UserError, match=r"latin\.parquet; got .*UTF-8"):
         read_metadata(units_of(files)[0], config("x"))
 
 
@@ -129,7 +130,7 @@ def test_every_row_group_is_in_exactly_one_unit(
     units = units_of(files)
     assert [unit.index for unit in units] == list(range(len(units)))
     assert len(units) > 5
-    rows = [url for unit in units for url in read_metadata(unit, config("x"))["URL"].to_pylist()]
+    rows = [url for unit in units for url in read_metadata(unit, config("x"))["URL"]]
     assert len(rows) == len(set(rows)) == 130
 
 
