@@ -49,6 +49,7 @@ __all__ = [
     "download_folder",
     "exists",
     "file_uri",
+    "fingerprint",
     "join",
     "list_objects",
     "open_stream",
@@ -219,6 +220,22 @@ def stat(uri: str) -> ObjectInfo:
         if not location.path.is_file():
             raise ObjectMissing(uri)
         return ObjectInfo(uri, location.path.stat().st_size)
+
+
+def fingerprint(uri: str) -> str:
+    """A text that changes when the object is written again; raises ``ObjectMissing``.
+
+    Of a local file its inode, size and times of change to the nanosecond, of an object on S3 its
+    entity tag, size and time. It says nothing of the bytes themselves.
+    """
+    location = _object_location(uri)
+    if location.path is None:
+        return s3.fingerprint(uri, location.bucket, location.key)
+    with local_errors("look at", uri):
+        if not location.path.is_file():
+            raise ObjectMissing(uri)
+        found = location.path.stat()
+        return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 def exists(uri: str) -> bool:

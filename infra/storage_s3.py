@@ -226,6 +226,13 @@ def head(uri: str, bucket: str, key: str) -> int:
         return client().head_object(Bucket=bucket, Key=key)["ContentLength"]
 
 
+def fingerprint(uri: str, bucket: str, key: str) -> str:
+    """The object's entity tag, size and time of its last change."""
+    with _errors("look at", uri):
+        found = client().head_object(Bucket=bucket, Key=key)
+    return f"{found['ETag']} {found['ContentLength']} {found['LastModified'].timestamp()}"
+
+
 def put(uri: str, bucket: str, key: str, data: bytes) -> None:
     """Write a whole object in one request."""
     with _errors("write", uri):

@@ -10,15 +10,19 @@ import glob
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
 import polars as pl
+from pydantic import TypeAdapter
 
 from infra import storage
+from infra.digests import sha256_bytes
 from infra.errors import UserError
+from infra.progress import Progress, Silent, progress
 from pipelines.captions import CAPTION_COLUMNS, canonical_captions, check_caption_schema
 from pipelines.columns import Layout, RawRows, layout_of
 from pipelines.config import CurationConfig
@@ -33,6 +37,8 @@ ROWS_PER_UNIT = 500_000
 _THREADS = 8
 _GLOB = frozenset("*?[")
 _READ_BYTES = 1 << 20
+_MB = 1_000_000
+_SHOWN_FROM_BYTES = 1_000 * _MB
 
 
 @dataclass(frozen=True)
@@ -71,22 +77,65 @@ class Unit:
     row_groups: tuple[int, ...]
 
 
-def find_inputs(config: CurationConfig) -> list[InputFile]:
+def find_inputs(config: CurationConfig, memory_uri: str | None = None) -> list[InputFile]:
     """Every metadata and caption file, in an order that names and places do not influence.
 
     Checks every schema first, from the files' footers, in seconds; then reads each file once for
-    its digest. Raises ``UserError`` in one line for a pattern that matches nothing, a file that is
-    not whole, a schema that does not fit, or aesthetic scores on two scales.
+    its digest. What was read is noted in the folder ``memory_uri``, and a file that has not been
+    written since is not read again. Raises ``UserError`` in one line for a pattern that matches
+    nothing, a file that is not whole, a schema that does not fit, or aesthetic scores on two
+    scales.
     """
     found = check_inputs(config)
+    total = sum(storage.stat(uri).num_bytes for _, uri, _ in found)
+    with ExitStack() as stack:
+        bar: Progress = Silent()
+        if total > _SHOWN_FROM_BYTES:
+            bar = stack.enter_context(progress("reading the inputs", total // _MB, "MB"))
 
-    def digest(item: tuple[Kind, str, Layout | None]) -> InputFile:
-        kind, uri, layout = item
-        return _digested(kind, uri, layout)
+        def digest(item: tuple[Kind, str, Layout | None]) -> InputFile:
+            kind, uri, layout = item
+            rows_per_record = 1 if layout is None else SOURCE_FORMATS[layout.format].rows_per_record
+            memory = None if memory_uri is None else _Memory(memory_uri, uri)
+            known = None if memory is None else memory.recall()
+            if known is not None and (known.kind, known.rows_per_record) == (kind, rows_per_record):
+                bar.advance(known.num_bytes // _MB)
+                return known
+            file = _digested(kind, uri, rows_per_record, bar)
+            if memory is not None:
+                memory.note(file)
+            return file
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+        pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
         files = list(pool.map(digest, found))
     return sorted(files, key=lambda file: (file.kind, file.sha256, file.uri))
+
+
+class _Memory:
+    """What is known of one file, on storage, as long as the file has not been written again."""
+
+    def __init__(self, folder_uri: str, uri: str) -> None:
+        name = sha256_bytes(uri.encode())[:32]
+        self._note_uri = storage.join(folder_uri, f"{name}.json")
+        self._uri = uri
+        self._fingerprint = storage.fingerprint(uri)
+
+    def recall(self) -> InputFile | None:
+        """The file as it was read, or None when it was not, or is another by now."""
+        try:
+            noted: Any = storage.read_json(self._note_uri)
+            if noted["fingerprint"] == self._fingerprint:
+                file = TypeAdapter(InputFile).validate_python(noted["file"])
+                return file if file.uri == self._uri else None
+        except (storage.ObjectMissing, KeyError, TypeError, ValueError):
+            pass  # a note that cannot be read is none
+        return None
+
+    def note(self, file: InputFile) -> None:
+        """Remember; nothing is noted of a file that was written while it was read."""
+        if storage.fingerprint(self._uri) == self._fingerprint:
+            noted = {"fingerprint": self._fingerprint, "file": asdict(file)}
+            storage.write_json(self._note_uri, noted)
 
 
 def check_inputs(config: CurationConfig) -> list[tuple[Kind, str, Layout | None]]:
@@ -194,7 +243,7 @@ def _is_jsonl(uri: str) -> bool:
     return uri.endswith((".jsonl", ".ndjson", ".json"))
 
 
-def _digested(kind: Kind, uri: str, layout: Layout | None) -> InputFile:
+def _digested(kind: Kind, uri: str, rows_per_record: int, bar: Progress) -> InputFile:
     is_jsonl = kind == "metadata" and _is_jsonl(uri)
     cutter = BlockCutter()
     digest = hashlib.sha256()
@@ -202,6 +251,7 @@ def _digested(kind: Kind, uri: str, layout: Layout | None) -> InputFile:
     with storage.open_stream(uri) as stream:
         while chunk := stream.read(_READ_BYTES):
             digest.update(chunk)
+            bar.advance((num_bytes + len(chunk)) // _MB - num_bytes // _MB)
             num_bytes += len(chunk)
             if is_jsonl:
                 _feed(cutter, chunk, uri)
@@ -213,7 +263,6 @@ def _digested(kind: Kind, uri: str, layout: Layout | None) -> InputFile:
             counts = range(metadata.num_row_groups)
             row_groups = tuple(metadata.row_group(index).num_rows for index in counts)
         offsets = ()
-    rows_per_record = 1 if layout is None else SOURCE_FORMATS[layout.format].rows_per_record
     return InputFile(kind, uri, num_bytes, digest.hexdigest(), row_groups, rows_per_record, offsets)
 
 

@@ -70,7 +70,8 @@ def plan_curation(name: str, config: CurationConfig, store_uri: str) -> Curation
         raise UserError(
             expected="a dataset name of a-z, 0-9, '.', '_' and '-', at most 64 long", got=repr(name)
         )
-    inputs = find_inputs(config)
+    root = storage.join(store_uri, "datasets", name)
+    inputs = find_inputs(config, storage.join(root, "work", "inputs"))
     build = _build(name, config, store_uri, inputs)
     version = _finished_version(build)
     problems: list[str] = []

@@ -150,3 +150,19 @@ def test_metadata_without_rows_is_no_dataset(tmp_path: Path) -> None:
     parquet(tmp_path / "empty.parquet", 0)
     with pytest.raises(UserError, match="holds no rows"):
         plan_curation("x", config(str(tmp_path / "empty.parquet")), tmp_path.as_uri())
+
+
+def test_a_file_is_read_again_only_when_it_was_written(store_uri: str, tmp_path: Path) -> None:
+    uri, memory = f"{store_uri}/in/a.parquet", f"{store_uri}/work/inputs"
+    storage.upload(parquet(tmp_path / "a.parquet", 10), uri)
+    first = find_inputs(config(uri), memory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines.inputs, "_digested", None)  # not called
+        assert find_inputs(config(uri), memory) == first
+    storage.upload(parquet(tmp_path / "b" / "a.parquet", 12), uri)
+    (second,) = find_inputs(config(uri), memory)
+    assert second.num_rows == 12
+    assert second.sha256 != first[0].sha256
+    (note,) = storage.list_objects(memory)
+    storage.write_bytes(note.uri, b"{")
+    assert find_inputs(config(uri), memory) == [second]
