@@ -17,7 +17,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 import polars as pl
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from infra import storage
 from infra.digests import sha256_bytes
@@ -111,6 +111,14 @@ def find_inputs(config: CurationConfig, memory_uri: str | None = None) -> list[I
     return sorted(files, key=lambda file: (file.kind, file.sha256, file.uri))
 
 
+@dataclass(frozen=True)
+class _Note:
+    """A file as it was read, and what said then that it is the same."""
+
+    fingerprint: str
+    file: InputFile
+
+
 class _Memory:
     """What is known of one file, on storage, as long as the file has not been written again."""
 
@@ -123,19 +131,16 @@ class _Memory:
     def recall(self) -> InputFile | None:
         """The file as it was read, or None when it was not, or is another by now."""
         try:
-            noted: Any = storage.read_json(self._note_uri)
-            if noted["fingerprint"] == self._fingerprint:
-                file = TypeAdapter(InputFile).validate_python(noted["file"])
-                return file if file.uri == self._uri else None
-        except (storage.ObjectMissing, KeyError, TypeError, ValueError):
-            pass  # a note that cannot be read is none
-        return None
+            noted = TypeAdapter(_Note).validate_json(storage.read_bytes(self._note_uri))
+        except (storage.ObjectMissing, ValidationError):  # a note that cannot be read is none
+            return None
+        is_this = noted.fingerprint == self._fingerprint and noted.file.uri == self._uri
+        return noted.file if is_this else None
 
     def note(self, file: InputFile) -> None:
         """Remember; nothing is noted of a file that was written while it was read."""
         if storage.fingerprint(self._uri) == self._fingerprint:
-            noted = {"fingerprint": self._fingerprint, "file": asdict(file)}
-            storage.write_json(self._note_uri, noted)
+            storage.write_json(self._note_uri, asdict(_Note(self._fingerprint, file)))
 
 
 def check_inputs(config: CurationConfig) -> list[tuple[Kind, str, Layout | None]]:
