@@ -21,7 +21,7 @@ import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -76,14 +76,6 @@ class StoredImage:
     crop_left_px: int
     crop_top_px: int
     sha256: str
-
-
-class Resizer(Protocol):
-    """img2dataset's: returns (bytes, width, height, original width, original height, error)."""
-
-    def __call__(
-        self, img_stream: io.BytesIO
-    ) -> tuple[bytes | None, int, int, int, int, str | None]: ...
 
 
 def sniff_format(body: bytes) -> str:
@@ -207,19 +199,39 @@ def _centre_square(image: Image.Image) -> Image.Image:
 
 
 def _resize(image: Image.Image, config: ResizeConfig) -> tuple[bytes, int, int]:
-    pixels = np.asarray(image)
-    # A portable pixmap: what the resizer reads with no second lossy or costly decode.
-    pixmap = b"P6\n%d %d\n255\n" % image.size + pixels.tobytes()
+    """What img2dataset's ``Resizer`` makes of the same pixels, byte for byte.
+
+    Its parameters are used and its steps done here: it would decode the picture a second time and
+    build an augmentation per image, which took most of the time of a download.
+    """
+    cv2 = _cv2()
     resizer = _resizer(config.image_size_px, config.encode_format, config.encode_quality)
-    data, width_px, height_px, _, _, error = resizer(io.BytesIO(pixmap))
-    if error is not None or data is None:
-        raise Rejected("decode", f"resize: {error}")
-    return data, width_px, height_px
+    pixels = np.asarray(image)
+    height_px, width_px = pixels.shape[:2]
+    if min(height_px, width_px) > config.image_size_px:
+        scale = config.image_size_px / min(height_px, width_px)
+        size = max(1, round(width_px * scale)), max(1, round(height_px * scale))
+        pixels = cv2.resize(pixels, size, interpolation=resizer.downscale_interpolation)
+        height_px, width_px = pixels.shape[:2]
+    bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    done, data = cv2.imencode(f".{config.encode_format}", bgr, params=resizer.encode_params)
+    if not done:
+        raise Rejected("decode", f"{width_px} x {height_px} cannot be encoded")
+    return data.tobytes(), width_px, height_px
 
 
 @functools.cache
-def _resizer(image_size_px: int, encode_format: str, encode_quality: int) -> Resizer:
-    resizer: Resizer = _img2dataset_resizer().Resizer(
+def _cv2() -> Any:
+    import cv2
+
+    cv2.setNumThreads(1)  # Spark gives a task one core
+    return cv2
+
+
+@functools.cache
+def _resizer(image_size_px: int, encode_format: str, encode_quality: int) -> Any:
+    """img2dataset's."""
+    return _img2dataset_resizer().Resizer(
         image_size=image_size_px,
         resize_mode="keep_ratio",
         resize_only_if_bigger=True,
@@ -227,7 +239,6 @@ def _resizer(image_size_px: int, encode_format: str, encode_quality: int) -> Res
         encode_format=encode_format,
         encode_quality=encode_quality,
     )
-    return resizer
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from pipelines.config import ResizeConfig
 from pipelines.guard import Rejected
-from pipelines.images import StoredImage, sniff_format, store_image
+from pipelines.images import StoredImage, _resizer, sniff_format, store_image
 
 MAX_PIXELS = 10_000_000
 KEEP = ResizeConfig(image_size_px=256, crop="none", encode_format="png", encode_quality=1)
@@ -293,3 +293,26 @@ def test_the_resizer_comes_without_its_package() -> None:
     )
     assert done.stdout.strip() == "[]"
     assert "A new version of Albumentations" not in done.stderr
+
+
+@pytest.mark.parametrize("encode_format", ["jpg", "webp", "png"])
+@pytest.mark.parametrize("size", [(640, 480), (257, 999), (256, 256), (100, 300), (1000, 256)])
+@pytest.mark.parametrize("crop", ["square", "none"])
+def test_the_bytes_are_img2datasets(encode_format: str, size: tuple[int, int], crop: str) -> None:
+    """Its own Resizer, fed with the same pixels as a portable pixmap, says the same."""
+    rng = np.random.default_rng(sum(size))
+    small = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8))
+    image = small.resize(size, Image.Resampling.BICUBIC)
+    body = io.BytesIO()
+    image.save(body, "PNG")
+    quality = {"jpg": 90, "webp": 80, "png": 6}[encode_format]
+    known = {"encode_format": encode_format, "encode_quality": quality, "crop": crop}
+    config = ResizeConfig.model_validate({"image_size_px": 256} | known)
+    found = store_image(body.getvalue(), config, max_pixels=10**8)
+    if crop == "square":
+        side = min(size)
+        left, top = (size[0] - side) // 2, (size[1] - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    pixmap = b"P6\n%d %d\n255\n" % image.size + image.tobytes()
+    data, width, height, *_ = _resizer(256, encode_format, quality)(io.BytesIO(pixmap))
+    assert (found.data, found.width_px, found.height_px) == (data, width, height)
