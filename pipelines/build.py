@@ -21,6 +21,7 @@ from infra import storage
 from infra.digests import sha256_file
 from infra.manifest import FileEntry, ShardEntry
 from pipelines.config import CurationConfig
+from pipelines.tombstones import Tombstones
 from pipelines.workspace import Workspace
 
 KEY_CHARS = 12
@@ -87,12 +88,17 @@ _NAMES: dict[type[Any], str] = {
 
 @dataclass(frozen=True)
 class Build(Workspace):
-    """One build; travels to the workers. ``environment`` is set in every task."""
+    """One build; travels to the workers. ``environment`` is set in every task.
+
+    ``base_key`` is the key that it has while nothing is taken down.
+    """
 
     dataset_root: str
     key: str
     config: CurationConfig
     num_partitions: int
+    base_key: str = ""
+    tombstones: Tombstones = field(default_factory=Tombstones)
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -162,7 +168,8 @@ class Build(Workspace):
     def finish(self, version: str) -> None:
         """Say which version came out, and drop the images: the shards have them now."""
         number = _number(self.retry_uri, "round")
-        storage.write_json(self.result_uri, {"version": version, "round": number})
+        result = {"version": version, "round": number, "base_key": self.base_key}
+        storage.write_json(self.result_uri, result)
         self.forget("images")
         self.forget("failures")
 

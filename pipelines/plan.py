@@ -15,6 +15,7 @@ from infra.manifest import FileEntry, ShardEntry, verify_dataset
 from pipelines.build import Build, PartMarker, ReadMarker, StagedMarker
 from pipelines.config import CurationConfig
 from pipelines.inputs import InputFile, Unit, find_inputs, units_of
+from pipelines.tombstones import Tombstones, load_tombstones
 from pipelines.workspace import noted_version
 
 ROWS_PER_PARTITION = 5_000
@@ -105,14 +106,26 @@ def _build(
         "inputs": [file.identity() for file in inputs],
         "code": code_digest("pipelines"),
     }
+    base_key = sha256_bytes(canonical_json(identity))
+    dataset_root = storage.join(store_uri, "datasets", name)
+    tombstones = load_tombstones(dataset_root)
     automatic = math.ceil(rows_in / ROWS_PER_PARTITION)
     automatic = min(max(automatic, MIN_PARTITIONS), MAX_PARTITIONS)
     return Build(
-        dataset_root=storage.join(store_uri, "datasets", name),
-        key=sha256_bytes(canonical_json(identity)),
+        dataset_root=dataset_root,
+        key=build_key(base_key, tombstones),
         config=config,
         num_partitions=config.partitions or automatic,
+        base_key=base_key,
+        tombstones=tombstones,
     )
+
+
+def build_key(base_key: str, tombstones: Tombstones) -> str:
+    """The key of a build that leaves out what was taken down."""
+    if not tombstones:
+        return base_key
+    return sha256_bytes(canonical_json({"build": base_key, "tombstones": tombstones.digest}))
 
 
 def _finished_version(build: Build) -> str | None:

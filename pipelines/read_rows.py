@@ -30,6 +30,7 @@ from pipelines.config import CurationConfig
 from pipelines.filters import first_reason, metadata_filters, unknown_kept
 from pipelines.inputs import Unit, metadata_batches, read_captions
 from pipelines.ledger import REJECTED, LedgerFile
+from pipelines.tombstones import TAKEDOWN, Tombstones
 
 # What travels: rows, long captions (``is_caption``) and one empty seed per slot (no ``url``).
 TRAVEL_SCHEMA = pa.schema(
@@ -86,7 +87,8 @@ def read_rows(build: Build, unit: Unit, slots: Slots) -> Iterator[pa.RecordBatch
         is_new = build.read(ReadMarker, unit.index) is None
         tally = _Tally(build.config)
         with LedgerFile(folder, f"read-{unit.index:05d}") as ledger:
-            for table, layout, rows in judged_batches(unit, build.config):
+            for table, layout, judged in judged_batches(unit, build.config):
+                rows = without_removed(judged, build.tombstones)
                 is_kept = rows["reason"].is_null()
                 kept = rows.filter(is_kept)
                 if is_new:
@@ -110,6 +112,14 @@ def judged_batches(
     reason = first_reason(metadata_filters(config.filters))
     for table, layout in metadata_batches(unit, config):
         yield table, layout, canonical_rows(table, layout, config.source).with_columns(reason)
+
+
+def without_removed(rows: pl.DataFrame, tombstones: Tombstones) -> pl.DataFrame:
+    """The rows, those that are taken down with that ``reason``."""
+    if not tombstones:
+        return rows
+    reason = pl.when(tombstones.covers(rows)).then(pl.lit(TAKEDOWN)).otherwise("reason")
+    return rows.with_columns(reason.alias("reason"))
 
 
 class _Tally:

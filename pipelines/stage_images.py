@@ -30,7 +30,8 @@ from pipelines.filters import caption_filters, first_reason
 from pipelines.guard import Rejected
 from pipelines.images import StoredImage, store_image
 from pipelines.ledger import FAILED, REJECTED, is_worth_a_retry
-from pipelines.read_rows import TRAVEL_SCHEMA
+from pipelines.read_rows import TRAVEL_SCHEMA, without_removed
+from pipelines.tombstones import TAKEDOWN, Tombstones
 
 # Fewer downloads than this say nothing about the network.
 MIN_ATTEMPTS_TO_JUDGE = 20
@@ -72,8 +73,10 @@ def stage_images(build: Build, partition: int, batches: Iterable[pa.RecordBatch]
     with build.task(f"staged-{partition:05d}") as folder:
         rows = prepared_rows(pa.Table.from_batches(batches, TRAVEL_SCHEMA), build.config)
         images_path = folder / "images"
+        rows = without_removed(rows, build.tombstones)
         rows = fetch_rows(rows, build.config, shared_fetcher(build.config.fetch), images_path)
         _check_network(rows, build.config, partition)
+        rows = without_removed_images(rows, build.tombstones)
         _leave(build, partition, rows.with_columns(_round(0)), folder, round=0)
 
 
@@ -97,6 +100,7 @@ def retry_images(build: Build, partition: int, round: int) -> None:
         )
         fetcher = shared_fetcher(build.config.fetch)
         again = fetch_rows(todo, build.config, fetcher, folder / "images")
+        again = without_removed_images(again, build.tombstones)
         again = again.with_columns(_round(round)).select(rows.columns)
         rows = pl.concat([rows.filter(~is_worth_a_retry()), again])
         _leave(build, partition, rows, folder, round=round, carried=part)
@@ -138,6 +142,22 @@ def prepared_rows(table: pa.Table, config: CurationConfig) -> pl.DataFrame:
     rows = rows.with_columns(first_reason(caption_filters(config.filters)))
     duplicates = row_duplicates(rows, same_url=config.duplicates.same_url)
     return rows.with_columns(pl.coalesce("reason", duplicates.alias("reason")))
+
+
+def without_removed_images(rows: pl.DataFrame, tombstones: Tombstones) -> pl.DataFrame:
+    """The fetched rows, those whose image is taken down rejected; nothing points at its bytes."""
+    if not tombstones:
+        return rows
+    gone = tombstones.covers(rows.select("sha256"))
+    nothing = [pl.lit(None, dtype=kind).alias(name) for name, kind in OUTCOME_SCHEMA.items()]
+    blank = [
+        pl.when(gone).then(each).otherwise(pl.col(each.meta.output_name())) for each in nothing
+    ]
+    return rows.with_columns(blank).with_columns(
+        pl.when(gone).then(pl.lit(REJECTED)).otherwise("disposition").alias("disposition"),
+        pl.when(gone).then(pl.lit(TAKEDOWN)).otherwise("reason").alias("reason"),
+        pl.when(gone).then(pl.lit(False)).otherwise("retryable").alias("retryable"),
+    )
 
 
 def fetch_rows(
