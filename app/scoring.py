@@ -13,6 +13,7 @@ from app.recipe import Recipe, ServicesConfig
 from app.recipe_problems import did_you_mean
 from app.selection import Selection
 from app.verb import Output
+from infra.cluster import ClusterConfig
 from infra.config import atelier_home
 from infra.errors import UserError
 
@@ -35,11 +36,11 @@ class Query:
     max_memory_mb: int
 
 
-class _Spark:
+class LazySpark:
     """One session for all datasets, started at first use."""
 
-    def __init__(self, recipe: Recipe, place: Place, stack: ExitStack) -> None:
-        self._recipe, self._place, self._stack = recipe, place, stack
+    def __init__(self, cluster: ClusterConfig, place: Place, stack: ExitStack) -> None:
+        self._cluster, self._place, self._stack = cluster, place, stack
         self._session: SparkSession | None = None
 
     def __call__(self) -> SparkSession:
@@ -47,7 +48,7 @@ class _Spark:
             from infra.sessions import spark_session, stop_spark
 
             environment = self._place.environment
-            self._session = spark_session("scoring", self._recipe.cluster, environment)
+            self._session = spark_session("scoring", self._cluster, environment)
             self._stack.callback(stop_spark, self._session)
         return self._session
 
@@ -62,7 +63,7 @@ def score_datasets(recipe: Recipe, names: Collection[str], out: Output) -> list[
     found = []
     with ExitStack() as stack:
         place = connect(recipe.services, atelier_home(), out.say)
-        spark = _Spark(recipe, place, stack)
+        spark = LazySpark(recipe.cluster, place, stack)
         for name in chosen:
             uri = _published(recipe, name, place.store_uri)
             scoring = score(uri, config, spark, progress, place.environment)
@@ -102,7 +103,7 @@ def refilter_datasets(
     found = []
     with ExitStack() as stack:
         place = connect(recipe.services, atelier_home(), out.say)
-        spark = _Spark(recipe, place, stack)
+        spark = LazySpark(recipe.cluster, place, stack)
         for name in chosen:
             config = recipe.derived[name]
             uri = _published(recipe, config.dataset, place.store_uri)
@@ -182,7 +183,7 @@ def search_dataset(query: Query, out: Output) -> dict[str, Any]:
     """Find, print and, when asked to, publish; returns what ``--json`` prints."""
     if (query.words is None) == (query.image is None):
         raise UserError('give words or --image, and not both: atelier search "red car"')
-    store_uri = query.store or _newest_store(out)
+    store_uri = query.store or newest_store(out)
 
     from infra import storage
     from infra.progress import progress
@@ -226,7 +227,7 @@ def _sha256_of(image: Path | None) -> str | None:
     return None if image is None else sha256_file(image)
 
 
-def _newest_store(out: Output) -> str:
+def newest_store(out: Output) -> str:
     """The store of the newest run; this machine's own services are started when it is theirs."""
     from app.status import read_latest
 

@@ -154,7 +154,7 @@ class LedgerFile:
         self._writer.close()
 
     def add(self, rows: pl.DataFrame) -> None:
-        """Append rows; columns that are missing are null. Of what is taken down no address stays."""
+        """Append rows; columns that are missing are null, addresses taken down are digests."""
         missing = [
             pl.lit(None, dtype=pl.Boolean if name == "retryable" else pl.String).alias(name)
             for name in LEDGER_SCHEMA.names
