@@ -112,6 +112,23 @@ def test_score_refilter_and_search(tmp_path: Path) -> None:
         assert cosines == sorted(cosines, reverse=True)
         missing = atelier("search", "a red circle", "--dataset", "other", returns=1)
         assert "run `atelier score RECIPE` first" in missing["error"][0]
+
+        url = found["hits"][0]["url"]
+        odd = atelier("takedown", "--domain", "http://a.example/", returns=1)
+        assert "a host like a.example" in odd["error"][0]
+        dry = atelier("takedown", "--url", url, "--dry-run")["datasets"]
+        assert {each["dataset"]: each["samples"] for each in dry} == {"painted": 1, "circles": 1}
+        gone = atelier("takedown", "--url", url)
+        assert {each["dataset"]: each["samples"] for each in gone["datasets"]} == {
+            "painted": 1, "circles": 1,
+        }  # fmt: skip
+        (rescored,) = atelier("score", str(recipe))["datasets"]
+        assert rescored["counts"]["samples"] == committed - 1
+        assert rescored["shards_embedded_now"] == 1
+        (published,) = atelier("refilter", str(recipe), *higher)["datasets"]
+        left = atelier("search", "a red circle", "--dataset", "painted", "-k", "5")["hits"]
+        assert url not in {hit["url"] for hit in left}
+        assert {hit["sample_id"] for hit in found["hits"][1:]} < {hit["sample_id"] for hit in left}
     finally:
         atelier("down")
 
