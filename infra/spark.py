@@ -8,6 +8,7 @@ defaults, 9 with ours, 4 with the class archive that ``python -m infra.spark_arc
 from __future__ import annotations
 
 import atexit
+import os
 import secrets
 import shutil
 import subprocess
@@ -32,6 +33,9 @@ HOST = "127.0.0.1"
 LOG_SETTINGS = Path(__file__).with_name("spark_log4j2.properties")
 JVM_STOP_SECONDS = 20.0
 MAX_SOCKET_FOLDER_CHARS = 60
+SECRET_VARIABLE = "ATELIER_SPARK_SECRET"  # what a cluster's members authenticate with
+# Names of settings whose values no page or log shows.
+REDACTED = "(?i)secret|password|token|access[._]?key|credential"
 
 
 def spark_session(
@@ -113,10 +117,16 @@ def _settings(app_name: str, cluster: ClusterConfig, environment: Mapping[str, s
             **_private_sockets(),
             "spark.sql.warehouse.dir": (scratch / "warehouse").as_uri(),
         }
+    elif secret := os.environ.get(SECRET_VARIABLE):
+        properties |= {"spark.authenticate": "true", "spark.authenticate.secret": secret}
     properties |= {f"spark.executorEnv.{name}": value for name, value in worker_environment.items()}
-    return SparkConf(loadDefaults=False).setAll(
-        list((properties | cluster.spark_properties).items())
-    )
+    properties["spark.redaction.regex"] = REDACTED
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ
+    settings = SparkConf(loadDefaults=submitted)
+    if submitted:  # what the command line says of the cluster wins over the recipe
+        named = ("spark.master", "spark.app.name")
+        properties = {k: v for k, v in properties.items() if k not in named or not settings.get(k)}
+    return settings.setAll(list((properties | cluster.spark_properties).items()))
 
 
 def _private_sockets() -> dict[str, str]:
