@@ -241,8 +241,10 @@ def _entry(kind: type[_Record], raw: Any, origin: str) -> _Record:
     return kind(**raw)
 
 
-def verify_dataset(manifest_uri: str, progress: Progress | None = None) -> list[str]:
+def verify_dataset(
+    manifest_uri: str, progress: Progress | None = None, *, memory_uri: str | None = None
+) -> list[str]:
     """Read every listed byte and return the problems found: ``infra.manifest_verify.verify``."""
     from infra.manifest_verify import verify
 
-    return verify(manifest_uri, progress)
+    return verify(manifest_uri, progress, memory_uri=memory_uri)

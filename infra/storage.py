@@ -64,6 +64,7 @@ __all__ = [
 
 CHUNK_BYTES = 1 << 20
 READ_ATTEMPTS = 3
+LOCAL_CLOCK_NS = 50_000_000  # file systems note times by the kernel's tick
 FOLDER_THREADS = 4
 TEMPORARY_PREFIX = ".atelier-tmp-"
 RESERVED_PREFIXES = (TEMPORARY_PREFIX, ".rclone_temp_", ".rclone_multipart_upload_")
@@ -222,11 +223,11 @@ def stat(uri: str) -> ObjectInfo:
         return ObjectInfo(uri, location.path.stat().st_size)
 
 
-def fingerprint(uri: str) -> str:
+def fingerprint(uri: str) -> str | None:
     """A text that changes when the object is written again; raises ``ObjectMissing``.
 
-    Of a local file its inode, size and times of change to the nanosecond, of an object on S3 its
-    entity tag, size and time. It says nothing of the bytes themselves.
+    Of a local file its inode, size and times of change, of an object on S3 its entity tag, size
+    and time. None of what was written so lately that the same time may stand for other bytes.
     """
     location = _object_location(uri)
     if location.path is None:
@@ -235,6 +236,8 @@ def fingerprint(uri: str) -> str:
         if not location.path.is_file():
             raise ObjectMissing(uri)
         found = location.path.stat()
+        if time.time_ns() - found.st_ctime_ns < LOCAL_CLOCK_NS:
+            return None
         return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 

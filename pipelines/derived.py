@@ -10,10 +10,11 @@ from infra import storage
 from infra.config import semantic_part
 from infra.digests import canonical_json, sha256_bytes
 from infra.environment import applied
-from infra.manifest import DatasetManifest, dataset_root, load_manifest, verify_dataset
+from infra.manifest import DatasetManifest, dataset_root, load_manifest
 from pipelines.build import KEY_CHARS
 from pipelines.clip_model import identify
 from pipelines.heads import load_head
+from pipelines.plan import verify_unless_unchanged
 from pipelines.score import Bars, score, select, selection
 from pipelines.scoring_config import DerivedConfig, ScoringConfig
 from pipelines.verdicts import REFILTER_VERSION
@@ -69,15 +70,11 @@ def plan_derived(manifest_uri: str, scoring: ScoringConfig, config: DerivedConfi
     if version is None:
         reason = "these thresholds have not been asked of this version yet"
         return DerivedPlan("RUN", reason, plan.key, manifest_uri)
-    found = DerivedPlan("SKIP", "", plan.key, manifest_uri, version)
-    try:
-        problems = verify_dataset(str(found.manifest_uri))
-    except storage.ObjectMissing as error:
-        problems = [f"{error}: missing"]
+    problems = verify_unless_unchanged(dataset_root(manifest_uri), version)
     if problems:
         reason = f"{len(problems)} stored files are damaged, first: {problems[0]}"
         return DerivedPlan("RUN", reason, plan.key, manifest_uri, None, problems)
-    reason = f"version {version[:12]} is there and every byte of it was verified"
+    reason = f"version {version[:12]} is there and verified"
     return DerivedPlan("SKIP", reason, plan.key, manifest_uri, version)
 
 

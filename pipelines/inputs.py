@@ -134,13 +134,14 @@ class _Memory:
             noted = TypeAdapter(_Note).validate_json(storage.read_bytes(self._note_uri))
         except (storage.ObjectMissing, ValidationError):  # a note that cannot be read is none
             return None
-        is_this = noted.fingerprint == self._fingerprint and noted.file.uri == self._uri
+        is_this = self._fingerprint == noted.fingerprint and noted.file.uri == self._uri
         return noted.file if is_this else None
 
     def note(self, file: InputFile) -> None:
         """Remember; nothing is noted of a file that was written while it was read."""
-        if storage.fingerprint(self._uri) == self._fingerprint:
-            storage.write_json(self._note_uri, asdict(_Note(self._fingerprint, file)))
+        known = self._fingerprint
+        if known is not None and storage.fingerprint(self._uri) == known:
+            storage.write_json(self._note_uri, asdict(_Note(known, file)))
 
 
 def check_inputs(config: CurationConfig) -> list[tuple[Kind, str, Layout | None]]:

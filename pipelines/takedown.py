@@ -310,7 +310,7 @@ def _is_note(path: str, stems: set[str], versions: set[str]) -> bool:
     if name == WITHDRAWN_NAME and _VERSION.fullmatch(parts[0]):
         return True
     if parts[0] == "work":
-        return name == "result.json" or folder == "work/inputs"
+        return name == "result.json" or folder in ("work/inputs", "work/verified")
     if parts[0] in _BY_SHARD:
         return name.partition(".")[0] in stems or any(part in versions for part in parts)
     return False
