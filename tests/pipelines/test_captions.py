@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import UserError
+from pipelines.caption_clean import clean_text
+from pipelines.caption_config import CaptionConfig
 from pipelines.captions import (
     canonical_captions,
     check_caption_schema,
-    clean_text,
     with_captions,
 )
 
@@ -26,6 +27,8 @@ LONG = pl.DataFrame(
         "model": ["m1", "m1", None, "m1", "m1", "m0"],
     }
 )
+
+SYNTHETIC, ALT = CaptionConfig(), CaptionConfig(train_on="alt")
 
 
 def cleaned(text: str) -> str:
@@ -60,7 +63,7 @@ def test_cleaning_leaves_nothing_invisible_and_is_settled(text: str) -> None:
 
 
 def test_all_captions_are_kept_with_origin_and_model() -> None:
-    joined = with_captions(ROWS, LONG, "synthetic")
+    joined = with_captions(ROWS, LONG, SYNTHETIC)
     assert joined["url"].to_list() == ["a", "b", "c", "d"]
     assert joined["captions"].to_list() == [
         [
@@ -78,19 +81,19 @@ def test_all_captions_are_kept_with_origin_and_model() -> None:
 
 
 def test_the_longest_synthetic_caption_is_trained_on_unless_told_otherwise() -> None:
-    synthetic = with_captions(ROWS, LONG, "synthetic")["train_caption"].to_list()
+    synthetic = with_captions(ROWS, LONG, SYNTHETIC)["train_caption"].to_list()
     assert synthetic == ["long a", "longer b", "", "long d"]
-    alt = with_captions(ROWS, LONG, "alt")["train_caption"].to_list()
+    alt = with_captions(ROWS, LONG, ALT)["train_caption"].to_list()
     assert alt == ["alt a", "alt b", "", "long d"]
 
 
 def test_the_order_of_the_caption_file_does_not_matter() -> None:
     shuffled = LONG.sample(fraction=1, shuffle=True, seed=3)
-    assert with_captions(ROWS, shuffled, "alt").equals(with_captions(ROWS, LONG, "alt"))
+    assert with_captions(ROWS, shuffled, ALT).equals(with_captions(ROWS, LONG, ALT))
 
 
 def test_without_long_captions_alt_text_is_all_there_is() -> None:
-    joined = with_captions(ROWS, LONG.clear(), "synthetic")
+    joined = with_captions(ROWS, LONG.clear(), SYNTHETIC)
     assert joined["train_caption"].to_list() == ["alt a", "alt b", "", ""]
 
 
