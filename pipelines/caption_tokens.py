@@ -35,6 +35,7 @@ _CLIP_VOCABULARY_SIZE = 49_408
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _WORD_END = "</w>"
 _BATCH = 1_000
+_MAX_TOKEN_CHARS = 64  # of a text, no more characters per token of the budget are looked at
 
 
 class CaptionTokenizer:
@@ -173,8 +174,9 @@ def budgeted(texts: pl.Series, budget: int, tokenizer: CaptionTokenizer) -> pl.D
     is_short = is_ascii & (texts.str.len_bytes() + tokenizer.num_special < budget)
     positions = (~is_short).arg_true().to_list()
     long = texts.filter(~is_short).to_list()
+    heads = [text[: budget * _MAX_TOKEN_CHARS] for text in long]
     fitted: dict[int, tuple[str, str]] = {}
-    for position, text, starts in zip(positions, long, tokenizer.starts(long), strict=True):
+    for position, text, starts in zip(positions, heads, tokenizer.starts(heads), strict=True):
         if len(starts) + tokenizer.num_special > budget:
             fitted[position] = _fit(text, starts, budget, tokenizer)
     cuts = pl.Series("cut", [None] * len(texts), dtype=pl.String)
