@@ -44,7 +44,10 @@ class ReadMarker:
 
 @dataclass(frozen=True)
 class PartMarker:
-    """A partition is done, up to a round: its shards, and how each of its rows ended."""
+    """A partition is done, up to a round: its shards, and how each of its rows ended.
+
+    ``captions``: what was done to the captions of its rows -> how many rows.
+    """
 
     shards: list[ShardEntry]
     ledger: FileEntry | None
@@ -52,6 +55,7 @@ class PartMarker:
     rejected: dict[str, int]
     failed: dict[str, int]
     round: int = 0
+    captions: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -69,6 +73,7 @@ class StagedMarker:
     rows: FileEntry
     images: FileEntry
     round: int = 0
+    captions: dict[str, int] = field(default_factory=dict)
     carried: PartMarker | None = None
 
     @property

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from infra.config import StrictModel, operational, semantic
+from pipelines.caption_config import CaptionConfig
 
 # keep: as if it passed; drop: rejected; later: goes on as unknown, for a scorer after the fetch.
 OnUnknown = Literal["keep", "drop", "later"]
@@ -68,18 +69,6 @@ class FilterConfig(StrictModel):
     min_caption_words: int | None = semantic(None, "fewest words of the caption to train on", ge=1)
     unknown: UnknownPolicy = semantic(
         default_factory=UnknownPolicy, description="what unknown values do"
-    )
-
-
-class CaptionConfig(StrictModel):
-    """Long synthetic captions to join to the rows by URL."""
-
-    files: list[str] = operational(
-        default_factory=list,
-        description="parquet files (url, caption[, model]): URIs, paths or globs",
-    )
-    train_on: Literal["synthetic", "alt"] = semantic(
-        "synthetic", "which origin `.txt` holds when a sample has both"
     )
 
 

@@ -8,6 +8,8 @@ import polars as pl
 
 from pipelines.config import FilterConfig, OnUnknown
 
+PERSONAL_DATA = "personal_data"
+
 
 @dataclass(frozen=True)
 class Filter:
@@ -52,9 +54,13 @@ def metadata_filters(config: FilterConfig) -> list[Filter]:
     return found
 
 
-def caption_filters(config: FilterConfig) -> list[Filter]:
-    """Asked of the caption to train on (column ``train_caption``), so after captions are joined."""
-    found = [_reject(pl.col("train_caption") == "", "no_caption")]
+def caption_filters(config: FilterConfig, *, drops_personal: bool = False) -> list[Filter]:
+    """Asked of the caption to train on (column ``train_caption``), so after captions are joined.
+
+    ``drops_personal``: rows with ``has_personal_data`` are rejected.
+    """
+    found = [_reject(pl.col("has_personal_data"), PERSONAL_DATA)] if drops_personal else []
+    found.append(_reject(pl.col("train_caption") == "", "no_caption"))
     if config.min_caption_words is not None:
         num_words = pl.col("train_caption").str.split(" ").list.len()
         found.append(_reject(num_words < config.min_caption_words, "short_caption"))

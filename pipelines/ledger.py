@@ -53,6 +53,7 @@ REASONS = (
     "unknown_language",
     "other_language",
     "caption_too_long",
+    "personal_data",
     "no_caption",
     "short_caption",
     "duplicate_row",

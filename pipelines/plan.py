@@ -13,6 +13,7 @@ from infra.digests import canonical_json, code_digest, sha256_bytes
 from infra.errors import UserError
 from infra.manifest import FileEntry, ShardEntry, verify_dataset
 from pipelines.build import Build, PartMarker, ReadMarker, StagedMarker
+from pipelines.caption_tokens import tokenizer_part
 from pipelines.config import CurationConfig
 from pipelines.inputs import InputFile, Unit, find_inputs, units_of
 from pipelines.tombstones import Tombstones, load_tombstones
@@ -117,6 +118,7 @@ def _build(
         "recipe": semantic_part(config),
         "inputs": [file.identity() for file in inputs],
         "code": code_digest("pipelines"),
+        **tokenizer_part(config),
     }
     base_key = sha256_bytes(canonical_json(identity))
     dataset_root = storage.join(store_uri, "datasets", name)

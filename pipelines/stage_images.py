@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from infra.errors import UserError
 from pipelines.build import Build, PartMarker, StagedMarker
-from pipelines.captions import CAPTION_COLUMNS, with_captions
+from pipelines.captions import CAPTION_COLUMNS, caption_counts, with_captions
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import CurationConfig
 from pipelines.connection import Failed
@@ -126,6 +126,7 @@ def _leave(
     marker = StagedMarker(
         rows=build.stage(rows_path, "rows", rows.height),
         images=build.stage(folder / "images", "images", num_images),
+        captions=caption_counts(rows),
         round=round,
         carried=carried,
     )
@@ -138,8 +139,10 @@ def prepared_rows(table: pa.Table, config: CurationConfig) -> pl.DataFrame:
     is_caption = pl.col("is_caption")
     rows = everything.filter(~is_caption).select(CANONICAL_SCHEMA.names)
     long = everything.filter(is_caption).select(CAPTION_COLUMNS)
-    rows = with_captions(rows.sort(CANONICAL_SCHEMA.names), long, config.captions.train_on)
-    rows = rows.with_columns(first_reason(caption_filters(config.filters)))
+    rows = with_captions(rows.sort(CANONICAL_SCHEMA.names), long, config.captions)
+    drops = config.captions.personal_data == "drop"
+    asked = caption_filters(config.filters, drops_personal=drops)
+    rows = rows.with_columns(first_reason(asked))
     duplicates = row_duplicates(rows, same_url=config.duplicates.same_url)
     return rows.with_columns(pl.coalesce("reason", duplicates.alias("reason")))
 

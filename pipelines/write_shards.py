@@ -46,7 +46,10 @@ def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> N
         rows = pl.read_parquet(build.fetch_staged(staged.rows, folder)).sort("sample_id")
         rows = rows.filter(pl.col("round") == staged.round)
         is_duplicate = pl.col("sample_id").is_in(list(duplicates)) & pl.col("offset").is_not_null()
+        told = pl.lit("caption: ") + pl.col("caption_notes").list.join(", ")
+        is_told = (pl.col("caption_notes").list.len() > 0) & (pl.col("detail").fill_null("") == "")
         rows = rows.with_columns(
+            pl.when(is_told).then(told).otherwise("detail").alias("detail"),
             pl.when(is_duplicate)
             .then(pl.lit(REJECTED))
             .otherwise(pl.col("disposition").fill_null(COMMITTED))
@@ -78,6 +81,7 @@ def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> N
             rejected=counts.rejected,
             failed=counts.failed,
             round=staged.round,
+            captions=staged.captions,
         )
         build.write(marker, partition)
 
