@@ -1,33 +1,26 @@
-"""From a stranger's bytes to a stored image: checks first, one strict decode, img2dataset's resize.
+"""From a stranger's bytes to a stored image: checks first, one strict decode, then the resize.
 
 Nothing is decoded before its format (by magic) and its size (by header) are known. Pillow decodes
 strictly: a truncated file is refused, never filled with grey. Pixels become upright sRGB; of an
-animation, the first frame. img2dataset's ``Resizer`` then resizes (area) and encodes. No metadata
-of the original (EXIF, XMP, text) reaches the stored bytes.
+animation, the first frame. No metadata of the original (EXIF, XMP, text) reaches the stored bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import importlib.util
 import io
-import os
 import struct
-import sys
 import threading
-import types
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
 
 from pipelines.config import ResizeConfig
 from pipelines.guard import Rejected
+from pipelines.resize import Pixels, crop_of, cropped, encoded, shrunk
 
 # Pillow's names of what we decode, with what such files begin with.
 _MAGIC = (
@@ -60,6 +53,8 @@ _BROKEN_EXIF = (
 # One decode at a time per process: its pixels are the largest thing a worker holds, and
 # ``warnings`` can only be silenced for a whole process.
 _ONE_AT_A_TIME = threading.Lock()
+# Blocks of 16 MB that Pillow keeps for the next image, instead of having the kernel clear new ones.
+Image.core.set_blocks_max(4)  # type: ignore[attr-defined]
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 size as long as this much detail is left to the resize.
 _DRAFT_FACTOR = 2
 
@@ -104,23 +99,25 @@ def store_image(
     ``decode``.
     """
     with _ONE_AT_A_TIME, _opened(body) as image:
+        if image.width * image.height > max_pixels:
+            raise Rejected("pixels", f"{image.width} x {image.height}")
         width_px, height_px = _upright_size(image)
-        if width_px * height_px > max_pixels:
-            raise Rejected("pixels", f"{width_px} x {height_px}")
         if width_px < (min_width_px or 0) or height_px < (min_height_px or 0):
             raise Rejected("image_too_small", f"{width_px} x {height_px}")
         ratio = max(width_px, height_px) / min(width_px, height_px)
         if max_aspect_ratio is not None and ratio > max_aspect_ratio:
             raise Rejected("image_aspect_ratio", f"{width_px} x {height_px}")
-        encoded = _resize(_decode(image, config), config)
-    side_px = min(width_px, height_px)
-    is_square = config.crop == "square"
+        pixels = _decoded(image, config)
+    small = shrunk(cropped(pixels, config), config)
+    crop = crop_of(width_px, height_px, config)
     return StoredImage(
-        *encoded,
+        encoded(small, config),
+        width_px=small.shape[1],
+        height_px=small.shape[0],
         original_width_px=width_px,
         original_height_px=height_px,
-        crop_left_px=(width_px - side_px) // 2 if is_square else 0,
-        crop_top_px=(height_px - side_px) // 2 if is_square else 0,
+        crop_left_px=crop.left_px,
+        crop_top_px=crop.top_px,
         sha256=hashlib.sha256(body).hexdigest(),
     )
 
@@ -138,8 +135,11 @@ def _opened(body: bytes) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
+    """From EXIF. A PNG's may come after its pixels, so asking for it decodes them."""
     try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except _BROKEN_EXIF:  # no reason to lose the image
         return 1
 
@@ -149,7 +149,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (height_px, width_px) if _orientation(image) in _SWAPPING_ORIENTATIONS else image.size
 
 
-def _decode(image: Image.Image, config: ResizeConfig) -> Image.Image:
+def _decoded(image: Image.Image, config: ResizeConfig) -> Pixels:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -161,7 +161,7 @@ def _decode(image: Image.Image, config: ResizeConfig) -> Image.Image:
             converted = _to_rgb(image)
             transpose = _UPRIGHT.get(_orientation(image))
             upright = converted if transpose is None else converted.transpose(transpose)
-            return _centre_square(upright) if config.crop == "square" else upright
+            return np.asarray(upright)
     except Exception as error:
         raise Rejected("decode", type(error).__name__) from error
 
@@ -184,81 +184,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             applied = None  # a profile that does not fit the pixels says nothing about them
         if applied is not None:
             return applied
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @functools.cache
 def _srgb_profile() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-
-
-def _centre_square(image: Image.Image) -> Image.Image:
-    side_px = min(image.size)
-    left_px, top_px = (image.width - side_px) // 2, (image.height - side_px) // 2
-    return image.crop((left_px, top_px, left_px + side_px, top_px + side_px))
-
-
-def _resize(image: Image.Image, config: ResizeConfig) -> tuple[bytes, int, int]:
-    """What img2dataset's ``Resizer`` makes of the same pixels, byte for byte.
-
-    Its parameters are used and its steps done here: it would decode the picture a second time and
-    build an augmentation per image, which took most of the time of a download.
-    """
-    cv2 = _cv2()
-    resizer = _resizer(config.image_size_px, config.encode_format, config.encode_quality)
-    pixels = np.asarray(image)
-    height_px, width_px = pixels.shape[:2]
-    if min(height_px, width_px) > config.image_size_px:
-        scale = config.image_size_px / min(height_px, width_px)
-        size = max(1, round(width_px * scale)), max(1, round(height_px * scale))
-        pixels = cv2.resize(pixels, size, interpolation=resizer.downscale_interpolation)
-        height_px, width_px = pixels.shape[:2]
-    bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    done, data = cv2.imencode(f".{config.encode_format}", bgr, params=resizer.encode_params)
-    if not done:
-        raise Rejected("decode", f"{width_px} x {height_px} cannot be encoded")
-    return data.tobytes(), width_px, height_px
-
-
-@functools.cache
-def _cv2() -> Any:
-    import cv2
-
-    cv2.setNumThreads(1)  # Spark gives a task one core
-    return cv2
-
-
-@functools.cache
-def _resizer(image_size_px: int, encode_format: str, encode_quality: int) -> Any:
-    """img2dataset's."""
-    return _img2dataset_resizer().Resizer(
-        image_size=image_size_px,
-        resize_mode="keep_ratio",
-        resize_only_if_bigger=True,
-        downscale_interpolation="area",
-        encode_format=encode_format,
-        encode_quality=encode_quality,
-    )
-
-
-@functools.cache
-def _img2dataset_resizer() -> Any:
-    """img2dataset's module ``resizer`` alone: its package imports torch, ray and wandb (6 s)."""
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network for news
-    package = importlib.util.find_spec("img2dataset")
-    if package is None or not package.submodule_search_locations:
-        raise ModuleNotFoundError("img2dataset is not installed")
-    path = Path(package.submodule_search_locations[0], "resizer.py")
-    spec = importlib.util.spec_from_file_location("atelier_img2dataset_resizer", path)
-    if spec is None or spec.loader is None:
-        raise ModuleNotFoundError(f"{path} cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if sys.version_info >= (3, 13):
-            # Gone from the standard library; only read when nothing is re-encoded, which we do.
-            sys.modules.setdefault("imghdr", types.ModuleType("imghdr"))
-        spec.loader.exec_module(module)
-    # It silences the process by swapping file descriptors 1 and 2, which other threads share.
-    vars(module)["SuppressStdoutStderr"] = contextlib.nullcontext
-    return module

@@ -1,8 +1,9 @@
 """Second task: the rows of one partition become fetched, checked and encoded images.
 
-Images leave memory as they come: each is appended to one working file, and its row remembers
-where. At any time a task holds at most ``num_threads`` bodies, one decoded image, and
-``2 * num_threads`` encoded ones.
+Threads fetch; the task itself decodes what they bring, one body after the other, for threads that
+decode would only wait for one another. Images leave memory as they come: each is appended to one
+working file, and its row remembers where. At any time a task holds at most ``num_threads`` bodies
+besides the one it decodes.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 
 import polars as pl
 import pyarrow as pa
@@ -171,14 +173,10 @@ def fetch_rows(
         _columns(None if reason is None else NotStored(REJECTED, reason, False, ""))
         for reason in rows["reason"]
     ]
-    todo = [
-        (index, url)
-        for index, (url, reason) in enumerate(rows.select("url", "reason").iter_rows())
-        if reason is None
-    ]
+    todo = spread_by_host(rows)
     offset = 0
     with images_path.open("wb") as images:
-        for index, outcome in _in_threads(todo, config, fetcher):
+        for index, outcome in _outcomes(todo, config, fetcher):
             outcomes[index] = _columns(outcome, offset)
             if isinstance(outcome, StoredImage):
                 offset += images.write(outcome.data)
@@ -205,44 +203,77 @@ def _columns(outcome: StoredImage | NotStored | None, offset: int = 0) -> dict[s
     }
 
 
-def _in_threads(
+def spread_by_host(rows: pl.DataFrame) -> list[tuple[int, str]]:
+    """Index and URL of the rows to fetch, every host's evenly spread over the whole.
+
+    Else a run of rows of one host would have all threads wait for its turns.
+    """
+    host = pl.col("url").str.extract("^[^:]*://([^/?#]*)").fill_null("")
+    todo = (
+        rows.lazy()
+        .select("url", "reason", pl.int_range(pl.len()).alias("index"))
+        .filter(pl.col("reason").is_null())
+        .with_columns(host.alias("host"), pl.int_range(pl.len()).alias("place"))
+    )
+    turn = pl.int_range(pl.len()).over("host")
+    phase = pl.col("place").first().over("host") / pl.len()
+    position = (turn + phase) / pl.len().over("host")
+    ordered = todo.with_columns(position.alias("position")).sort("position", "index")
+    return list(ordered.select("index", "url").collect().iter_rows())
+
+
+def _outcomes(
     todo: list[tuple[int, str]], config: CurationConfig, fetcher: Fetcher
 ) -> Iterator[tuple[int, StoredImage | NotStored]]:
-    """Outcomes as they come; at most ``2 * num_threads`` are under way or waiting."""
+    """Outcomes as they come; at most ``num_threads`` bodies are under way or waiting."""
     num_threads = config.fetch.num_threads
+    arrived = SimpleQueue[tuple[int, bytes | NotStored]]()
     remaining = iter(todo)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="fetch") as pool:
 
-        def submit(item: tuple[int, str]) -> Future[tuple[int, StoredImage | NotStored]]:
-            return pool.submit(lambda: (item[0], fetch_image(item[1], config, fetcher)))
+        def submit(index: int, url: str) -> None:
+            pool.submit(lambda: arrived.put((index, fetch_body(url, fetcher))))
 
-        under_way = {submit(item) for item in islice(remaining, 2 * num_threads)}
-        while under_way:
-            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-            under_way |= {submit(item) for item in islice(remaining, len(done))}
-            for future in done:
-                yield future.result()
+        for item in islice(remaining, num_threads):
+            submit(*item)
+        for _ in todo:
+            index, found = arrived.get()
+            for item in islice(remaining, 1):
+                submit(*item)
+            yield index, found if isinstance(found, NotStored) else image_of(found, config)
 
 
-def fetch_image(url: str, config: CurationConfig, fetcher: Fetcher) -> StoredImage | NotStored:
-    """One row's image, or how the row ended. What nobody foresaw fails this row only."""
+def fetch_body(url: str, fetcher: Fetcher) -> bytes | NotStored:
+    """What lies behind the URL, or how the row ended."""
+    try:
+        return fetcher.fetch(url)
+    except Exception as error:
+        return _not_stored(error)
+
+
+def image_of(body: bytes, config: CurationConfig) -> StoredImage | NotStored:
+    """The image in a body, or how the row ended."""
     try:
         return store_image(
-            fetcher.fetch(url),
+            body,
             config.resize,
             max_pixels=config.fetch.max_pixels,
             min_width_px=config.filters.min_width_px,
             min_height_px=config.filters.min_height_px,
             max_aspect_ratio=config.filters.max_aspect_ratio,
         )
-    except Rejected as rejection:
-        return NotStored(REJECTED, rejection.reason, False, rejection.detail[:MAX_DETAIL_CHARS])
-    except Failed as failure:
-        detail = failure.detail[:MAX_DETAIL_CHARS]
-        return NotStored(FAILED, failure.cause, failure.retryable, detail)
     except Exception as error:
-        logger.exception("unforeseen while fetching one image")
-        return NotStored(FAILED, "internal_error", True, type(error).__name__)
+        return _not_stored(error)
+
+
+def _not_stored(error: Exception) -> NotStored:
+    """What nobody foresaw fails this row only."""
+    if isinstance(error, Rejected):
+        return NotStored(REJECTED, error.reason, False, error.detail[:MAX_DETAIL_CHARS])
+    if isinstance(error, Failed):
+        return NotStored(FAILED, error.cause, error.retryable, error.detail[:MAX_DETAIL_CHARS])
+    logger.error("unforeseen in one image", exc_info=error)
+    return NotStored(FAILED, "internal_error", True, type(error).__name__)
 
 
 def _check_network(rows: pl.DataFrame, config: CurationConfig, partition: int) -> None:

@@ -7,8 +7,8 @@ import hashlib
 import io
 import resource
 import struct
-import sys
 import threading
+import time
 import warnings
 import zlib
 from typing import Any
@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from pipelines.config import ResizeConfig
 from pipelines.guard import Rejected
-from pipelines.images import StoredImage, _resizer, sniff_format, store_image
+from pipelines.images import StoredImage, sniff_format, store_image
 
 MAX_PIXELS = 10_000_000
 KEEP = ResizeConfig(image_size_px=256, crop="none", encode_format="png", encode_quality=1)
@@ -118,6 +118,17 @@ def test_a_pixel_bomb_is_refused_by_its_header() -> None:
     gif = b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\x00\x00\x00"
     assert refused(gif + b"\x2c" + b"\0" * 20) in ("pixels", "decode")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # KiB
+
+
+def test_a_whole_pixel_bomb_is_never_unpacked() -> None:
+    """81 megapixels in 80 KB, nothing wrong with them but their number."""
+    buffer = io.BytesIO()
+    Image.new("L", (9_000, 9_000)).save(buffer, "PNG")
+    body = buffer.getvalue()
+    del buffer
+    began_at = time.process_time()
+    assert refused(body) == "pixels"
+    assert time.process_time() - began_at < 0.1
 
 
 def test_a_metadata_bomb_is_refused() -> None:
@@ -278,41 +289,3 @@ def test_warnings_do_not_decide(make_picture: Any, encode: Any) -> None:
         warnings.simplefilter("error")
         image = stored(encode(make_picture(), "JPEG", exif=exif))
     assert image.width_px == 320
-
-
-def test_the_resizer_comes_without_its_package() -> None:
-    """img2dataset itself imports torch, ray and wandb; a Spark worker needs none of them."""
-    import subprocess
-
-    code = (
-        "import sys; from pipelines.images import _img2dataset_resizer as load; load();"
-        "print([m for m in ('torch', 'ray', 'wandb', 'webdataset') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert done.stdout.strip() == "[]"
-    assert "A new version of Albumentations" not in done.stderr
-
-
-@pytest.mark.parametrize("encode_format", ["jpg", "webp", "png"])
-@pytest.mark.parametrize("size", [(640, 480), (257, 999), (256, 256), (100, 300), (1000, 256)])
-@pytest.mark.parametrize("crop", ["square", "none"])
-def test_the_bytes_are_img2datasets(encode_format: str, size: tuple[int, int], crop: str) -> None:
-    """Its own Resizer, fed with the same pixels as a portable pixmap, says the same."""
-    rng = np.random.default_rng(sum(size))
-    small = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8))
-    image = small.resize(size, Image.Resampling.BICUBIC)
-    body = io.BytesIO()
-    image.save(body, "PNG")
-    quality = {"jpg": 90, "webp": 80, "png": 6}[encode_format]
-    known = {"encode_format": encode_format, "encode_quality": quality, "crop": crop}
-    config = ResizeConfig.model_validate({"image_size_px": 256} | known)
-    found = store_image(body.getvalue(), config, max_pixels=10**8)
-    if crop == "square":
-        side = min(size)
-        left, top = (size[0] - side) // 2, (size[1] - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    pixmap = b"P6\n%d %d\n255\n" % image.size + image.tobytes()
-    data, width, height, *_ = _resizer(256, encode_format, quality)(io.BytesIO(pixmap))
-    assert (found.data, found.width_px, found.height_px) == (data, width, height)
