@@ -1,6 +1,6 @@
 """One training stage from plan to `ready`: lease, run, train, gate, publish, score, hand over.
 
-Each step leaves something that the next try finds: Ray's snapshot, ``published.json``, the
+Each step leaves something that the next try finds: checkpoints, ``published.json``, the
 registered version, the alias, the tag ``handoff``. A driver killed anywhere and started again with
 the same inputs goes on from there. Nothing that others see is written without the lease.
 """
@@ -26,8 +26,9 @@ from infra.tracking_server import TrackedRun, TrackingServer
 from training import handoff, publish, stage_run
 from training.handoff import Outcome
 from training.plan import PUBLISHED_NAME, Pin, PlanContext, StagePlan, published_uri
-from training.progress import OnProgress, following_progress
+from training.progress import OnProgress, following_progress, read_progress_json
 from training.publish import PublishedCheckpoint
+from training.stop import ask_to_stop
 from training.versions import RegisteredVersion
 
 if TYPE_CHECKING:
@@ -230,6 +231,16 @@ class _Stage:
             except launch.TrainingFailed:
                 self.lease.check()
                 raise
+            except KeyboardInterrupt:
+                self._save_and_stop()
+                raise
+
+    def _save_and_stop(self) -> None:
+        """Let the workers, which nobody interrupted, save their last step; a second interrupt
+        ends the wait. Those that have not begun have nothing to save."""
+        raw = read_progress_json(storage.join(self.run_uri, "progress.json"))
+        if raw.get("attempt") == self.lease.attempt and raw.get("step", 0) > 0:
+            ask_to_stop(self.run_uri, self.lease.attempt)
 
     def _publish(self, trained: Trained) -> str:
         """Gate the exported model, then make it visible, then remember where."""
@@ -319,6 +330,8 @@ def worker_job(
         "attempt": attempt,
         "configs": dict(plan.spec.configs),
         "store_uri": context.store_uri,
+        "run_uri": storage.join(context.store_uri, "runs", plan.run_name or ""),
+        "resume_step": plan.step if plan.decision == "RESUME" else None,
         "manifest_uri": None if dataset is None else dataset.manifest_uri,
         "manifest_sha256": None if dataset is None else dataset.version,
         "init_uri": None if parent is None else parent.uri,

@@ -28,6 +28,9 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Points at a step."""
 
+    def set_tag(self, key: str, value: str) -> None:
+        """A fact about the run."""
+
     def log_artifact(self, data: bytes, path: str) -> None:
         """A small file."""
 
@@ -38,9 +41,9 @@ class Tracker(Protocol):
 class ProgressFile:
     """Writes the latest progress about once a second, from a thread."""
 
-    def __init__(self, uri: str | None, steps: int) -> None:
+    def __init__(self, uri: str | None, steps: int, attempt: int = 1) -> None:
         self._uri = uri
-        self._latest: dict[str, Any] = {"step": 0, "steps": steps}
+        self._latest: dict[str, Any] = {"step": 0, "steps": steps, "attempt": attempt}
         self._written: dict[str, Any] | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="progress-file", daemon=True)
@@ -85,6 +88,7 @@ class Journal:
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=FINAL_LOSSES))
     _window: list[tuple[float, float, int, int]] = field(default_factory=list)
     _recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    _waits: dict[str, float] = field(default_factory=dict)
     _images: int = 0
     _seconds: float = 0.0
     _num_timed: int = 0
@@ -118,6 +122,16 @@ class Journal:
                 eta_seconds=left * per_step,
             )
 
+    def waited(self, name: str, seconds: float) -> None:
+        """Training waited ``seconds`` between steps, for ``name``."""
+        self._waits[name] = self._waits.get(name, 0.0) + seconds
+
+    def note(self, name: str, text: str) -> None:
+        """Something worth knowing happened, once or several times."""
+        logger.warning("%s: %s", name, text)
+        if self.tracker is not None:
+            self.tracker.set_tag(name.replace(" ", "_"), text)
+
     def _log(self, step: int, values: Mapping[str, float]) -> None:
         losses, seconds, images, tokens = (
             sum(column) for column in zip(*self._window, strict=True)
@@ -132,7 +146,9 @@ class Journal:
             "images_per_second": images / max(seconds, 1e-9),
             "tokens_per_second": tokens / max(seconds, 1e-9),
             **values,
+            **{name: waited / num_steps for name, waited in self._waits.items()},
         }
+        self._waits.clear()
         self.tracker.log_metrics(points, step)
 
     @property

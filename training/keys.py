@@ -24,6 +24,7 @@ _RECIPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # Planning, launching and publishing decide where a result goes, not what it is.
 DRIVER_MODULES = frozenset(
     {
+        "checkpoint_store",
         "driver",
         "gate",
         "handoff",
@@ -33,7 +34,9 @@ DRIVER_MODULES = frozenset(
         "progress",
         "publish",
         "registry",
+        "saver",
         "stages",
+        "stop",
         "versions",
     }
 )

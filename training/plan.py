@@ -17,12 +17,12 @@ from infra.errors import UserError
 from infra.storage import ObjectMissing
 from infra.tracking_server import TrackingServer
 from training import keys, publish, registry, versions
+from training.checkpoint_store import newest_step
 from training.stages import TOKENIZER_STAGE, DatasetPin, StageSpec
 from training.versions import RegisteredVersion
 
 Decision = Literal["SKIP", "RESUME", "INIT", "RUN"]
 
-SNAPSHOT_NAME = "checkpoint_manager_snapshot.json"
 PUBLISHED_NAME = "published.json"
 TAG_STEP = "step"
 TAG_METRICS = "metrics"
@@ -182,8 +182,7 @@ def _decide(plan: StagePlan, context: PlanContext, key: str, run_name: str) -> S
         reason = "trained and published, not registered yet"
         return replace(plan, decision="RESUME", reason=reason, published=published)
     gone = "" if existing is None else f"the files of version {existing.version} are gone; "
-    snapshot = _read_if_there(storage.join(run_uri, SNAPSHOT_NAME))
-    step = _snapshot_step(snapshot)
+    step = newest_step(run_uri)
     if step is not None:
         reason = f"{gone}a checkpoint at step {step} of {plan.spec.steps}"
         return replace(plan, decision="RESUME", reason=reason, step=step)
@@ -240,14 +239,6 @@ def _left_to_do(spec: StageSpec, existing: RegisteredVersion, evaluation_key: st
     if gate != versions.PASSED:
         return "the gate is to be asked again"
     return "" if existing.is_handed_over else "it is not handed over yet"
-
-
-def _snapshot_step(snapshot: Any) -> int | None:
-    """The step of Ray's latest checkpoint; None without one."""
-    try:
-        return int(snapshot["latest_checkpoint_result"]["metrics"]["step"])
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def _why_anew(plan: StagePlan, context: PlanContext, model: str) -> str:

@@ -15,12 +15,13 @@ from infra.cluster import ClusterConfig
 from infra.errors import UserError
 from infra.sessions import ray_session
 from training.checkpoint import verify_folder
+from training.checkpoint_store import CheckpointStore
 from training.config import OptimizerConfig, StageConfig
 from training.launch import Launch, Trained
 from training.launch import train as launch_train
 from training.networks import new_text_encoder
 from training.publish import publish_folder
-from training.session import FolderSession
+from training.session import LocalSession
 from training.worker import train, train_worker
 
 pytestmark = [
@@ -60,6 +61,7 @@ def raw_job(
             "kind": "masked",
             "stage": "concepts",
             "stage_key": "k" * 64,
+            "run_uri": "file:///chosen/below",
             "recipe": "toy",
             "attempt": 1,
             "configs": {
@@ -76,7 +78,8 @@ def raw_job(
 
 def _in_ray(raw: dict[str, Any], store: Path, name: str, num_workers: int) -> Trained:
     launch = Launch(name, store.as_uri(), num_workers=num_workers, cpus_per_worker=1)
-    return launch_train(raw, launch, train_worker)
+    run_uri = storage.join(store.as_uri(), "runs", name)
+    return launch_train({**raw, "run_uri": run_uri}, launch, train_worker)
 
 
 @pytest.mark.usefixtures("_ray")
@@ -89,8 +92,10 @@ def test_one_worker_and_two_learn_what_no_ray_learns(
     raw = raw_job(config)
     from training.job import Job
 
-    train(Job.parse({**raw, "cpus": 1}), FolderSession(tmp_path / "alone"))
-    alone = load_file(tmp_path / "alone" / "weights.safetensors")
+    run_uri = storage.file_uri(tmp_path / "alone")
+    train(Job.parse({**raw, "cpus": 1, "run_uri": run_uri}), LocalSession())
+    uri = CheckpointStore(run_uri).complete()[0].uri
+    alone = load_file(Path(uri.removeprefix("file://")) / "weights.safetensors")
     for num_workers in (1, 2):
         trained = _in_ray(raw, tmp_path / "ray", f"concepts-{num_workers}", num_workers)
         assert trained.metrics["step"] == 6
