@@ -61,6 +61,8 @@ class Coverage:
         Raises ``CoverageBroken`` when a completed epoch is not each sample once.
         """
         for epoch, tally in tallies.items():
+            if epoch < self.finished:
+                raise CoverageBroken(f"epoch {epoch} saw {tally.count} samples after its end")
             self.seen[epoch] = self.seen.get(epoch, Tally()) + tally
             if passed_by:
                 self.passed_by[epoch] = self.passed_by.get(epoch, 0) + tally.count

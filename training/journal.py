@@ -18,6 +18,7 @@ from infra.errors import UserError
 FINAL_LOSSES = 50
 PROGRESS_SECONDS = 1.0
 RECENT_STEPS = 50
+FLUSH_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ class Tracker(Protocol):
 
     def log_artifact(self, data: bytes, path: str) -> None:
         """A small file."""
+
+    def flush(self, timeout_seconds: float = 5.0) -> bool:
+        """Send what is left, for so long."""
 
     def close(self, timeout_seconds: float = 30.0) -> int:
         """Send what is left."""
@@ -166,6 +170,11 @@ class Journal:
     def final_loss(self) -> float | None:
         """The mean of the last 50 losses; None before the first."""
         return sum(self.losses) / len(self.losses) if self.losses else None
+
+    def flush(self) -> None:
+        """Wait a moment for everything to be sent."""
+        if self.tracker is not None:
+            self.tracker.flush(FLUSH_SECONDS)
 
     def close(self) -> None:
         """Send and write what is left."""

@@ -127,8 +127,12 @@ class Keeper:
     def save(self) -> None:
         """Have a checkpoint of this step written, beside the next steps."""
         if self._is_first:
-            self._saver.save(self._checkpoint(), self.generation)
+            self._saver.save(self._checkpoint(), self.generation, self._flush_log)
         self._saved_at = time.monotonic()
+
+    def _flush_log(self, folder: Path) -> None:
+        """What a checkpoint covers is never logged again: send it first, if MLflow answers."""
+        self._journal.flush()
 
     def _checkpoint(self) -> Checkpoint:
         run = self._run

@@ -62,6 +62,7 @@ class StepInputs:
     num_masked_globally: int
     sample_ids: list[str]
     visit: Visit
+    number: int
 
     def to(self, device: torch.device | str) -> StepInputs:
         """The same on ``device``."""
@@ -130,6 +131,7 @@ def step_inputs(
         num_masked_globally=int(mask_BHW.sum()),
         sample_ids=batch.sample_ids,
         visit=batch.visit,
+        number=number,
     )
 
 

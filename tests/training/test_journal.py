@@ -23,6 +23,9 @@ class Notes:
     def log_artifact(self, data: bytes, path: str) -> None:
         raise AssertionError("no artifact here")
 
+    def flush(self, timeout_seconds: float = 5.0) -> bool:
+        return True
+
     def close(self, timeout_seconds: float = 30.0) -> int:
         self.is_closed = True
         return 0

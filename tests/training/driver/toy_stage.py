@@ -92,6 +92,7 @@ def toy_worker(
                 storage.write_json((path / LISTING_NAME).as_uri(), {"files": files})
                 progress = {"step": step, "steps": steps, "loss": 1.0 / step}
                 storage.write_json(job["progress_uri"], progress)
+                tracker.flush()  # what a checkpoint covers is never sent again
                 store.put(path, 0, step)
             if trouble == "die" and step == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
