@@ -14,16 +14,18 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
 from infra.cluster import ClusterConfig
+from infra.digests import canonical_json
 from infra.errors import UserError
 from infra.lease import Lease, LeaseHeld
+from infra.storage import ObjectMissing
 from infra.tracking_server import TrackedRun, TrackingServer
-from training import handoff, publish, stage_run
+from training import handoff, publish, stage_run, waste
 from training.handoff import Outcome
 from training.plan import PUBLISHED_NAME, Pin, PlanContext, StagePlan, published_uri
 from training.progress import OnProgress, following_progress, read_progress_json
@@ -78,6 +80,7 @@ class StageResult:
     metrics: Mapping[str, float]
     scores: Mapping[str, float]
     seconds: Mapping[str, float]
+    waste: Mapping[str, Mapping[str, float]]
 
 
 def default_owner() -> str:
@@ -139,6 +142,7 @@ def run_stage(
         metrics=metrics,
         scores=scores,
         seconds=clock.seconds,
+        waste=publish.read_provenance(published.uri).get("waste", {}),
     )
 
 
@@ -252,17 +256,38 @@ class _Stage:
             self.clock.lap("gate")
             metrics = _finite(trained.metrics)
             step = int(metrics.pop("step", spec.steps))
+            facts = self._facts(trained.checkpoint_uri)
             self.lease.check()
             published = publish.publish_folder(
                 folder,
                 store_uri,
                 spec.stage,
-                handoff.provenance(self.plan, self.run, step, metrics),
+                {**handoff.provenance(self.plan, self.run, step, metrics), **facts},
                 before_listing=self.lease.check,
             )
         marker = {"stage_key": self.plan.key, "uri": published.uri, "sha256": published.sha256}
         storage.write_json(storage.join(self.run_uri, PUBLISHED_NAME), marker)
         return published.uri
+
+    def _facts(self, checkpoint_uri: str) -> dict[str, Any]:
+        """What the weights began with, how often, what was passed by, and what it all cost."""
+        try:
+            state = storage.read_json(storage.join(checkpoint_uri, "state.json"))
+        except ObjectMissing:
+            state = {}
+        starts = waste.read_starts(self.run_uri)
+        events = (state.get("guard") or {}).get("events", [])
+        lost = waste.waste_by_cause(starts, events)
+        if lost:
+            tags = {"waste": canonical_json(lost).decode()}
+            self.context.server.log_batch(self.run.run_id, tags=tags)
+        return {
+            "init": state.get("init", {}),
+            "starts": [asdict(each) for each in starts],
+            "bad_steps": events,
+            "waste": lost,
+            "coverage": state.get("coverage", {}),
+        }
 
     def _gate(self, folder: Path) -> None:
         from training.gate import gate

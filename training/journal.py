@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -124,6 +125,8 @@ class Journal:
                 loss=loss,
                 images_per_second=self.recent_images_per_second,
                 eta_seconds=left * per_step,
+                step_seconds=per_step,
+                at=time.time(),
             )
 
     def waited(self, name: str, seconds: float) -> None:
@@ -132,7 +135,7 @@ class Journal:
 
     def note(self, name: str, text: str) -> None:
         """Something worth knowing happened, once or several times."""
-        logger.warning("%s: %s", name, text)
+        logger.info("%s: %s", name, text)
         if self.tracker is not None:
             self.tracker.set_tag(name.replace(" ", "_"), text)
 

@@ -30,6 +30,7 @@ DRIVER_MODULES = frozenset(
         "handoff",
         "keys",
         "launch",
+        "lineage",
         "plan",
         "progress",
         "publish",
@@ -38,6 +39,7 @@ DRIVER_MODULES = frozenset(
         "stages",
         "stop",
         "versions",
+        "waste",
     }
 )
 

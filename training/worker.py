@@ -23,6 +23,7 @@ from training.keeper import Keeper
 from training.masked_run import MaskedRun
 from training.session import RaySession, Session
 from training.tokenizer_run import TokenizerRun
+from training.waste import Start, record_start
 
 
 def train_worker(raw: dict[str, Any]) -> None:
@@ -45,9 +46,12 @@ def train(job: Job, session: Session, tracker: Tracker | None = None) -> None:
             run.restore(found.checkpoint)
             if found.is_finished:
                 return
+        start = _record_start(job, run, found) if session.rank == 0 else None
         journal = _journal(job, run, session, tracker)
         keeper = Keeper(job, session, run, journal, store)
         try:
+            if start is not None:
+                journal.note("started", f"attempt {start.attempt}: {start.how}")
             if found is not None:
                 keeper.restored(found)
             _train(run, keeper, session)
@@ -67,6 +71,19 @@ def _train(run: MaskedRun | TokenizerRun, keeper: Keeper, session: Session) -> N
         except WentBack as why:
             keeper.go_back(why)
     keeper.finish()
+
+
+def _record_start(job: Job, run: MaskedRun | TokenizerRun, found: Loaded | None) -> Start:
+    """Whether this goes on or begins, and with what, as a fact of the run."""
+    init = run.init_record
+    if found is not None:
+        how = f"RESUME from the checkpoint of step {found.stored.step}"
+    elif init.get("source") == "parent":
+        num_new = len(init.get("new_keys", ()))
+        how = f"INIT with {init.get('num_inherited')} parameters of the parent and {num_new} new"
+    else:
+        how = f"INIT with {init.get('source')} weights"
+    return record_start(job.run_uri, job.attempt, how, run.step)
 
 
 def use_threads(cpus: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +149,7 @@ def test_a_spike_goes_back_and_a_killed_run_comes_to_the_same(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     poisoned[13] = 5.0
+    caplog.set_level(logging.INFO, "training")
     guard = GuardConfig(max_loss_ratio=2.0, rewind_steps=4, window_steps=4)
     straight = run_stage("straight", guard)
     assert (straight["step"], straight["stored"].generation) == (STEPS, 1)
