@@ -1,6 +1,6 @@
 """The kill drill: a four-stage recipe whose processes are killed at random, again and again.
 
-``ATELIER_KILLS=100 .venv/bin/python -m tests.faults.training_drill`` prints a page with what was
+``ATELIER_KILLS=100 .venv/bin/python tests/faults/training_drill.py`` prints a page with what was
 killed and what came of it. The recipe is curated once and trained once undisturbed; then copies of
 that home are trained while this kills, and whoever ended is started again with the same command.
 Every stage's checkpoint must be the undisturbed one to the bit.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+import subprocess
 import sys
 import threading
 import time
@@ -9,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import run_python
 from training import saver as saver_module
 from training.checkpoint import Checkpoint, TrainingState
 from training.checkpoint_store import CheckpointStore
@@ -99,7 +100,8 @@ print([each.step for each in store.complete()])
 
 
 def test_a_write_that_the_kernel_refuses(store: CheckpointStore) -> None:
-    done = run_python(FULL, store.uri.rpartition("/")[0])
+    code = [sys.executable, "-c", FULL, store.uri.rpartition("/")[0]]
+    done = subprocess.run(code, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     message, kept = done.stdout.splitlines()
     assert message.startswith("the checkpoint of step 2 was not saved: ")
@@ -147,9 +149,6 @@ while True:
 
 @pytest.mark.slow
 def test_killed_while_saving_a_whole_one_is_always_there(store: CheckpointStore) -> None:
-    import random
-    import subprocess
-
     rng, last = random.Random(1), 0
     for number in range(6):
         code = [sys.executable, "-c", KILLED, store.uri.rpartition("/")[0]]
