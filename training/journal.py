@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from infra import storage
 from infra.errors import UserError
+from training.utilisation import HostUse
 
 FINAL_LOSSES = 50
 PROGRESS_SECONDS = 1.0
@@ -84,16 +85,23 @@ class ProgressFile:
 
 @dataclass
 class Journal:
-    """The log of one worker; those after the first have no tracker and no progress file."""
+    """The log of one worker; those after the first have no tracker and no progress file.
+
+    ``flops_per_image`` is the model's own work for an image, ``peak_teraflops`` what all workers'
+    devices together could do (None: not known); they give ``mfu``.
+    """
 
     num_steps: int
     log_interval_steps: int
     tracker: Tracker | None = None
     progress: ProgressFile | None = None
+    flops_per_image: float = 0.0
+    peak_teraflops: float | None = None
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=FINAL_LOSSES))
     _window: list[tuple[float, float, int, int]] = field(default_factory=list)
     _recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     _waits: dict[str, float] = field(default_factory=dict)
+    _host: HostUse = field(default_factory=HostUse)
     _images: int = 0
     _seconds: float = 0.0
     _num_timed: int = 0
@@ -152,11 +160,21 @@ class Journal:
             "step_seconds": seconds / num_steps,
             "images_per_second": images / max(seconds, 1e-9),
             "tokens_per_second": tokens / max(seconds, 1e-9),
+            **self._use(images / max(seconds, 1e-9)),
             **values,
             **{name: waited / num_steps for name, waited in self._waits.items()},
         }
         self._waits.clear()
         self.tracker.log_metrics(points, step)
+
+    def _use(self, images_per_second: float) -> dict[str, float]:
+        """What the machine does. Utilisation is of all workers' devices together."""
+        found = self._host.measure()
+        if self.flops_per_image:
+            found["model_teraflops"] = images_per_second * self.flops_per_image / 1e12
+            if self.peak_teraflops:
+                found["mfu"] = found["model_teraflops"] / self.peak_teraflops
+        return found
 
     @property
     def recent_images_per_second(self) -> float:

@@ -38,6 +38,7 @@ DRIVER_MODULES = frozenset(
         "saver",
         "stages",
         "stop",
+        "utilisation",
         "versions",
         "waste",
     }

@@ -41,6 +41,7 @@ from training.masked_stage import (
 from training.order import rank_slice
 from training.publish import fetch_checkpoint
 from training.session import Session
+from training.utilisation import training_flops_per_image
 
 EMA_PREFIX = "ema/"
 SCORED_SHARDS = 8  # shards whose preference scores decide the painter's default
@@ -94,6 +95,13 @@ class MaskedRun:
     def max_passed_by(self) -> int:
         """Batches that may yet be passed by."""
         return self.config.guard.max_bad_batches - self.guard.num_passed_by
+
+    def flops_per_image(self) -> float:
+        """The work of training on one image."""
+        side = self.config.resolution_px // self.networks.vq.downsample_factor
+        return training_flops_per_image(
+            self.networks.transformer, side * side, self.config.text_tokens
+        )
 
     def prepare(self, number: int) -> StepInputs:
         """This worker's part of a global batch."""

@@ -125,6 +125,10 @@ class TokenizerRun:
         """None: a bad step ends it."""
         return 0
 
+    def flops_per_image(self) -> float:
+        """Not known: its work is in convolutions."""
+        return 0.0
+
     def prepare(self, number: int) -> ImageBatches:
         """A step's images."""
         num_batches = KMEANS_BATCHES if number == self.stage.codebook_step else 1

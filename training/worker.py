@@ -23,6 +23,7 @@ from training.keeper import Keeper
 from training.masked_run import MaskedRun
 from training.session import RaySession, Session
 from training.tokenizer_run import TokenizerRun
+from training.utilisation import peak_teraflops
 from training.waste import Start, record_start
 
 
@@ -135,4 +136,12 @@ def _journal(
     if tracker is None and job.tracking_uri is not None and job.mlflow_run_id is not None:
         tracker = RestTracker(job.tracking_uri, job.mlflow_run_id)
     progress = ProgressFile(job.progress_uri, run.num_steps, job.attempt)
-    return Journal(run.num_steps, interval, tracker, progress)
+    peak = peak_teraflops()
+    return Journal(
+        run.num_steps,
+        interval,
+        tracker,
+        progress,
+        run.flops_per_image(),
+        None if peak is None else peak * session.world_size,
+    )

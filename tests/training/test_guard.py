@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from infra import storage
-from training import masked_run
+from training import masked_run, masked_stage
 from training.checkpoint_store import CheckpointStore
 from training.config import GuardConfig, StageConfig
 from training.data import in_memory
@@ -63,7 +64,7 @@ def test_a_spike_without_somewhere_to_go_back_to_is_refused() -> None:
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     """Global batch -> what its loss is multiplied with."""
     factors: dict[int, float] = {}
-    real = masked_run.backward
+    real = masked_stage.backward
 
     def backward(stage: Any, inputs: Any, *arguments: Any) -> torch.Tensor:
         factor = factors.get(inputs.number, 1.0)
@@ -87,7 +88,7 @@ def run_stage(
     class Networks:
         def __init__(self, stage: Any) -> None:
             self.transformer, self.text_encoder = stage.transformer, stage.text_encoder
-            self.tokenizer, self.vq = stage.tokenizer, None
+            self.tokenizer, self.vq = stage.tokenizer, SimpleNamespace(downsample_factor=4)
 
         def record(self) -> dict[str, Any]:
             return {"source": "fresh"}

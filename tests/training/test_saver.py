@@ -38,7 +38,11 @@ def test_what_is_saved_is_the_snapshot_not_what_came_after(store: CheckpointStor
     weights = {"a": torch.zeros(1000)}
     going_on = threading.Event()
     taken = snapshot(weights)
-    saver.save(checkpoint(1, taken), 0, lambda folder: going_on.wait(10.0) and None)
+
+    def hold(folder: Path) -> None:
+        assert going_on.wait(10.0)
+
+    saver.save(checkpoint(1, taken), 0, hold)
     weights["a"].add_(1.0)
     assert saver.is_busy
     assert store.complete() == []  # nothing counts before it is whole

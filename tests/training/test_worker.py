@@ -193,6 +193,9 @@ def test_stages_start_from_each_other_and_the_last_one_paints(
         "step_seconds",
         "images_per_second",
         "tokens_per_second",
+        "model_teraflops",
+        "host/cores",
+        "host/memory_mb",
     }
     assert notes.artifacts["samples.png"].startswith(b"\x89PNG")
     assert notes.is_closed
