@@ -13,7 +13,7 @@ from infra import storage
 from infra.errors import UserError
 from training import registry
 from training.driver import DriverContext, run_stage
-from training.plan import PUBLISHED_NAME, StagePlan, plan_chain, plan_stage
+from training.plan import PUBLISHED_NAME, StagePlan, expected_time, plan_chain, plan_stage
 
 pytestmark = pytest.mark.slow
 
@@ -101,6 +101,22 @@ def test_a_checkpoint_of_its_own_is_resumed(local_house: House) -> None:
     resumed = plan_stage(house.specs()[0], house.context())
     assert (resumed.decision, resumed.step) == ("RESUME", 42)
     assert resumed.reason == "a checkpoint at step 42 of 600"
+
+
+def test_hours_come_from_the_speed_it_had(local_house: House, finish: Any) -> None:
+    house = local_house
+    finish(house)
+    plan = plan_chain(house.specs(steps=1800), house.context())[1]
+    assert expected_time(plan, house.context()) is None  # never trained at any speed
+    run_uri = storage.join(house.store_uri, "runs", plan.run_name or "")
+    listing = storage.join(run_uri, "checkpoints", "000-00000600-12345678", "CHECKPOINT.json")
+    storage.write_json(listing, {})
+    progress = {"step": 610, "steps": 1800, "images_per_second": 2.0}
+    storage.write_json(storage.join(run_uri, "progress.json"), progress)
+    plan = plan_chain(house.specs(steps=1800), house.context())[1]
+    expected = expected_time(plan, house.context())
+    assert expected is not None
+    assert expected.hours == pytest.approx(1200 * 2 / 2.0 / 3600)
 
 
 def test_a_dataset_that_is_not_there_yet(local_house: House) -> None:
