@@ -1,9 +1,12 @@
 """The kill drill: a four-stage recipe whose processes are killed at random, again and again.
 
 ``ATELIER_KILLS=100 .venv/bin/python tests/faults/training_drill.py`` prints a page with what was
-killed and what came of it. The recipe is curated once and trained once undisturbed; then copies of
-that home are trained while this kills, and whoever ended is started again with the same command.
-Every stage's checkpoint must be the undisturbed one to the bit.
+killed and what came of it. ``ATELIER_PAUSE`` is the longest time between two kills, in seconds, and
+``ATELIER_DRILL`` a folder in which an earlier drill's undisturbed run is taken over.
+
+The recipe is curated once and trained once undisturbed; then copies of that home are trained while
+this kills, and whoever ended is started again with the same command. Every stage's checkpoint must
+be the undisturbed one to the bit.
 """
 
 from __future__ import annotations
@@ -205,6 +208,10 @@ KINDS: dict[str, Callable[[DrillHome], bool]] = {
 }
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 # --- the drill -----------------------------------------------------------------------------------
 
 
@@ -218,27 +225,27 @@ class Drill:
     max_pause_seconds: float = 12.0
     mlflow_away_seconds: float = 60.0
     kinds: tuple[str, ...] = tuple(KINDS)
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = _say
     kills: list[Kill] = field(default_factory=list)
     rounds: int = 0
     rounds_equal: int = 0
-    undisturbed_seconds: float = 0.0
 
     def run(self) -> bool:
         """Whether every round came to the undisturbed checkpoints."""
         rng = random.Random(self.seed)
-        base = DrillHome(self.folder / "base")
-        base.path.mkdir(parents=True)
-        base.do("curate", RECIPE)
-        base.do("down")
-        straight = self._copy(base, "straight")
-        began = time.monotonic()
-        if straight.train().wait(timeout=DEADLINE_SECONDS):
-            raise RuntimeError(straight.path.with_suffix(".log").read_text()[-3000:])
-        self.undisturbed_seconds = time.monotonic() - began
+        base, straight = DrillHome(self.folder / "base"), DrillHome(self.folder / "straight")
+        if not straight.path.exists():
+            base.path.mkdir(parents=True)
+            base.do("curate", RECIPE)
+            base.do("down")
+            self._copy(base, "straight")
+            began = time.monotonic()
+            if straight.train().wait(timeout=DEADLINE_SECONDS):
+                raise RuntimeError(straight.path.with_suffix(".log").read_text()[-3000:])
+            straight.do("down")
+            self.say(f"undisturbed: {time.monotonic() - began:.0f} s")
         expected = straight.checkpoints()
-        straight.do("down")
-        self.say(f"undisturbed: {self.undisturbed_seconds:.0f} s, {expected}")
+        self.say(f"expected: {expected}")
         while len(self.kills) < self.num_kills:
             home = self._copy(base, f"round-{self.rounds}")
             home.mlflow_away_seconds = self.mlflow_away_seconds
@@ -246,6 +253,7 @@ class Drill:
                 self._disturb(home, rng)
                 is_equal = home.checkpoints() == expected
             finally:
+                kill_everything(home)
                 home.do("down")
             self.rounds += 1
             self.rounds_equal += is_equal
@@ -317,9 +325,10 @@ def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
 def main() -> None:
     """Run the drill and print its page; exit code 1 when a run came to other bytes."""
     num_kills = int(os.environ.get("ATELIER_KILLS", "8"))
-    folder = Path(tempfile.mkdtemp(prefix="drill-"))
+    folder = Path(os.environ.get("ATELIER_DRILL") or tempfile.mkdtemp(prefix="drill-"))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
-    drill = Drill(folder, num_kills, seed=int(os.environ.get("ATELIER_SEED", "0")))
+    seed, pause = os.environ.get("ATELIER_SEED", "0"), os.environ.get("ATELIER_PAUSE", "12")
+    drill = Drill(folder, num_kills, seed=int(seed), max_pause_seconds=float(pause))
     is_equal = False
     try:
         is_equal = drill.run()

@@ -31,6 +31,7 @@ from training.job import Job
 from training.keeper import Keeper
 from training.publish import publish_folder
 from training.session import LocalSession
+from training.waste import read_starts
 from training.worker import train
 
 Curated = Callable[..., str]
@@ -285,6 +286,41 @@ def test_a_killed_run_goes_on_to_the_same_weights(
         json.loads((run_of(run) / "state.json").read_bytes()) for run in ("straight", "killed")
     ]
     assert states[0] == states[1]
+
+
+def test_a_run_that_is_to_go_on_never_begins_anew_without_a_word(
+    published: Callable[[str], str],
+    run_of: Runs,
+    manifest_uri: str,
+    network_config: Any,
+    small_config: Callable[..., StageConfig],
+) -> None:
+    job = _masked_job(
+        "concepts", small_config(), network_config, manifest_uri, published("tokenizer")
+    )
+    with pytest.raises(UserError, match=r"expected the checkpoint of step 4 .* got none"):
+        run_of.train(replace(job, resume_step=4), "concepts")
+    run_of.train(job, "concepts")
+    assert run_of("concepts").name.startswith("000-00000006-")
+
+
+def test_how_it_began_is_a_fact_of_the_run(
+    published: Callable[[str], str],
+    run_of: Runs,
+    manifest_uri: str,
+    network_config: Any,
+    small_config: Callable[..., StageConfig],
+) -> None:
+    notes, config = Notes(), small_config(steps=3)
+    job = _masked_job("concepts", config, network_config, manifest_uri, published("tokenizer"))
+    run_of.train(job, "concepts", notes)
+    assert notes.tags["started"] == "attempt 1: INIT with fresh weights"
+    job = _masked_job("more", config, network_config, manifest_uri, published("concepts"))
+    run_of.train(job, "more", notes)
+    assert notes.tags["started"].startswith("attempt 1: INIT with ")
+    assert notes.tags["started"].endswith(" parameters of the parent and 0 new")
+    (start,) = read_starts(run_of.uri("more"))
+    assert (start.step, start.cause, start.lost_steps) == (0, "", 0)
 
 
 def test_a_finished_run_does_nothing(
