@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -277,6 +277,8 @@ class Drill:
             if code == 0:
                 return
             if code is not None:
+                if self.kills:
+                    self.kills[-1] = replace(self.kills[-1], restarts=True, exit_code=code)
                 driver = home.train()  # what failed is given again, as its message says
                 continue
             if not wants_kill:
