@@ -283,6 +283,7 @@ def _train(session: Session, step: StepStatus, plan: StagePlan, context: PlanCon
 
         result = run_stage(plan, driver, on_progress=report, evaluate=evaluate)
     step.mlflow_run_id = result.run_id
+    step.waste = {cause: dict(lost) for cause, lost in result.waste.items()} or None
     if result.scores:
         step.scores = dict(result.scores)
         session.log_scores(result.scores, plan.spec.stage)

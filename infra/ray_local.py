@@ -13,10 +13,12 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -173,8 +175,10 @@ def _without_extras() -> Iterator[None]:
     ``ray.init`` has no argument for it. Should Ray have moved these names, it starts everything:
     slower, and otherwise the same.
     """
+    import ray._raylet
     from ray._private import parameter, ray_constants, services
 
+    raylet: Any = ray._raylet
     constants: Any = ray_constants
     constants.ENABLE_RAY_CLUSTER = False  # as LOOPBACK does, when ray was imported before
     lean_parameters = functools.partial(
@@ -185,8 +189,22 @@ def _without_extras() -> Iterator[None]:
     with (
         _replaced(parameter, "RayParams", lean_parameters),
         _replaced(services, "start_api_server", lambda *_, **__: ("", None)),
+        _replaced(raylet, "CoreWorker", _keeping_sigterm(raylet.CoreWorker)),
     ):
         yield
+
+
+def _keeping_sigterm(connect: Callable[..., Any]) -> Callable[..., Any]:
+    """Ray's handler of SIGTERM prints a stack and aborts: ours is back before anything else."""
+
+    def connected(*arguments: Any, **options: Any) -> Any:
+        before = signal.getsignal(signal.SIGTERM)
+        found = connect(*arguments, **options)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+        return found
+
+    return connected
 
 
 @contextmanager

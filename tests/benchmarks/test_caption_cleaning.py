@@ -14,11 +14,12 @@ from pipelines.caption_personal import COULD_HOLD_ANY
 from pipelines.caption_tokens import budgeted, load_tokenizer
 
 NUM_ROWS = 500_000
-WORDS = (
+_TEXT = (
     "red fox in the snow vintage ceramic figurine beautiful landscape painting by artist "
     "1950s Germany size wall art canvas print for living room &amp; kitchen | sale $19.99 "
     "12x16 photo"
-).split()
+)
+WORDS = _TEXT.split(" ")
 TAILS = (
     *[""] * 17, " - stock photo", " IMG_2034.jpg", " 212-555-0187", " www.shop.example/x",
     " jane@example.com", " Item 4006381333931",
