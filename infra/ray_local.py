@@ -119,7 +119,7 @@ def _local_ray(cluster: ClusterConfig, environment: Mapping[str, str]) -> Iterat
     folder = _private_folder(atelier_home())
     with applied(variables):
         try:
-            with _without_extras():
+            with _own_sigterm(), _without_extras():
                 _start(ray, cluster, folder)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             ray.shutdown()
@@ -194,8 +194,19 @@ def _without_extras() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """``ray.init`` puts a handler of its own in the place of ours: put ours back."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 def _keeping_sigterm(connect: Callable[..., Any]) -> Callable[..., Any]:
-    """Ray's handler of SIGTERM prints a stack and aborts: ours is back before anything else."""
+    """Connecting installs a handler that prints a stack and aborts: what was there is put back."""
 
     def connected(*arguments: Any, **options: Any) -> Any:
         before = signal.getsignal(signal.SIGTERM)

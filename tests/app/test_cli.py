@@ -175,3 +175,17 @@ def test_ctrl_c_says_that_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None
         interrupted()
     assert caught.value.exit_code == 130
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_sigterm_has_its_own_exit_code() -> None:
+    import signal
+
+    import typer
+
+    @verbs.verb
+    def terminated() -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(typer.Exit) as caught:
+        terminated()
+    assert caught.value.exit_code == 143
