@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from app import scoring_verbs
+from app import captioning_verbs, scoring_verbs
 from app.verb import Output, verb
 
 HELP = """From LAION-shaped metadata to a text-to-image model: curate, train, paint.
@@ -340,6 +340,7 @@ def diff(old: ManifestUri, new: ManifestUri, json_: Json = False) -> None:
 
 
 scoring_verbs.register(app)
+captioning_verbs.register(app)
 
 
 def main() -> None:
