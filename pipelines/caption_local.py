@@ -90,6 +90,10 @@ class LocalCaptioner:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what transformers imports
             from transformers import AutoModelForImageTextToText, AutoProcessor
+            from transformers.utils import logging
+
+            quiet: Any = logging.disable_progress_bar
+            quiet()
 
             try:
                 load: Any = AutoProcessor.from_pretrained
