@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from app import dataset_verbs, model_verbs, scoring_verbs
+from app import captioning_verbs, dataset_verbs, model_verbs, scoring_verbs
 from app.verb import Output, verb
 
 HELP = """From LAION-shaped metadata to a text-to-image model: curate, train, paint.
@@ -341,6 +341,7 @@ def diff(old: ManifestUri, new: ManifestUri, json_: Json = False) -> None:
 
 
 scoring_verbs.register(app)
+captioning_verbs.register(app)
 dataset_verbs.register(app)
 model_verbs.register(app)
 

@@ -20,6 +20,7 @@ from infra.config import StrictModel, operational, semantic
 from infra.digests import canonical_json, sha256_bytes
 from infra.errors import UserError
 from infra.sessions import ClusterConfig
+from pipelines.captioning_config import CaptioningConfig
 from pipelines.config import CurationConfig
 from pipelines.scoring_config import DerivedConfig, ScoringConfig
 from training.config import (
@@ -92,6 +93,9 @@ class Recipe(StrictModel):
         default_factory=dict,
         description="versions of curated datasets by other thresholds, by name; nothing is fetched "
         "again for them",
+    )
+    captioning: CaptioningConfig | None = semantic(
+        None, "long captions for the curated datasets' images"
     )
     tokenizer: TokenizerConfig | None = semantic(None, "stage 0: image codes and vocabulary")
     text_encoder: TextEncoderConfig = semantic(

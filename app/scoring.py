@@ -65,7 +65,7 @@ def score_datasets(recipe: Recipe, names: Collection[str], out: Output) -> list[
         place = connect(recipe.services, atelier_home(), out.say)
         spark = LazySpark(recipe.cluster, place, stack)
         for name in chosen:
-            uri = _published(recipe, name, place.store_uri)
+            uri = published(recipe, name, place.store_uri)
             scoring = score(uri, config, spark, progress, place.environment)
             counts = scoring.embeddings.manifest.counts
             columns = sorted(scoring.scores.manifest.provenance())
@@ -106,7 +106,7 @@ def refilter_datasets(
         spark = LazySpark(recipe.cluster, place, stack)
         for name in chosen:
             config = recipe.derived[name]
-            uri = _published(recipe, config.dataset, place.store_uri)
+            uri = published(recipe, config.dataset, place.store_uri)
             version = None
             if dry_run:
                 scored = score(uri, scoring, spark, progress, place.environment)
@@ -158,7 +158,7 @@ def _config(recipe: Recipe) -> ScoringConfig:
     return recipe.scoring
 
 
-def _published(recipe: Recipe, name: str, store_uri: str) -> str:
+def published(recipe: Recipe, name: str, store_uri: str) -> str:
     """The manifest of the version that this recipe curates, which has to be there."""
     from app.steps import placed
     from pipelines.curate import plan_curation

@@ -66,8 +66,8 @@ def with_captions(rows: pl.DataFrame, long: pl.DataFrame, config: CaptionConfig)
         how="left",
         maintain_order="left",
     )
-    joined = _chosen(joined, ids, config)
-    chosen, cut = _budgeted(joined["train_caption"], config)
+    joined = choose_caption(joined, ids, config)
+    chosen, cut = within_budget(joined["train_caption"], config)
     alt_list = (
         pl.when(pl.col("alt") != "")
         .then(pl.concat_list(_caption("alt", pl.col("alt"), pl.lit(None, dtype=pl.String))))
@@ -118,7 +118,9 @@ def _synthetic(long: pl.DataFrame, config: CaptionConfig) -> pl.DataFrame:
     )
 
 
-def _chosen(rows: pl.DataFrame, ids: pl.Series | None, config: CaptionConfig) -> pl.DataFrame:
+def choose_caption(
+    rows: pl.DataFrame, ids: pl.Series | None, config: CaptionConfig
+) -> pl.DataFrame:
     """``train_caption`` and ``caption_origin``, from ``alt``, ``texts`` and ``first``.
 
     Draws are made by a hash of the sample id: the same whatever order or place a row comes in.
@@ -153,7 +155,7 @@ def _chosen(rows: pl.DataFrame, ids: pl.Series | None, config: CaptionConfig) ->
     )
 
 
-def _budgeted(texts: pl.Series, config: CaptionConfig) -> tuple[pl.Series, pl.Series]:
+def within_budget(texts: pl.Series, config: CaptionConfig) -> tuple[pl.Series, pl.Series]:
     """The texts within the budget, and where they were cut."""
     if config.token_budget is None:
         return texts, pl.Series([None], dtype=pl.String).new_from_index(0, len(texts))

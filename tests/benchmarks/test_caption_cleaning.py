@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 
 import polars as pl
 import pytest
@@ -14,12 +15,10 @@ from pipelines.caption_personal import COULD_HOLD_ANY
 from pipelines.caption_tokens import budgeted, load_tokenizer
 
 NUM_ROWS = 500_000
-_TEXT = (
-    "red fox in the snow vintage ceramic figurine beautiful landscape painting by artist "
-    "1950s Germany size wall art canvas print for living room &amp; kitchen | sale $19.99 "
-    "12x16 photo"
+TEXT = (
+    "red fox in the snow vintage ceramic figurine beautiful landscape painting by artist 1950s "
+    "Germany size wall art canvas print for living room &amp; kitchen | sale $19.99 12x16 photo"
 )
-WORDS = _TEXT.split(" ")
 TAILS = (
     *[""] * 17, " - stock photo", " IMG_2034.jpg", " 212-555-0187", " www.shop.example/x",
     " jane@example.com", " Item 4006381333931",
@@ -31,7 +30,7 @@ pytestmark = pytest.mark.bench
 def captions() -> pl.Series:
     rng = random.Random(0)
     return pl.Series(
-        " ".join(rng.choices(WORDS, k=rng.randrange(4, 18))) + rng.choice(TAILS)
+        " ".join(rng.choices(TEXT.split(), k=rng.randrange(4, 18))) + rng.choice(TAILS)
         for _ in range(NUM_ROWS)
     )
 
@@ -44,11 +43,10 @@ def test_rate_of_cleaning_with_and_without_each_part(capsys: pytest.CaptureFixtu
     full = CaptionConfig()
     rates: dict[str, float] = {}
 
-    def measure(name: str, work: object) -> None:
-        started_at = time.perf_counter()
-        assert callable(work)
+    def measure(name: str, work: Callable[[], object]) -> None:
+        started_at = time.process_time()
         work()
-        rates[name] = NUM_ROWS / (time.perf_counter() - started_at)
+        rates[name] = NUM_ROWS / (time.process_time() - started_at)
 
     measure("normalised alone", lambda: texts.to_frame("t").select(clean_text(pl.col("t"))))
     measure("the same, by `cleaned`", lambda: cleaned(texts, plain, is_alt=True))
@@ -56,8 +54,8 @@ def test_rate_of_cleaning_with_and_without_each_part(capsys: pytest.CaptureFixtu
     measure("with all", lambda: cleaned(texts, full, is_alt=True))
     tokenizer = load_tokenizer(None)
     measure("token budget of 77", lambda: budgeted(texts, 77, tokenizer))
-    share = texts.str.contains(COULD_HOLD_ANY).mean()
+    share = sum(texts.str.contains(COULD_HOLD_ANY).to_list()) / NUM_ROWS
     with capsys.disabled():
         print(f"\n{NUM_ROWS:,} captions; {share:.1%} are looked at for personal data one by one")
         for name, rate in rates.items():
-            print(f"{name:26s}{rate:12,.0f} captions/s")
+            print(f"{name:26s}{rate:12,.0f} captions per core-second")
