@@ -123,10 +123,10 @@ def _plan_derived(recipe: Recipe, name: str, pins: dict[str, DatasetPin]) -> Pla
 
     config = recipe.derived[name]
     parent = pins.get(config.dataset)
-    if parent is None or recipe.scoring is None:
+    if parent is None:
         reason = f"the dataset {config.dataset} it is made from comes first"
         return PlannedStep(DERIVED_PREFIX + name, "RUN", reason)
-    plan = plan_derived(parent.manifest_uri, recipe.scoring, config)
+    plan = plan_derived(parent.manifest_uri, recipe.sections, config)
     refuse_damaged(name, plan.problems)
     if plan.version is not None and plan.manifest_uri is not None:
         pins[name] = DatasetPin(name, plan.version, plan.manifest_uri)

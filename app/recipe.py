@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import ValidationError, model_validator
 
@@ -30,6 +30,9 @@ from training.config import (
     TextEncoderConfig,
     TokenizerConfig,
 )
+
+if TYPE_CHECKING:
+    from pipelines.derived import Sections
 
 SEEDED_SECTIONS = ("world", "tokenizer", "evaluation")
 
@@ -114,6 +117,13 @@ class Recipe(StrictModel):
     cluster: ClusterConfig = operational(
         default_factory=ClusterConfig, description="how much machine Spark and Ray may use"
     )
+
+    @property
+    def sections(self) -> Sections:
+        """What derived datasets draw on."""
+        from pipelines.derived import Sections
+
+        return Sections(self.scoring, self.captioning)
 
     @property
     def fingerprint(self) -> str:

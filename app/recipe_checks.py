@@ -29,6 +29,7 @@ class Parts:
     derived_names: tuple[str, ...]
     derived: dict[str, DerivedConfig]
     has_scoring: bool
+    has_captioning: bool
     tokenizer: TokenizerConfig | None
     has_tokenizer: bool
     text_encoder: TextEncoderConfig | None
@@ -62,6 +63,7 @@ class Parts:
             derived_names=names("derived"),
             derived=entries("derived"),
             has_scoring=values.get("scoring") is not None,
+            has_captioning=values.get("captioning") is not None,
             tokenizer=section("tokenizer"),
             has_tokenizer=values.get("tokenizer") is not None,
             text_encoder=section("text_encoder"),
@@ -125,12 +127,17 @@ def _derived_problems(parts: Parts) -> Iterator[Problem]:
             yield problem(
                 ("derived", name), "a dataset has this name already; give it one of its own"
             )
-        if not parts.has_scoring:
-            yield problem(
-                ("derived", name),
-                "its thresholds are asked of scores, and there is no `scoring` section; add one",
-            )
     for name, derived in parts.derived.items():
+        if derived.keep is not None and not parts.has_scoring:
+            yield problem(
+                ("derived", name, "keep"),
+                "thresholds are asked of scores, and there is no `scoring` section; add one",
+            )
+        if derived.caption and not parts.has_captioning:
+            yield problem(
+                ("derived", name, "caption"),
+                "somebody has to write the captions, and there is no `captioning` section; add one",
+            )
         at = ("derived", name, "dataset")
         yield from _known(at, derived.dataset, parts.dataset_names, "datasets")
 
@@ -162,7 +169,9 @@ def _stage_problems(parts: Parts) -> Iterator[Problem]:
             yield from _large_enough(
                 (*at, "resolution_px"), stage.resolution_px, stage.dataset, dataset
             )
-            yield from _captions_there(at, stage, dataset)
+            derived = parts.derived.get(stage.dataset)
+            if derived is None or not derived.caption:
+                yield from _captions_there(at, stage, dataset)
         yield from _divisible(parts, at, stage)
         if longest is not None and stage.text_tokens > longest:
             yield problem(

@@ -98,7 +98,6 @@ def refilter_datasets(
     from pipelines.score import score, selection
     from pipelines.verdicts import preview
 
-    scoring = _config(recipe)
     chosen = _derived(recipe, names)
     found = []
     with ExitStack() as stack:
@@ -108,16 +107,20 @@ def refilter_datasets(
             config = recipe.derived[name]
             uri = published(recipe, config.dataset, place.store_uri)
             version = None
-            if dry_run:
+            if dry_run and config.keep is None:
+                funnel = {}
+            elif dry_run and config.keep is not None:
+                scoring = _config(recipe)
                 scored = score(uri, scoring, spark, progress, place.environment)
                 job = selection(scored, scoring, config.keep, progress, place.environment)
                 funnel = preview(job)
             else:
-                plan = plan_derived(uri, scoring, config)
+                plan = plan_derived(uri, recipe.sections, config)
                 environment = place.environment
                 made = plan.manifest_uri
                 if made is None:
-                    made, _ = make_derived(plan, scoring, config, spark, progress, environment)
+                    sections = recipe.sections
+                    made, _ = make_derived(plan, sections, config, spark, progress, environment)
                 manifest = load_manifest(made)
                 funnel, version = funnel_of(manifest), manifest.version
             _say_funnel(out, name, funnel, version)

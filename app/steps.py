@@ -124,11 +124,9 @@ def derive_dataset(
     from pipelines.publish import funnel_of
     from training.stages import DatasetPin
 
-    config, scoring = session.recipe.derived[name], session.recipe.scoring
-    if scoring is None:
-        raise RuntimeError("a recipe with derived datasets and no scoring is refused")
+    config, sections = session.recipe.derived[name], session.recipe.sections
     with session.running(DERIVED_PREFIX + name) as step:
-        plan = plan_derived(pins[config.dataset].manifest_uri, scoring, config)
+        plan = plan_derived(pins[config.dataset].manifest_uri, sections, config)
         session.decide(step, plan.decision, plan.reason, plan.key)
         uri = plan.manifest_uri
         if uri is None:
@@ -138,7 +136,7 @@ def derive_dataset(
                 raise _not_curated(session, f"dataset {name} is not made for this recipe")
             bars = session.bars(step)
             environment = session.place.environment
-            uri, _ = make_derived(plan, scoring, config, session.spark, bars, environment)
+            uri, _ = make_derived(plan, sections, config, session.spark, bars, environment)
         manifest = load_manifest(uri)
         step.manifest_uri = uri
         step.dataset_version = manifest.version

@@ -136,10 +136,22 @@ class ScoringConfig(StrictModel):
 
 
 class DerivedConfig(StrictModel):
-    """A version of a curated dataset by other thresholds; stages take it like a dataset.
+    """A version of a curated dataset by other thresholds, or with captions; stages take it like a
+    dataset.
 
     Several may come from one dataset: it is fetched and scored once.
     """
 
     dataset: str = semantic(description="the curated dataset it is made from")
-    keep: RefilterConfig = semantic(description="thresholds on stored and computed scores")
+    keep: RefilterConfig | None = semantic(
+        None, "thresholds on stored and computed scores (section `scoring`); null: all stay"
+    )
+    caption: bool = semantic(
+        False, "whether its images, those that stay, get captions (section `captioning`)"
+    )
+
+    @model_validator(mode="after")
+    def _derives(self) -> DerivedConfig:
+        if self.keep is None and not self.caption:
+            raise ValueError("expected `keep`, `caption: true`, or both; got neither")
+        return self

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 TAKEDOWN_VERSION = 1
 _VERSION = re.compile(r"[0-9a-f]{64}")
 _STEM_CHARS = 32
-_BY_SHARD = ("embeddings", "scores", "tokens")
+_BY_SHARD = ("captions", "embeddings", "scores", "tokens")
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,8 @@ def _is_note(path: str, stems: set[str], versions: set[str]) -> bool:
     if parts[0] == "work":
         return name == "result.json" or folder in ("work/inputs", "work/verified")
     if parts[0] in _BY_SHARD:
-        return name.partition(".")[0] in stems or any(part in versions for part in parts)
+        known = {*parts, name.partition(".")[0]}
+        return not (known.isdisjoint(stems) and known.isdisjoint(versions))
     return False
 
 

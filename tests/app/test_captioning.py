@@ -30,6 +30,7 @@ def write_recipe(path: Path, server: CaptionServer) -> Path:
                 "partitions": 2,
             }
         },
+        "derived": {"told": {"dataset": "painted", "caption": True}},
         "captioning": {
             "endpoint": {"url": server.url, "model": "captioner", "api_key_env": "CAPTION_KEY"}
         },
@@ -71,6 +72,11 @@ def test_a_trial_then_a_version(
         assert made["tokens"] == {"prompt_tokens": 700 * total, "completion_tokens": 40 * total}
         assert atelier("caption", recipe)["datasets"] == [made]
         assert verify_dataset_at(home, made["version"]) == []
+        for decision in ("RUN", "SKIP"):  # as a derived dataset of the recipe, the same version
+            step = atelier("run", recipe)["steps"][-1]
+            assert (step["name"], step["decision"]) == ("derive:told", decision)
+            assert step["dataset_version"] == made["version"]
+        assert caption_server.requests.total() == total
         stored = [path for path in home.path.rglob("*") if path.is_file()]
         assert not [path for path in stored if KEY.encode() in path.read_bytes()]
     finally:
