@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from app.scoring_verbs import Datasets, Json, Overrides, RecipePath
+from app.scoring_verbs import Datasets, Json, Overrides
 from app.verb import Output, verb
 
 EXAMPLES = """\b
@@ -34,7 +35,7 @@ def register(app: typer.Typer) -> None:
 
 @verb
 def caption(
-    recipe: RecipePath,
+    recipe: Annotated[Path, typer.Argument(help="a YAML file with a section `captioning`")],
     dataset: Datasets = None,
     limit: Annotated[
         int | None,
