@@ -14,7 +14,8 @@ from pydantic import ValidationError, model_validator
 
 from app.recipe_checks import Parts, cross_problems
 from app.recipe_file import RecipeSource, parse_recipe, read_recipe
-from app.recipe_problems import Problem, problems_of
+from app.recipe_problems import problems_of
+from app.recipe_sizes import with_sizes
 from demo.world import WorldConfig
 from infra.config import StrictModel, operational, semantic
 from infra.digests import canonical_json, sha256_bytes
@@ -150,18 +151,20 @@ def recipe_from_text(text: str, name: str, overrides: Sequence[str] = ()) -> Rec
 
 
 def _validated(source: RecipeSource) -> Recipe:
-    values = _with_seeds(source.values)
+    values, problems, sizes = with_sizes(_with_seeds(source.values))
     recipe: Recipe | None = None
-    problems: list[Problem] = []
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems = problems_of(error, Recipe)
+        problems += problems_of(error, Recipe)
     broken = {problem.path for problem in problems}
     problems += [
         problem for problem in cross_problems(Parts.of(values, Recipe))
         if not any(problem.path[: len(path)] == path for path in broken)
     ]  # fmt: skip
+    # What is wrong with a dataset is so at every size, and told once.
+    problems = [each for each in problems if not (each.path[:1] == ("datasets",)
+                and len(each.path) > 1 and each.path[1] in sizes)]  # fmt: skip
     if problems or recipe is None:
         raise RecipeError([f"{source.where(each.path)}: {each.line}" for each in problems])
     return recipe

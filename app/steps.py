@@ -101,7 +101,7 @@ def curate_dataset(session: Session, name: str, selection: Selection, repair: bo
                 refuse_damage(name, plan)
             if not selection.may_curate:
                 raise _not_curated(session, f"dataset {name} is not curated for this recipe")
-            uri = _curate(session, step, name, config, plan.rows_in, selection.retry_failed)
+            uri = _curate(session, step, name, config, plan.rows_in, selection)
         else:
             uri = plan.manifest_uri
         manifest = load_manifest(uri)
@@ -173,7 +173,7 @@ def _curate(
     name: str,
     config: CurationConfig,
     num_rows: int,
-    retry_failed: bool,
+    selection: Selection,
 ) -> str:
     """Curate; returns the manifest's address."""
     from pipelines.curate import curate
@@ -196,7 +196,11 @@ def _curate(
             session.spark,
             place.environment,
             report,
-            retry_failed=retry_failed,
+            retry_failed=selection.retry_failed,
+            others={
+                other: placed(session.recipe.datasets[other], session.world_folder)
+                for other in selection.datasets
+            },
         ).manifest_uri
 
 

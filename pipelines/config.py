@@ -76,6 +76,11 @@ class ResizeConfig(StrictModel):
     """How an image is stored. It is never made larger."""
 
     image_size_px: int = semantic(256, "shorter side after the resize, px", ge=8, le=8192)
+    if_smaller: Literal["keep", "reject"] = semantic(
+        "keep",
+        "an image whose shorter side is below image_size_px: keep: stored as it is; reject: "
+        "image_too_small",
+    )
     crop: Literal["square", "none"] = semantic(
         "square", "square: centre crop to a square first; none: keep the aspect ratio"
     )
@@ -257,6 +262,11 @@ class CurationConfig(StrictModel):
     )
     fetch: FetchConfig = semantic(default_factory=FetchConfig, description="download bounds")
     resize: ResizeConfig = semantic(default_factory=ResizeConfig, description="stored images")
+    also_sizes_px: list[Annotated[int, Field(ge=8, le=8192)]] = operational(
+        default_factory=list,
+        description="further resize.image_size_px, px, from the same fetch: each N becomes a "
+        "dataset NAME-N, without the images that are smaller",
+    )
     shards: ShardConfig = semantic(default_factory=ShardConfig, description="shard sizes")
     preference: PreferenceConfig = semantic(
         default_factory=PreferenceConfig, description="the preference score written per sample"

@@ -30,9 +30,13 @@ _IMAGES_SCHEMA = "slot int, sample_id string, aesthetic_score double, sha256 str
 
 
 def fetch_images(
-    spark: SparkSession, build: Build, units: Sequence[Unit], partitions: Sequence[int]
+    spark: SparkSession,
+    build: Build,
+    units: Sequence[Unit],
+    partitions: Sequence[int],
+    companions: Sequence[Build] = (),
 ) -> None:
-    """Read ``units`` and fetch ``partitions``; each leaves its marker."""
+    """Read ``units`` and fetch ``partitions``; each leaves its marker, here and in companions."""
     from pipelines import read_rows as task
     from pipelines.stage_images import stage_images
 
@@ -45,12 +49,12 @@ def fetch_images(
             for index in batch.column(0).to_pylist():
                 if index == 0:
                     yield task.seeds(slots)
-                yield from task.read_rows(build, pending[index], slots)
+                yield from task.read_rows(build, pending[index], slots, companions)
         keep_imports_out_of_gc()
 
     def fetch(slot: int, batches: Batches) -> int:
         partition = slots.partitions[slot]
-        stage_images(build, partition, batches)
+        stage_images(build, partition, batches, companions)
         return partition
 
     with one_line_errors(build):

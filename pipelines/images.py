@@ -13,6 +13,7 @@ import io
 import struct
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,42 +84,74 @@ def sniff_format(body: bytes) -> str:
     raise Rejected("format", "not JPEG, PNG, WebP, GIF or BMP")
 
 
-def store_image(
-    body: bytes,
-    config: ResizeConfig,
-    *,
-    max_pixels: int,
-    min_width_px: int | None = None,
-    min_height_px: int | None = None,
-    max_aspect_ratio: float | None = None,
-) -> StoredImage:
-    """Check, decode, crop, resize and encode one image.
+@dataclass(frozen=True)
+class Bounds:
+    """What the metadata filters asked, to be asked again of the real image; None is off."""
 
-    The bounds are those of the metadata filters, asked again of the real size. Raises
-    ``Rejected`` with ``format``, ``pixels``, ``image_too_small``, ``image_aspect_ratio`` or
-    ``decode``.
-    """
-    with _ONE_AT_A_TIME, _opened(body) as image:
-        if image.width * image.height > max_pixels:
-            raise Rejected("pixels", f"{image.width} x {image.height}")
-        width_px, height_px = _upright_size(image)
-        if width_px < (min_width_px or 0) or height_px < (min_height_px or 0):
+    max_pixels: int
+    min_width_px: int | None = None
+    min_height_px: int | None = None
+    max_aspect_ratio: float | None = None
+
+    def check(self, width_px: int, height_px: int) -> None:
+        """Raise ``Rejected`` for an upright size that is not wanted."""
+        if width_px < (self.min_width_px or 0) or height_px < (self.min_height_px or 0):
             raise Rejected("image_too_small", f"{width_px} x {height_px}")
         ratio = max(width_px, height_px) / min(width_px, height_px)
-        if max_aspect_ratio is not None and ratio > max_aspect_ratio:
+        if self.max_aspect_ratio is not None and ratio > self.max_aspect_ratio:
             raise Rejected("image_aspect_ratio", f"{width_px} x {height_px}")
-        pixels = _decoded(image, config)
+
+
+def store_images(
+    body: bytes, configs: Sequence[ResizeConfig], bounds: Bounds
+) -> list[StoredImage | Rejected]:
+    """Check and decode one body, and store it as each of ``configs`` says.
+
+    What a configuration gets does not depend on the others: ``Rejected`` is returned where one
+    refuses the image (``image_too_small``, ``decode``), and raised for what ``bounds`` or the
+    header refuse (``format``, ``pixels``, ``image_too_small``, ``image_aspect_ratio``, ``decode``).
+    """
+    found: dict[int, StoredImage | Rejected] = {}
+    with _ONE_AT_A_TIME:
+        sha256 = hashlib.sha256(body).hexdigest()
+        image = _opened(body)
+        if image.width * image.height > bounds.max_pixels:
+            raise Rejected("pixels", f"{image.width} x {image.height}")
+        size = _upright_size(image)
+        bounds.check(*size)
+        groups: dict[int, list[int]] = {}
+        for number, config in enumerate(configs):
+            if config.if_smaller == "reject" and min(size) < config.image_size_px:
+                found[number] = Rejected("image_too_small", f"{size[0]} x {size[1]}")
+            else:
+                groups.setdefault(_reduction(image, config), []).append(number)
+        for turn, (reduction, numbers) in enumerate(groups.items()):
+            if turn:
+                image = _opened(body)  # a decoder takes its scale once
+            try:
+                pixels = _decoded(image, reduction)
+            except Rejected as rejection:
+                found.update(dict.fromkeys(numbers, rejection))
+                continue
+            for number in numbers:
+                found[number] = _stored(pixels, configs[number], size, sha256)
+    return [found[number] for number in range(len(configs))]
+
+
+def _stored(
+    pixels: Pixels, config: ResizeConfig, size: tuple[int, int], sha256: str
+) -> StoredImage:
     small = shrunk(cropped(pixels, config), config)
-    crop = crop_of(width_px, height_px, config)
+    crop = crop_of(*size, config)
     return StoredImage(
         encoded(small, config),
         width_px=small.shape[1],
         height_px=small.shape[0],
-        original_width_px=width_px,
-        original_height_px=height_px,
+        original_width_px=size[0],
+        original_height_px=size[1],
         crop_left_px=crop.left_px,
         crop_top_px=crop.top_px,
-        sha256=hashlib.sha256(body).hexdigest(),
+        sha256=sha256,
     )
 
 
@@ -149,14 +182,21 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (height_px, width_px) if _orientation(image) in _SWAPPING_ORIENTATIONS else image.size
 
 
-def _decoded(image: Image.Image, config: ResizeConfig) -> Pixels:
+def _reduction(image: Image.Image, config: ResizeConfig) -> int:
+    """How many times smaller, per side, a JPEG is decoded: 1, 2, 4 or 8."""
+    if image.format not in ("JPEG", "MPO"):
+        return 1
+    wanted_px = config.image_size_px * _DRAFT_FACTOR
+    return next((by for by in (8, 4, 2) if min(image.size) >= by * wanted_px), 1)
+
+
+def _decoded(image: Image.Image, reduction: int) -> Pixels:
+    """Upright sRGB."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wanted_px = config.image_size_px * _DRAFT_FACTOR
-            if min(image.size) >= 2 * wanted_px:
-                scale = wanted_px / min(image.size)
-                image.draft(None, (round(image.width * scale), round(image.height * scale)))
+            if reduction > 1:
+                image.draft(None, (image.width // reduction, image.height // reduction))
             image.load()
             converted = _to_rgb(image)
             transpose = _UPRIGHT.get(_orientation(image))

@@ -105,6 +105,11 @@ def verify_unless_unchanged(dataset_root: str, version: str) -> list[str]:
     return verify_dataset(uri, memory_uri=note)
 
 
+def companion_build(name: str, config: CurationConfig, store_uri: str, plan: CurationPlan) -> Build:
+    """The build that ``plan_curation`` would find for another dataset of the same inputs."""
+    return _build(name, config, store_uri, list(plan.inputs))
+
+
 def _build(
     name: str,
     config: CurationConfig,

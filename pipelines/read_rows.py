@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,8 +77,13 @@ def seeds(slots: Slots) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(columns, schema=TRAVEL_SCHEMA)
 
 
-def read_rows(build: Build, unit: Unit, slots: Slots) -> Iterator[pa.RecordBatch]:
-    """Yield what goes on to ``slots``; write the unit's ledger and marker when not there yet."""
+def read_rows(
+    build: Build, unit: Unit, slots: Slots, companions: Sequence[Build] = ()
+) -> Iterator[pa.RecordBatch]:
+    """Yield what goes on to ``slots``; write the unit's ledger and marker when not there yet.
+
+    ``companions`` reject the same rows; those without the marker get theirs, too.
+    """
     with build.task(f"read-{unit.index:05d}") as folder:
         if unit.file.kind == "captions":
             for captions in read_captions(unit, build.config):
@@ -102,7 +107,9 @@ def read_rows(build: Build, unit: Unit, slots: Slots) -> Iterator[pa.RecordBatch
                     long = own_captions(table, urls, layout, max_chars)
                     yield from _travelling(long, slots, is_caption=True)
             if is_new:
-                build.write(tally.marker(ledger.publish(build.dataset_root)), unit.index)
+                for each in (build, *companions):
+                    if each is build or each.read(ReadMarker, unit.index) is None:
+                        each.write(tally.marker(ledger.publish(each.dataset_root)), unit.index)
 
 
 def judged_batches(

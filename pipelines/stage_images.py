@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,7 @@ from pipelines.duplicates import row_duplicates
 from pipelines.fetch import Fetcher, shared_fetcher
 from pipelines.filters import caption_filters, first_reason
 from pipelines.guard import Rejected
-from pipelines.images import StoredImage, store_image
+from pipelines.images import Bounds, StoredImage, store_images
 from pipelines.ledger import FAILED, REJECTED, is_worth_a_retry
 from pipelines.read_rows import TRAVEL_SCHEMA, without_removed
 from pipelines.tombstones import TAKEDOWN, Tombstones
@@ -38,6 +39,8 @@ from pipelines.tombstones import TAKEDOWN, Tombstones
 # Fewer downloads than this say nothing about the network.
 MIN_ATTEMPTS_TO_JUDGE = 20
 MAX_DETAIL_CHARS = 200
+# Reasons that only a body that arrived can give.
+_ARRIVED = ("format", "pixels", "image_too_small", "image_aspect_ratio", "decode")
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +73,29 @@ OUTCOME_SCHEMA: dict[str, pl.DataType] = {
 }
 
 
-def stage_images(build: Build, partition: int, batches: Iterable[pa.RecordBatch]) -> None:
-    """Fetch the partition's images and leave them, with its rows, behind a ``StagedMarker``."""
+def stage_images(
+    build: Build,
+    partition: int,
+    batches: Iterable[pa.RecordBatch],
+    companions: Sequence[Build] = (),
+) -> None:
+    """Fetch the partition's images and leave them, with its rows, behind a ``StagedMarker``.
+
+    The same bodies are stored for those of ``companions`` that lack the partition.
+    """
     with build.task(f"staged-{partition:05d}") as folder:
+        lacking = [each for each in companions if each.read(StagedMarker, partition) is None]
+        builds = [build, *lacking]
         rows = prepared_rows(pa.Table.from_batches(batches, TRAVEL_SCHEMA), build.config)
-        images_path = folder / "images"
         rows = without_removed(rows, build.tombstones)
-        rows = fetch_rows(rows, build.config, shared_fetcher(build.config.fetch), images_path)
-        _check_network(rows, build.config, partition)
-        rows = without_removed_images(rows, build.tombstones)
-        _leave(build, partition, rows.with_columns(_round(0)), folder, round=0)
+        fetcher = shared_fetcher(build.config.fetch)
+        fetched = fetch_rows(rows, [each.config for each in builds], fetcher, folder)
+        _check_network(fetched[0], build.config, partition)
+        # The one whose partition this is comes last: until it is marked, all is done again.
+        for number, each in reversed(list(enumerate(builds))):
+            staged = without_removed_images(fetched[number], build.tombstones)
+            staged = staged.with_columns(_round(0))
+            _leave(each, partition, staged, folder, images_path(folder, number), round=0)
 
 
 def retry_images(build: Build, partition: int, round: int) -> None:
@@ -101,11 +117,12 @@ def retry_images(build: Build, partition: int, round: int) -> None:
             pl.lit(None, dtype=pl.String).alias("reason")
         )
         fetcher = shared_fetcher(build.config.fetch)
-        again = fetch_rows(todo, build.config, fetcher, folder / "images")
+        (again,) = fetch_rows(todo, [build.config], fetcher, folder)
         again = without_removed_images(again, build.tombstones)
         again = again.with_columns(_round(round)).select(rows.columns)
         rows = pl.concat([rows.filter(~is_worth_a_retry()), again])
-        _leave(build, partition, rows, folder, round=round, carried=part)
+        images = images_path(folder, 0)
+        _leave(build, partition, rows, folder, images, round=round, carried=part)
 
 
 def _round(number: int) -> pl.Expr:
@@ -117,17 +134,18 @@ def _leave(
     partition: int,
     rows: pl.DataFrame,
     folder: Path,
+    images: Path,
     *,
     round: int,
     carried: PartMarker | None = None,
 ) -> None:
-    """Upload ``rows`` and the folder's images, and say so."""
+    """Upload ``rows`` and the images they point into, and say so."""
     rows_path = folder / "rows"
     rows.write_parquet(rows_path, row_group_size=10_000)
     num_images = rows.filter(pl.col("round") == round)["offset"].count()
     marker = StagedMarker(
         rows=build.stage(rows_path, "rows", rows.height),
-        images=build.stage(folder / "images", "images", num_images),
+        images=build.stage(images, "images", num_images),
         captions=caption_counts(rows),
         round=round,
         carried=carried,
@@ -165,23 +183,38 @@ def without_removed_images(rows: pl.DataFrame, tombstones: Tombstones) -> pl.Dat
     )
 
 
+def images_path(folder: Path, number: int) -> Path:
+    """Where ``fetch_rows`` leaves the images of its n-th configuration."""
+    return folder / f"images-{number}"
+
+
 def fetch_rows(
-    rows: pl.DataFrame, config: CurationConfig, fetcher: Fetcher, images_path: Path
-) -> pl.DataFrame:
-    """Fetch every row without a reason; images go to ``images_path``, outcomes into columns."""
-    outcomes = [
+    rows: pl.DataFrame, configs: Sequence[CurationConfig], fetcher: Fetcher, folder: Path
+) -> list[pl.DataFrame]:
+    """Fetch every row without a reason, once, and store its image as each of ``configs`` says.
+
+    Per configuration the rows with their outcomes in columns; the images are at ``images_path``.
+    """
+    refused = [
         _columns(None if reason is None else NotStored(REJECTED, reason, False, ""))
         for reason in rows["reason"]
     ]
-    todo = spread_by_host(rows)
-    offset = 0
-    with images_path.open("wb") as images:
-        for index, outcome in _outcomes(todo, config, fetcher):
-            outcomes[index] = _columns(outcome, offset)
-            if isinstance(outcome, StoredImage):
-                offset += images.write(outcome.data)
-    columns = pl.DataFrame(outcomes, schema=OUTCOME_SCHEMA, orient="row")
-    return rows.drop("reason").hstack(columns)
+    outcomes = [list(refused) for _ in configs]
+    offsets = [0] * len(configs)
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(images_path(folder, number).open("wb"))
+            for number in range(len(configs))
+        ]
+        for index, found in _outcomes(spread_by_host(rows), configs, fetcher):
+            for number, outcome in enumerate(found):
+                outcomes[number][index] = _columns(outcome, offsets[number])
+                if isinstance(outcome, StoredImage):
+                    offsets[number] += files[number].write(outcome.data)
+    rows = rows.drop("reason")
+    return [
+        rows.hstack(pl.DataFrame(each, schema=OUTCOME_SCHEMA, orient="row")) for each in outcomes
+    ]
 
 
 def _columns(outcome: StoredImage | NotStored | None, offset: int = 0) -> dict[str, object]:
@@ -223,10 +256,10 @@ def spread_by_host(rows: pl.DataFrame) -> list[tuple[int, str]]:
 
 
 def _outcomes(
-    todo: list[tuple[int, str]], config: CurationConfig, fetcher: Fetcher
-) -> Iterator[tuple[int, StoredImage | NotStored]]:
+    todo: list[tuple[int, str]], configs: Sequence[CurationConfig], fetcher: Fetcher
+) -> Iterator[tuple[int, Sequence[StoredImage | NotStored]]]:
     """Outcomes as they come; at most ``num_threads`` bodies are under way or waiting."""
-    num_threads = config.fetch.num_threads
+    num_threads = configs[0].fetch.num_threads
     arrived = SimpleQueue[tuple[int, bytes | NotStored]]()
     remaining = iter(todo)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="fetch") as pool:
@@ -240,7 +273,10 @@ def _outcomes(
             index, found = arrived.get()
             for item in islice(remaining, 1):
                 submit(*item)
-            yield index, found if isinstance(found, NotStored) else image_of(found, config)
+            if isinstance(found, NotStored):
+                yield index, [found] * len(configs)
+            else:
+                yield index, images_of(found, configs)
 
 
 def fetch_body(url: str, fetcher: Fetcher) -> bytes | NotStored:
@@ -251,19 +287,20 @@ def fetch_body(url: str, fetcher: Fetcher) -> bytes | NotStored:
         return _not_stored(error)
 
 
-def image_of(body: bytes, config: CurationConfig) -> StoredImage | NotStored:
-    """The image in a body, or how the row ended."""
+def images_of(body: bytes, configs: Sequence[CurationConfig]) -> Sequence[StoredImage | NotStored]:
+    """The body's image as each of ``configs`` stores it, or how the row ended there."""
+    first = configs[0]
+    bounds = Bounds(
+        max_pixels=first.fetch.max_pixels,
+        min_width_px=first.filters.min_width_px,
+        min_height_px=first.filters.min_height_px,
+        max_aspect_ratio=first.filters.max_aspect_ratio,
+    )
     try:
-        return store_image(
-            body,
-            config.resize,
-            max_pixels=config.fetch.max_pixels,
-            min_width_px=config.filters.min_width_px,
-            min_height_px=config.filters.min_height_px,
-            max_aspect_ratio=config.filters.max_aspect_ratio,
-        )
+        found = store_images(body, [config.resize for config in configs], bounds)
     except Exception as error:
-        return _not_stored(error)
+        return [_not_stored(error)] * len(configs)
+    return [each if isinstance(each, StoredImage) else _not_stored(each) for each in found]
 
 
 def _not_stored(error: Exception) -> NotStored:
@@ -278,7 +315,8 @@ def _not_stored(error: Exception) -> NotStored:
 
 def _check_network(rows: pl.DataFrame, config: CurationConfig, partition: int) -> None:
     """A partition most of whose downloads failed in passing is not worth committing."""
-    attempted = rows.filter(pl.col("offset").is_not_null() | (pl.col("disposition") == FAILED))
+    has_arrived = pl.col("offset").is_not_null() | pl.col("reason").is_in(_ARRIVED)
+    attempted = rows.filter(has_arrived | (pl.col("disposition") == FAILED))
     passing = attempted.filter(
         pl.col("retryable") | pl.col("reason").is_in(["dns", "dns_no_such_host"])
     )

@@ -321,14 +321,14 @@ def test_a_dead_network_commits_nothing(trap_world: Any, tmp_path: Path) -> None
 def test_an_unforeseen_error_costs_one_row(
     trap_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = images.store_image
+    store = images.store_images
 
     def failing(body: bytes, *arguments: Any, **options: Any) -> Any:
         if b"Location" not in body and len(body) % 7 == 0:
             raise ZeroDivisionError
         return store(body, *arguments, **options)
 
-    monkeypatch.setattr("pipelines.stage_images.store_image", failing)
+    monkeypatch.setattr("pipelines.stage_images.store_images", failing)
     manifest = run(plan_curation("traps", trap_world.config(), tmp_path.as_uri()))
     assert manifest.failed["internal_error"] > 0
     assert manifest.counts["rows_in"] == len(trap_world.rows)

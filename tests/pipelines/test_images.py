@@ -19,14 +19,17 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from pipelines.config import ResizeConfig
 from pipelines.guard import Rejected
-from pipelines.images import StoredImage, sniff_format, store_image
+from pipelines.images import Bounds, StoredImage, sniff_format, store_images
 
 MAX_PIXELS = 10_000_000
 KEEP = ResizeConfig(image_size_px=256, crop="none", encode_format="png", encode_quality=1)
 
 
 def stored(body: bytes, config: ResizeConfig = KEEP, **bounds: Any) -> StoredImage:
-    return store_image(body, config, **({"max_pixels": MAX_PIXELS} | bounds))
+    (found,) = store_images(body, [config], Bounds(**({"max_pixels": MAX_PIXELS} | bounds)))
+    if isinstance(found, Rejected):
+        raise found
+    return found
 
 
 def pixels(image: StoredImage) -> np.ndarray[Any, Any]:
@@ -289,3 +292,25 @@ def test_warnings_do_not_decide(make_picture: Any, encode: Any) -> None:
         warnings.simplefilter("error")
         image = stored(encode(make_picture(), "JPEG", exif=exif))
     assert image.width_px == 320
+
+
+def test_sizes_stored_together_are_those_stored_alone(make_picture: Any, encode: Any) -> None:
+    bounds = Bounds(MAX_PIXELS)
+    configs = [
+        ResizeConfig.model_validate({"image_size_px": size, "crop": crop, "if_smaller": "reject"})
+        for size in (32, 64, 256, 900)
+        for crop in ("square", "none")
+    ]
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    photo = make_picture(4, 1100, 1000)
+    for body in (
+        encode(photo), encode(photo, exif=lying), encode(photo, "PNG"),
+        encode(make_picture(4)), encode(photo)[:9000],
+    ):  # fmt: skip
+        together = store_images(body, configs, bounds)
+        for config, found in zip(configs, together, strict=True):
+            (alone,) = store_images(body, [config], bounds)
+            assert found == alone or str(found) == str(alone)
+    assert [isinstance(each, Rejected) for each in store_images(
+        encode(make_picture(4)), configs, bounds)] == [False] * 6 + [True] * 2  # fmt: skip

@@ -65,10 +65,10 @@ def test_bodies_in_memory_are_bounded_while_the_decoder_is_slow(
             held -= 1
         raise ValueError(body.decode())
 
-    monkeypatch.setattr("pipelines.stage_images.store_image", slow)
+    monkeypatch.setattr("pipelines.stage_images.store_images", slow)
     config = CurationConfig.model_validate({"metadata": ["x"], "fetch": {"num_threads": 4}})
     urls = [f"http://a.example/{n}" for n in range(60)]
-    rows = fetch_rows(frame(urls), config, Network(), tmp_path / "images")  # type: ignore[arg-type]
+    (rows,) = fetch_rows(frame(urls), [config], Network(), tmp_path)  # type: ignore[arg-type]
     assert rows["url"].to_list() == urls
     assert set(rows["reason"]) == {"internal_error"}
     assert 4 <= most <= 5
