@@ -7,6 +7,7 @@ layout to a reader that knows nothing of this project.
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -80,7 +81,7 @@ def test_loss_and_every_gradient(kind: str) -> None:
     )
     torch.autograd.backward(loss)
     seen = torch.where(mask, transformer.config.mask_token_id, tokens)
-    timestep = ((1 - torch.acos(ratio) * 2 / torch.pi) * 64 - 1).clamp(min=0)
+    timestep = ((1 - torch.acos(ratio) * (2 / math.pi)) * 64 - 1).clamp(min=0)
     logits = reference.logits_of(leaves, config, seen, text, pooled, micro, timestep)
     expected = F.cross_entropy(logits.permute(0, 2, 3, 1)[mask], tokens[mask])
     torch.autograd.backward(expected)
@@ -91,7 +92,8 @@ def test_loss_and_every_gradient(kind: str) -> None:
         exact = leaves[name].grad
         assert parameter.grad is not None
         assert exact is not None
-        assert float((parameter.grad - exact).abs().max()) < TOLERANCE, name
+        bound = TOLERANCE * float(exact.abs().max())
+        assert float((parameter.grad - exact).abs().max()) < min(bound, TOLERANCE), name
         names.add(name)
     assert names == set(leaves)
 
