@@ -1,6 +1,7 @@
 """The `atelier` command: one verb per thing a person does. Heavy imports happen inside the verbs.
 
-Exit codes: 0 done, 1 failed with a one-line cause on stderr, 2 bad usage, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 failed with a one-line cause on stderr, 2 bad usage, 130 stopped by Ctrl-C,
+143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from app import painting_verbs, scoring_verbs
+from app import captioning_verbs, dataset_verbs, model_verbs, painting_verbs, scoring_verbs
 from app.verb import Output, verb
 
 HELP = """From LAION-shaped metadata to a text-to-image model: curate, train, paint.
@@ -297,6 +298,9 @@ def diff(old: ManifestUri, new: ManifestUri, json_: Json = False) -> None:
 
 painting_verbs.register(app)
 scoring_verbs.register(app)
+captioning_verbs.register(app)
+dataset_verbs.register(app)
+model_verbs.register(app)
 
 
 def main() -> None:

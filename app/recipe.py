@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import ValidationError, model_validator
 
 from app.recipe_checks import Parts, cross_problems
 from app.recipe_file import RecipeSource, parse_recipe, read_recipe
-from app.recipe_problems import Problem, problems_of
+from app.recipe_problems import problems_of
+from app.recipe_sizes import with_sizes
 from demo.world import WorldConfig
 from infra.config import StrictModel, operational, semantic
 from infra.digests import canonical_json, sha256_bytes
 from infra.errors import UserError
 from infra.sessions import ClusterConfig
+from pipelines.captioning_config import CaptioningConfig
 from pipelines.config import CurationConfig
-from pipelines.scoring_config import ScoringConfig
+from pipelines.scoring_config import DerivedConfig, ScoringConfig
 from training.config import (
     NetworkConfig,
     Precision,
@@ -29,6 +31,9 @@ from training.config import (
     TextEncoderConfig,
     TokenizerConfig,
 )
+
+if TYPE_CHECKING:
+    from pipelines.derived import Sections
 
 SEEDED_SECTIONS = ("world", "tokenizer", "evaluation")
 
@@ -88,6 +93,14 @@ class Recipe(StrictModel):
     scoring: ScoringConfig | None = semantic(
         None, "embeddings, scores and search of the curated datasets"
     )
+    derived: dict[str, DerivedConfig] = semantic(
+        default_factory=dict,
+        description="versions of curated datasets by other thresholds, by name; nothing is fetched "
+        "again for them",
+    )
+    captioning: CaptioningConfig | None = semantic(
+        None, "long captions for the curated datasets' images"
+    )
     tokenizer: TokenizerConfig | None = semantic(None, "stage 0: image codes and vocabulary")
     text_encoder: TextEncoderConfig = semantic(
         default_factory=TextEncoderConfig, description="CLIP's text tower"
@@ -105,6 +118,13 @@ class Recipe(StrictModel):
     cluster: ClusterConfig = operational(
         default_factory=ClusterConfig, description="how much machine Spark and Ray may use"
     )
+
+    @property
+    def sections(self) -> Sections:
+        """What derived datasets draw on."""
+        from pipelines.derived import Sections
+
+        return Sections(self.scoring, self.captioning)
 
     @property
     def fingerprint(self) -> str:
@@ -131,18 +151,20 @@ def recipe_from_text(text: str, name: str, overrides: Sequence[str] = ()) -> Rec
 
 
 def _validated(source: RecipeSource) -> Recipe:
-    values = _with_seeds(source.values)
+    values, problems, sizes = with_sizes(_with_seeds(source.values))
     recipe: Recipe | None = None
-    problems: list[Problem] = []
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems = problems_of(error, Recipe)
+        problems += problems_of(error, Recipe)
     broken = {problem.path for problem in problems}
     problems += [
         problem for problem in cross_problems(Parts.of(values, Recipe))
         if not any(problem.path[: len(path)] == path for path in broken)
     ]  # fmt: skip
+    # What is wrong with a dataset is so at every size, and told once.
+    problems = [each for each in problems if not (each.path[:1] == ("datasets",)
+                and len(each.path) > 1 and each.path[1] in sizes)]  # fmt: skip
     if problems or recipe is None:
         raise RecipeError([f"{source.where(each.path)}: {each.line}" for each in problems])
     return recipe

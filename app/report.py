@@ -63,6 +63,10 @@ def results(status: RunStatus) -> list[str]:
     scored = [step for step in status.steps if step.scores]
     if scored:
         lines += ["The oracle's scores, held-out prompts", *score_table(scored), ""]
+    for step in status.steps:
+        for cause, lost in (step.waste or {}).items():
+            what = f"{lost['steps']:g} steps and {duration(lost['seconds'])}"
+            lines.append(f"Lost           {step.name}: {what}; {cause}, {lost['times']:g} times")
     if status.contact_sheet:
         lines.append(f"Contact sheet  {status.contact_sheet}")
     if status.mlflow_run_url or status.mlflow_uri:

@@ -16,7 +16,7 @@ import typer
 
 from infra.errors import UserError
 
-FAILED, STOPPED = 1, 130
+FAILED, STOPPED, TERMINATED = 1, 130, 143
 Parameters = ParamSpec("Parameters")
 
 
@@ -52,9 +52,9 @@ def verb(run: Callable[Parameters, None]) -> Callable[Parameters, None]:
         stop_on_terminate()
         try:
             run(*arguments, **options)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             print("\natelier: stopped; the same command goes on where it was", file=sys.stderr)
-            raise typer.Exit(STOPPED) from None
+            raise typer.Exit(TERMINATED if isinstance(stopped, Terminated) else STOPPED) from None
         except Exception as error:
             lines = lines_of(error)
             if lines is None:
@@ -89,6 +89,10 @@ def stop_on_terminate() -> None:
     signal.signal(signal.SIGTERM, _stop)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame
-    raise KeyboardInterrupt
+    raise Terminated

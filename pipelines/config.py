@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from infra.config import StrictModel, operational, semantic
+from pipelines.caption_config import CaptionConfig
 
 # keep: as if it passed; drop: rejected; later: goes on as unknown, for a scorer after the fetch.
 OnUnknown = Literal["keep", "drop", "later"]
@@ -71,22 +72,15 @@ class FilterConfig(StrictModel):
     )
 
 
-class CaptionConfig(StrictModel):
-    """Long synthetic captions to join to the rows by URL."""
-
-    files: list[str] = operational(
-        default_factory=list,
-        description="parquet files (url, caption[, model]): URIs, paths or globs",
-    )
-    train_on: Literal["synthetic", "alt"] = semantic(
-        "synthetic", "which origin `.txt` holds when a sample has both"
-    )
-
-
 class ResizeConfig(StrictModel):
     """How an image is stored. It is never made larger."""
 
     image_size_px: int = semantic(256, "shorter side after the resize, px", ge=8, le=8192)
+    if_smaller: Literal["keep", "reject"] = semantic(
+        "keep",
+        "an image whose shorter side is below image_size_px: keep: stored as it is; reject: "
+        "image_too_small",
+    )
     crop: Literal["square", "none"] = semantic(
         "square", "square: centre crop to a square first; none: keep the aspect ratio"
     )
@@ -186,11 +180,32 @@ class ShardConfig(StrictModel):
     max_bytes: int = semantic(256_000_000, "image, text and json bytes per shard", ge=1)
 
 
+class PerceptualConfig(StrictModel):
+    """What looks the same. Any size, encoding, brightness and contrast count as the same."""
+
+    min_similarity: float = semantic(
+        0.8,
+        "cosine of the low frequencies, in [0.7, 1], from which two images are the same",
+        ge=0.7,
+        le=1,
+    )
+    max_crop_ratio: float = semantic(
+        0.1,
+        "of each side that may be cut off, in [0, 0.15]; 0 is eight times as fast",
+        ge=0,
+        le=0.15,
+    )
+    mirrored: bool = semantic(False, "an image and its mirror image are the same")
+
+
 class DuplicateConfig(StrictModel):
     """Which samples count as the same. The highest aesthetic score stays, then the smallest id."""
 
     same_url: bool = semantic(True, "rows with the same URL")
     same_bytes: bool = semantic(True, "images with the same sha256 as fetched")
+    perceptual: PerceptualConfig | None = semantic(
+        None, "images that look the same: {} for the defaults, null: not asked"
+    )
 
 
 class PreferenceConfig(StrictModel):
@@ -268,6 +283,11 @@ class CurationConfig(StrictModel):
     )
     fetch: FetchConfig = semantic(default_factory=FetchConfig, description="download bounds")
     resize: ResizeConfig = semantic(default_factory=ResizeConfig, description="stored images")
+    also_sizes_px: list[Annotated[int, Field(ge=8, le=8192)]] = operational(
+        default_factory=list,
+        description="further resize.image_size_px, px, from the same fetch: each N becomes a "
+        "dataset NAME-N, without the images that are smaller",
+    )
     shards: ShardConfig = semantic(default_factory=ShardConfig, description="shard sizes")
     preference: PreferenceConfig = semantic(
         default_factory=PreferenceConfig, description="the preference score written per sample"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ from infra.lease import Lease
 from infra.manifest import DatasetManifest, load_manifest, publish_manifest
 from pipelines import engine
 from pipelines.build import Build, PartMarker
+from pipelines.companions import companions_of
 from pipelines.config import CurationConfig
-from pipelines.plan import CurationPlan, plan_curation
+from pipelines.plan import CurationPlan, companion_build, plan_curation
 from pipelines.publish import assemble_manifest, funnel_of
 from pipelines.report import write_report
 from pipelines.watch import ProgressCallback, watching
@@ -45,6 +47,7 @@ def curate(
     progress: ProgressCallback | None = None,
     *,
     retry_failed: bool = False,
+    others: Mapping[str, CurationConfig] | None = None,
 ) -> CurationResult:
     """Curate ``config`` into ``<store_uri>/datasets/<name>/`` and return the published version.
 
@@ -58,6 +61,10 @@ def curate(
     again; images that come are added in shards of their own, the shards that are there stay, and
     a new version is published (the same one when nothing changed). A retry that was killed is
     ended by the next call, with or without ``retry_failed``.
+
+    ``others``: further datasets of the store. For those that differ only in what they store
+    (``companions``), images are stored from the same fetch; each is published by a call of its
+    own, which then has nothing to fetch.
     """
     with applied(environment or {}):
         plan = plan_curation(name, config, store_uri)
@@ -65,9 +72,19 @@ def curate(
         if plan.manifest_uri is not None and not (retry_failed and _failed_partitions(plan.build)):
             return _result(plan, plan.manifest_uri, load_manifest(plan.manifest_uri))
         build = replace(plan.build, environment=dict(environment or {}))
-        with Lease(build.lease_uri, f"curation of {name}") as lease, watching(plan, progress):
+        companions = {}
+        if plan.partitions:
+            companions = companions_of(name, {**(others or {}), name: config})
+        with ExitStack() as stack:
+            lease = stack.enter_context(Lease(build.lease_uri, f"curation of {name}"))
+            found = [companion_build(n, their, store_uri, plan) for n, their in companions.items()]
+            # Other takedowns would leave other rows to fetch.
+            builds = [each for each in found if each.tombstones == build.tombstones]
+            for each in builds:
+                stack.enter_context(Lease(each.lease_uri, f"curation of {name}"))
+            stack.enter_context(watching(plan, progress))
             if plan.units:
-                engine.fetch_images(spark(), build, plan.units, plan.partitions)
+                engine.fetch_images(spark(), build, plan.units, plan.partitions, builds)
             round = build.begin_round() if is_finished else build.open_round()
             if round is not None:
                 if failed := _failed_partitions(build):

@@ -1,33 +1,28 @@
-"""From a stranger's bytes to a stored image: checks first, one strict decode, img2dataset's resize.
+"""From a stranger's bytes to a stored image: checks first, one strict decode, then the resize.
 
 Nothing is decoded before its format (by magic) and its size (by header) are known. Pillow decodes
 strictly: a truncated file is refused, never filled with grey. Pixels become upright sRGB; of an
-animation, the first frame. img2dataset's ``Resizer`` then resizes (area) and encodes. No metadata
-of the original (EXIF, XMP, text) reaches the stored bytes.
+animation, the first frame. No metadata of the original (EXIF, XMP, text) reaches the stored bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import importlib.util
 import io
-import os
 import struct
-import sys
 import threading
-import types
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageCms
 
 from pipelines.config import ResizeConfig
 from pipelines.guard import Rejected
+from pipelines.perceptual import signature
+from pipelines.resize import Pixels, crop_of, cropped, encoded, shrunk
 
 # Pillow's names of what we decode, with what such files begin with.
 _MAGIC = (
@@ -60,6 +55,8 @@ _BROKEN_EXIF = (
 # One decode at a time per process: its pixels are the largest thing a worker holds, and
 # ``warnings`` can only be silenced for a whole process.
 _ONE_AT_A_TIME = threading.Lock()
+# Blocks of 16 MB that Pillow keeps for the next image, instead of having the kernel clear new ones.
+Image.core.set_blocks_max(4)  # type: ignore[attr-defined]
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 size as long as this much detail is left to the resize.
 _DRAFT_FACTOR = 2
 
@@ -76,14 +73,7 @@ class StoredImage:
     crop_left_px: int
     crop_top_px: int
     sha256: str
-
-
-class Resizer(Protocol):
-    """img2dataset's: returns (bytes, width, height, original width, original height, error)."""
-
-    def __call__(
-        self, img_stream: io.BytesIO
-    ) -> tuple[bytes | None, int, int, int, int, str | None]: ...
+    signature: bytes | None = None
 
 
 def sniff_format(body: bytes) -> str:
@@ -96,40 +86,77 @@ def sniff_format(body: bytes) -> str:
     raise Rejected("format", "not JPEG, PNG, WebP, GIF or BMP")
 
 
-def store_image(
-    body: bytes,
-    config: ResizeConfig,
-    *,
-    max_pixels: int,
-    min_width_px: int | None = None,
-    min_height_px: int | None = None,
-    max_aspect_ratio: float | None = None,
-) -> StoredImage:
-    """Check, decode, crop, resize and encode one image.
+@dataclass(frozen=True)
+class Bounds:
+    """What the metadata filters asked, to be asked again of the real image; None is off."""
 
-    The bounds are those of the metadata filters, asked again of the real size. Raises
-    ``Rejected`` with ``format``, ``pixels``, ``image_too_small``, ``image_aspect_ratio`` or
-    ``decode``.
-    """
-    with _ONE_AT_A_TIME, _opened(body) as image:
-        width_px, height_px = _upright_size(image)
-        if width_px * height_px > max_pixels:
-            raise Rejected("pixels", f"{width_px} x {height_px}")
-        if width_px < (min_width_px or 0) or height_px < (min_height_px or 0):
+    max_pixels: int
+    min_width_px: int | None = None
+    min_height_px: int | None = None
+    max_aspect_ratio: float | None = None
+
+    def check(self, width_px: int, height_px: int) -> None:
+        """Raise ``Rejected`` for an upright size that is not wanted."""
+        if width_px < (self.min_width_px or 0) or height_px < (self.min_height_px or 0):
             raise Rejected("image_too_small", f"{width_px} x {height_px}")
         ratio = max(width_px, height_px) / min(width_px, height_px)
-        if max_aspect_ratio is not None and ratio > max_aspect_ratio:
+        if self.max_aspect_ratio is not None and ratio > self.max_aspect_ratio:
             raise Rejected("image_aspect_ratio", f"{width_px} x {height_px}")
-        encoded = _resize(_decode(image, config), config)
-    side_px = min(width_px, height_px)
-    is_square = config.crop == "square"
+
+
+def store_images(
+    body: bytes, configs: Sequence[ResizeConfig], bounds: Bounds, *, signs: bool = False
+) -> list[StoredImage | Rejected]:
+    """Check and decode one body, and store it as each of ``configs`` says; ``signs`` it, too.
+
+    What a configuration gets does not depend on the others: ``Rejected`` is returned where one
+    refuses the image (``image_too_small``, ``decode``), and raised for what ``bounds`` or the
+    header refuse (``format``, ``pixels``, ``image_too_small``, ``image_aspect_ratio``, ``decode``).
+    """
+    found: dict[int, StoredImage | Rejected] = {}
+    with _ONE_AT_A_TIME:
+        sha256 = hashlib.sha256(body).hexdigest()
+        image = _opened(body)
+        if image.width * image.height > bounds.max_pixels:
+            raise Rejected("pixels", f"{image.width} x {image.height}")
+        size = _upright_size(image)
+        bounds.check(*size)
+        groups: dict[int, list[int]] = {}
+        for number, config in enumerate(configs):
+            if config.if_smaller == "reject" and min(size) < config.image_size_px:
+                found[number] = Rejected("image_too_small", f"{size[0]} x {size[1]}")
+            else:
+                groups.setdefault(_reduction(image, config), []).append(number)
+        for turn, (reduction, numbers) in enumerate(groups.items()):
+            if turn:
+                image = _opened(body)  # a decoder takes its scale once
+            try:
+                pixels = _decoded(image, reduction)
+            except Rejected as rejection:
+                found.update(dict.fromkeys(numbers, rejection))
+                continue
+            mark = signature(pixels) if signs else None
+            for number in numbers:
+                found[number] = replace(
+                    _stored(pixels, configs[number], size, sha256), signature=mark
+                )
+    return [found[number] for number in range(len(configs))]
+
+
+def _stored(
+    pixels: Pixels, config: ResizeConfig, size: tuple[int, int], sha256: str
+) -> StoredImage:
+    small = shrunk(cropped(pixels, config), config)
+    crop = crop_of(*size, config)
     return StoredImage(
-        *encoded,
-        original_width_px=width_px,
-        original_height_px=height_px,
-        crop_left_px=(width_px - side_px) // 2 if is_square else 0,
-        crop_top_px=(height_px - side_px) // 2 if is_square else 0,
-        sha256=hashlib.sha256(body).hexdigest(),
+        encoded(small, config),
+        width_px=small.shape[1],
+        height_px=small.shape[0],
+        original_width_px=size[0],
+        original_height_px=size[1],
+        crop_left_px=crop.left_px,
+        crop_top_px=crop.top_px,
+        sha256=sha256,
     )
 
 
@@ -146,8 +173,11 @@ def _opened(body: bytes) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
+    """From EXIF. A PNG's may come after its pixels, so asking for it decodes them."""
     try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except _BROKEN_EXIF:  # no reason to lose the image
         return 1
 
@@ -157,19 +187,26 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (height_px, width_px) if _orientation(image) in _SWAPPING_ORIENTATIONS else image.size
 
 
-def _decode(image: Image.Image, config: ResizeConfig) -> Image.Image:
+def _reduction(image: Image.Image, config: ResizeConfig) -> int:
+    """How many times smaller, per side, a JPEG is decoded: 1, 2, 4 or 8."""
+    if image.format not in ("JPEG", "MPO"):
+        return 1
+    wanted_px = config.image_size_px * _DRAFT_FACTOR
+    return next((by for by in (8, 4, 2) if min(image.size) >= by * wanted_px), 1)
+
+
+def _decoded(image: Image.Image, reduction: int) -> Pixels:
+    """Upright sRGB."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wanted_px = config.image_size_px * _DRAFT_FACTOR
-            if min(image.size) >= 2 * wanted_px:
-                scale = wanted_px / min(image.size)
-                image.draft(None, (round(image.width * scale), round(image.height * scale)))
+            if reduction > 1:
+                image.draft(None, (image.width // reduction, image.height // reduction))
             image.load()
             converted = _to_rgb(image)
             transpose = _UPRIGHT.get(_orientation(image))
             upright = converted if transpose is None else converted.transpose(transpose)
-            return _centre_square(upright) if config.crop == "square" else upright
+            return np.asarray(upright)
     except Exception as error:
         raise Rejected("decode", type(error).__name__) from error
 
@@ -192,62 +229,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             applied = None  # a profile that does not fit the pixels says nothing about them
         if applied is not None:
             return applied
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @functools.cache
 def _srgb_profile() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-
-
-def _centre_square(image: Image.Image) -> Image.Image:
-    side_px = min(image.size)
-    left_px, top_px = (image.width - side_px) // 2, (image.height - side_px) // 2
-    return image.crop((left_px, top_px, left_px + side_px, top_px + side_px))
-
-
-def _resize(image: Image.Image, config: ResizeConfig) -> tuple[bytes, int, int]:
-    pixels = np.asarray(image)
-    # A portable pixmap: what the resizer reads with no second lossy or costly decode.
-    pixmap = b"P6\n%d %d\n255\n" % image.size + pixels.tobytes()
-    resizer = _resizer(config.image_size_px, config.encode_format, config.encode_quality)
-    data, width_px, height_px, _, _, error = resizer(io.BytesIO(pixmap))
-    if error is not None or data is None:
-        raise Rejected("decode", f"resize: {error}")
-    return data, width_px, height_px
-
-
-@functools.cache
-def _resizer(image_size_px: int, encode_format: str, encode_quality: int) -> Resizer:
-    resizer: Resizer = _img2dataset_resizer().Resizer(
-        image_size=image_size_px,
-        resize_mode="keep_ratio",
-        resize_only_if_bigger=True,
-        downscale_interpolation="area",
-        encode_format=encode_format,
-        encode_quality=encode_quality,
-    )
-    return resizer
-
-
-@functools.cache
-def _img2dataset_resizer() -> Any:
-    """img2dataset's module ``resizer`` alone: its package imports torch, ray and wandb (6 s)."""
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network for news
-    package = importlib.util.find_spec("img2dataset")
-    if package is None or not package.submodule_search_locations:
-        raise ModuleNotFoundError("img2dataset is not installed")
-    path = Path(package.submodule_search_locations[0], "resizer.py")
-    spec = importlib.util.spec_from_file_location("atelier_img2dataset_resizer", path)
-    if spec is None or spec.loader is None:
-        raise ModuleNotFoundError(f"{path} cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if sys.version_info >= (3, 13):
-            # Gone from the standard library; only read when nothing is re-encoded, which we do.
-            sys.modules.setdefault("imghdr", types.ModuleType("imghdr"))
-        spec.loader.exec_module(module)
-    # It silences the process by swapping file descriptors 1 and 2, which other threads share.
-    vars(module)["SuppressStdoutStderr"] = contextlib.nullcontext
-    return module

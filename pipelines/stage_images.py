@@ -1,26 +1,29 @@
 """Second task: the rows of one partition become fetched, checked and encoded images.
 
-Images leave memory as they come: each is appended to one working file, and its row remembers
-where. At any time a task holds at most ``num_threads`` bodies, one decoded image, and
-``2 * num_threads`` encoded ones.
+Threads fetch; the task itself decodes what they bring, one body after the other, for threads that
+decode would only wait for one another. Images leave memory as they come: each is appended to one
+working file, and its row remembers where. At any time a task holds at most ``num_threads`` bodies
+besides the one it decodes.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 
 import polars as pl
 import pyarrow as pa
 
 from infra.errors import UserError
 from pipelines.build import Build, PartMarker, StagedMarker
-from pipelines.captions import CAPTION_COLUMNS, with_captions
+from pipelines.captions import CAPTION_COLUMNS, caption_counts, with_captions
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import CurationConfig
 from pipelines.connection import Failed
@@ -28,13 +31,16 @@ from pipelines.duplicates import row_duplicates
 from pipelines.fetch import Fetcher, shared_fetcher
 from pipelines.filters import caption_filters, first_reason
 from pipelines.guard import Rejected
-from pipelines.images import StoredImage, store_image
+from pipelines.images import Bounds, StoredImage, store_images
 from pipelines.ledger import FAILED, REJECTED, is_worth_a_retry
-from pipelines.read_rows import TRAVEL_SCHEMA
+from pipelines.read_rows import TRAVEL_SCHEMA, without_removed
+from pipelines.tombstones import TAKEDOWN, Tombstones
 
 # Fewer downloads than this say nothing about the network.
 MIN_ATTEMPTS_TO_JUDGE = 20
 MAX_DETAIL_CHARS = 200
+# Reasons that only a body that arrived can give.
+_ARRIVED = ("format", "pixels", "image_too_small", "image_aspect_ratio", "decode")
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +70,33 @@ OUTCOME_SCHEMA: dict[str, pl.DataType] = {
     "crop_top_px": pl.Int32(),
     "offset": pl.Int64(),
     "num_bytes": pl.Int64(),
+    "signature": pl.Binary(),
 }
 
 
-def stage_images(build: Build, partition: int, batches: Iterable[pa.RecordBatch]) -> None:
-    """Fetch the partition's images and leave them, with its rows, behind a ``StagedMarker``."""
+def stage_images(
+    build: Build,
+    partition: int,
+    batches: Iterable[pa.RecordBatch],
+    companions: Sequence[Build] = (),
+) -> None:
+    """Fetch the partition's images and leave them, with its rows, behind a ``StagedMarker``.
+
+    The same bodies are stored for those of ``companions`` that lack the partition.
+    """
     with build.task(f"staged-{partition:05d}") as folder:
+        lacking = [each for each in companions if each.read(StagedMarker, partition) is None]
+        builds = [build, *lacking]
         rows = prepared_rows(pa.Table.from_batches(batches, TRAVEL_SCHEMA), build.config)
-        images_path = folder / "images"
-        rows = fetch_rows(rows, build.config, shared_fetcher(build.config.fetch), images_path)
-        _check_network(rows, build.config, partition)
-        _leave(build, partition, rows.with_columns(_round(0)), folder, round=0)
+        rows = without_removed(rows, build.tombstones)
+        fetcher = shared_fetcher(build.config.fetch)
+        fetched = fetch_rows(rows, [each.config for each in builds], fetcher, folder)
+        _check_network(fetched[0], build.config, partition)
+        # The one whose partition this is comes last: until it is marked, all is done again.
+        for number, each in reversed(list(enumerate(builds))):
+            staged = without_removed_images(fetched[number], build.tombstones)
+            staged = staged.with_columns(_round(0))
+            _leave(each, partition, staged, folder, images_path(folder, number), round=0)
 
 
 def retry_images(build: Build, partition: int, round: int) -> None:
@@ -96,10 +118,12 @@ def retry_images(build: Build, partition: int, round: int) -> None:
             pl.lit(None, dtype=pl.String).alias("reason")
         )
         fetcher = shared_fetcher(build.config.fetch)
-        again = fetch_rows(todo, build.config, fetcher, folder / "images")
+        (again,) = fetch_rows(todo, [build.config], fetcher, folder)
+        again = without_removed_images(again, build.tombstones)
         again = again.with_columns(_round(round)).select(rows.columns)
         rows = pl.concat([rows.filter(~is_worth_a_retry()), again])
-        _leave(build, partition, rows, folder, round=round, carried=part)
+        images = images_path(folder, 0)
+        _leave(build, partition, rows, folder, images, round=round, carried=part)
 
 
 def _round(number: int) -> pl.Expr:
@@ -111,17 +135,19 @@ def _leave(
     partition: int,
     rows: pl.DataFrame,
     folder: Path,
+    images: Path,
     *,
     round: int,
     carried: PartMarker | None = None,
 ) -> None:
-    """Upload ``rows`` and the folder's images, and say so."""
+    """Upload ``rows`` and the images they point into, and say so."""
     rows_path = folder / "rows"
     rows.write_parquet(rows_path, row_group_size=10_000)
     num_images = rows.filter(pl.col("round") == round)["offset"].count()
     marker = StagedMarker(
         rows=build.stage(rows_path, "rows", rows.height),
-        images=build.stage(folder / "images", "images", num_images),
+        images=build.stage(images, "images", num_images),
+        captions=caption_counts(rows),
         round=round,
         carried=carried,
     )
@@ -134,33 +160,62 @@ def prepared_rows(table: pa.Table, config: CurationConfig) -> pl.DataFrame:
     is_caption = pl.col("is_caption")
     rows = everything.filter(~is_caption).select(CANONICAL_SCHEMA.names)
     long = everything.filter(is_caption).select(CAPTION_COLUMNS)
-    rows = with_captions(rows.sort(CANONICAL_SCHEMA.names), long, config.captions.train_on)
-    rows = rows.with_columns(first_reason(caption_filters(config.filters)))
+    rows = with_captions(rows.sort(CANONICAL_SCHEMA.names), long, config.captions)
+    drops = config.captions.personal_data == "drop"
+    asked = caption_filters(config.filters, drops_personal=drops)
+    rows = rows.with_columns(first_reason(asked))
     duplicates = row_duplicates(rows, same_url=config.duplicates.same_url)
     return rows.with_columns(pl.coalesce("reason", duplicates.alias("reason")))
 
 
+def without_removed_images(rows: pl.DataFrame, tombstones: Tombstones) -> pl.DataFrame:
+    """The fetched rows, those whose image is taken down rejected; nothing points at its bytes."""
+    if not tombstones:
+        return rows
+    gone = tombstones.covers(rows.select("sha256"))
+    nothing = [pl.lit(None, dtype=kind).alias(name) for name, kind in OUTCOME_SCHEMA.items()]
+    blank = [
+        pl.when(gone).then(each).otherwise(pl.col(each.meta.output_name())) for each in nothing
+    ]
+    return rows.with_columns(blank).with_columns(
+        pl.when(gone).then(pl.lit(REJECTED)).otherwise("disposition").alias("disposition"),
+        pl.when(gone).then(pl.lit(TAKEDOWN)).otherwise("reason").alias("reason"),
+        pl.when(gone).then(pl.lit(False)).otherwise("retryable").alias("retryable"),
+    )
+
+
+def images_path(folder: Path, number: int) -> Path:
+    """Where ``fetch_rows`` leaves the images of its n-th configuration."""
+    return folder / f"images-{number}"
+
+
 def fetch_rows(
-    rows: pl.DataFrame, config: CurationConfig, fetcher: Fetcher, images_path: Path
-) -> pl.DataFrame:
-    """Fetch every row without a reason; images go to ``images_path``, outcomes into columns."""
-    outcomes = [
+    rows: pl.DataFrame, configs: Sequence[CurationConfig], fetcher: Fetcher, folder: Path
+) -> list[pl.DataFrame]:
+    """Fetch every row without a reason, once, and store its image as each of ``configs`` says.
+
+    Per configuration the rows with their outcomes in columns; the images are at ``images_path``.
+    """
+    refused = [
         _columns(None if reason is None else NotStored(REJECTED, reason, False, ""))
         for reason in rows["reason"]
     ]
-    todo = [
-        (index, url)
-        for index, (url, reason) in enumerate(rows.select("url", "reason").iter_rows())
-        if reason is None
+    outcomes = [list(refused) for _ in configs]
+    offsets = [0] * len(configs)
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(images_path(folder, number).open("wb"))
+            for number in range(len(configs))
+        ]
+        for index, found in _outcomes(spread_by_host(rows), configs, fetcher):
+            for number, outcome in enumerate(found):
+                outcomes[number][index] = _columns(outcome, offsets[number])
+                if isinstance(outcome, StoredImage):
+                    offsets[number] += files[number].write(outcome.data)
+    rows = rows.drop("reason")
+    return [
+        rows.hstack(pl.DataFrame(each, schema=OUTCOME_SCHEMA, orient="row")) for each in outcomes
     ]
-    offset = 0
-    with images_path.open("wb") as images:
-        for index, outcome in _in_threads(todo, config, fetcher):
-            outcomes[index] = _columns(outcome, offset)
-            if isinstance(outcome, StoredImage):
-                offset += images.write(outcome.data)
-    columns = pl.DataFrame(outcomes, schema=OUTCOME_SCHEMA, orient="row")
-    return rows.drop("reason").hstack(columns)
 
 
 def _columns(outcome: StoredImage | NotStored | None, offset: int = 0) -> dict[str, object]:
@@ -179,52 +234,92 @@ def _columns(outcome: StoredImage | NotStored | None, offset: int = 0) -> dict[s
         "crop_top_px": outcome.crop_top_px,
         "offset": offset,
         "num_bytes": len(outcome.data),
+        "signature": outcome.signature,
     }
 
 
-def _in_threads(
-    todo: list[tuple[int, str]], config: CurationConfig, fetcher: Fetcher
-) -> Iterator[tuple[int, StoredImage | NotStored]]:
-    """Outcomes as they come; at most ``2 * num_threads`` are under way or waiting."""
-    num_threads = config.fetch.num_threads
+def spread_by_host(rows: pl.DataFrame) -> list[tuple[int, str]]:
+    """Index and URL of the rows to fetch, every host's evenly spread over the whole.
+
+    Else a run of rows of one host would have all threads wait for its turns.
+    """
+    host = pl.col("url").str.extract("^[^:]*://([^/?#]*)").fill_null("")
+    todo = (
+        rows.lazy()
+        .select("url", "reason", pl.int_range(pl.len()).alias("index"))
+        .filter(pl.col("reason").is_null())
+        .with_columns(host.alias("host"), pl.int_range(pl.len()).alias("place"))
+    )
+    turn = pl.int_range(pl.len()).over("host")
+    phase = pl.col("place").first().over("host") / pl.len()
+    position = (turn + phase) / pl.len().over("host")
+    ordered = todo.with_columns(position.alias("position")).sort("position", "index")
+    return list(ordered.select("index", "url").collect().iter_rows())
+
+
+def _outcomes(
+    todo: list[tuple[int, str]], configs: Sequence[CurationConfig], fetcher: Fetcher
+) -> Iterator[tuple[int, Sequence[StoredImage | NotStored]]]:
+    """Outcomes as they come; at most ``num_threads`` bodies are under way or waiting."""
+    num_threads = configs[0].fetch.num_threads
+    arrived = SimpleQueue[tuple[int, bytes | NotStored]]()
     remaining = iter(todo)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="fetch") as pool:
 
-        def submit(item: tuple[int, str]) -> Future[tuple[int, StoredImage | NotStored]]:
-            return pool.submit(lambda: (item[0], fetch_image(item[1], config, fetcher)))
+        def submit(index: int, url: str) -> None:
+            pool.submit(lambda: arrived.put((index, fetch_body(url, fetcher))))
 
-        under_way = {submit(item) for item in islice(remaining, 2 * num_threads)}
-        while under_way:
-            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-            under_way |= {submit(item) for item in islice(remaining, len(done))}
-            for future in done:
-                yield future.result()
+        for item in islice(remaining, num_threads):
+            submit(*item)
+        for _ in todo:
+            index, found = arrived.get()
+            for item in islice(remaining, 1):
+                submit(*item)
+            if isinstance(found, NotStored):
+                yield index, [found] * len(configs)
+            else:
+                yield index, images_of(found, configs)
 
 
-def fetch_image(url: str, config: CurationConfig, fetcher: Fetcher) -> StoredImage | NotStored:
-    """One row's image, or how the row ended. What nobody foresaw fails this row only."""
+def fetch_body(url: str, fetcher: Fetcher) -> bytes | NotStored:
+    """What lies behind the URL, or how the row ended."""
     try:
-        return store_image(
-            fetcher.fetch(url),
-            config.resize,
-            max_pixels=config.fetch.max_pixels,
-            min_width_px=config.filters.min_width_px,
-            min_height_px=config.filters.min_height_px,
-            max_aspect_ratio=config.filters.max_aspect_ratio,
-        )
-    except Rejected as rejection:
-        return NotStored(REJECTED, rejection.reason, False, rejection.detail[:MAX_DETAIL_CHARS])
-    except Failed as failure:
-        detail = failure.detail[:MAX_DETAIL_CHARS]
-        return NotStored(FAILED, failure.cause, failure.retryable, detail)
+        return fetcher.fetch(url)
     except Exception as error:
-        logger.exception("unforeseen while fetching one image")
-        return NotStored(FAILED, "internal_error", True, type(error).__name__)
+        return _not_stored(error)
+
+
+def images_of(body: bytes, configs: Sequence[CurationConfig]) -> Sequence[StoredImage | NotStored]:
+    """The body's image as each of ``configs`` stores it, or how the row ended there."""
+    first = configs[0]
+    bounds = Bounds(
+        max_pixels=first.fetch.max_pixels,
+        min_width_px=first.filters.min_width_px,
+        min_height_px=first.filters.min_height_px,
+        max_aspect_ratio=first.filters.max_aspect_ratio,
+    )
+    try:
+        signs = first.duplicates.perceptual is not None
+        found = store_images(body, [each.resize for each in configs], bounds, signs=signs)
+    except Exception as error:
+        return [_not_stored(error)] * len(configs)
+    return [each if isinstance(each, StoredImage) else _not_stored(each) for each in found]
+
+
+def _not_stored(error: Exception) -> NotStored:
+    """What nobody foresaw fails this row only."""
+    if isinstance(error, Rejected):
+        return NotStored(REJECTED, error.reason, False, error.detail[:MAX_DETAIL_CHARS])
+    if isinstance(error, Failed):
+        return NotStored(FAILED, error.cause, error.retryable, error.detail[:MAX_DETAIL_CHARS])
+    logger.error("unforeseen in one image", exc_info=error)
+    return NotStored(FAILED, "internal_error", True, type(error).__name__)
 
 
 def _check_network(rows: pl.DataFrame, config: CurationConfig, partition: int) -> None:
     """A partition most of whose downloads failed in passing is not worth committing."""
-    attempted = rows.filter(pl.col("offset").is_not_null() | (pl.col("disposition") == FAILED))
+    has_arrived = pl.col("offset").is_not_null() | pl.col("reason").is_in(_ARRIVED)
+    attempted = rows.filter(has_arrived | (pl.col("disposition") == FAILED))
     passing = attempted.filter(
         pl.col("retryable") | pl.col("reason").is_in(["dns", "dns_no_such_host"])
     )

@@ -47,12 +47,13 @@ class TokenShard:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples as tensors: tokens int64, conditions float32."""
+    """Samples as tensors: tokens int64, conditions float32; ``visit`` says which they are."""
 
     tokens_BHW: Tensor
     captions: list[str]
     micro_conditions_B5: Tensor
     sample_ids: list[str]
+    visit: Visit
 
 
 @dataclass
@@ -79,11 +80,11 @@ class TokenDataset:
     def __len__(self) -> int:
         return self.order.num_samples
 
-    def batch_at(self, step: int, rows: slice = slice(None)) -> Batch:
-        """``rows`` of the global batch of optimizer step ``step`` (0, 1, …)."""
+    def batch_at(self, number: int, rows: slice = slice(None)) -> Batch:
+        """``rows`` of global batch ``number`` (0, 1, …)."""
         size = self.config.global_batch_size
         start, stop, _ = rows.indices(size)
-        return self.make_batch(self.order.visit(step * size + start, step * size + stop))
+        return self.make_batch(self.order.visit(number * size + start, number * size + stop))
 
     def make_batch(self, visit: Visit) -> Batch:
         """The visited samples, each with the caption that its (seed, epoch, sample) draws."""
@@ -108,6 +109,7 @@ class TokenDataset:
             captions,
             torch.from_numpy(np.stack(conditions).astype(np.float32)),
             ids,
+            visit,
         )
 
     def preference_scores(self, num_shards: int) -> NDArray[np.float32]:

@@ -63,10 +63,16 @@ def _follow(uri: str, on_progress: OnProgress, stop: threading.Event) -> None:
 
 def read_progress(uri: str) -> StageProgress | None:
     """What lies there now; None when nothing does, or nothing that makes sense."""
+    return parse_progress(read_progress_json(uri))
+
+
+def read_progress_json(uri: str) -> dict[str, Any]:
+    """What lies there now, with the worker's ``attempt``; empty when nothing does."""
     try:
-        return parse_progress(storage.read_json(uri))
+        raw = storage.read_json(uri)
     except UserError:
-        return None
+        return {}
+    return raw if isinstance(raw, dict) else {}
 
 
 def parse_progress(raw: Any) -> StageProgress | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from app.recipe import Recipe, RecipeError, load_recipe, recipe_from_text
 from infra.config import semantic_part
@@ -68,6 +69,11 @@ def test_a_missing_key_says_what_it_is() -> None:
         ("world=null", "there is no `world` section"),
         ("network.axes_dims_rope=[4,6,8]", "adds up to 18"),
         ("services={store_uri: 's3://x'}", "together, or neither"),
+        ("derived={best: {dataset: captioned, keep: {}}}", "there is no `scoring` section"),
+        ("derived={best: {dataset: captioned, caption: true}}", "no `captioning` section"),
+        ("derived={best: {dataset: captioned}}", "got neither"),
+        ("derived={captioned: {dataset: captioned, keep: {}}}", "has this name already"),
+        ("derived={best: {dataset: captiond, keep: {}}}", "did you mean captioned?"),
         ("name=Tiny Recipe", "expected string should match pattern"),
         ("seed=-1", "expected a value greater than or equal to 0"),
     ],
@@ -174,3 +180,41 @@ def test_meissonic_is_the_released_network() -> None:
 def test_a_resolved_recipe_is_a_recipe() -> None:
     recipe = load_recipe(DEMO)
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+SIZES = """
+name: sized
+datasets:
+  photos:
+    metadata: [x]
+    resize: {image_size_px: 64, encode_format: webp}
+    also_sizes_px: [128, 512]
+"""
+
+
+def test_a_dataset_at_several_sizes_is_several_datasets() -> None:
+    recipe = recipe_from_text(SIZES, "sized.yaml")
+    assert list(recipe.datasets) == ["photos", "photos-128", "photos-512"]
+    found = [dataset.resize for dataset in recipe.datasets.values()]
+    assert [each.image_size_px for each in found] == [64, 128, 512]
+    assert [each.if_smaller for each in found] == ["keep", "reject", "reject"]
+    assert {each.encode_format for each in found} == {"webp"}
+    resolved = yaml.safe_dump(recipe.model_dump(mode="json"))
+    assert recipe_from_text(resolved, "resolved.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("[128, 128]", "photos-128, which is there already"),
+        ("[4]", "also_sizes_px.0"),
+        ("[big]", "also_sizes_px.0"),
+        ("128", "also_sizes_px: expected"),
+        ("[128]\n    source: 3", "datasets.photos.source"),
+    ],
+)
+def test_sizes_that_cannot_be_are_told_once(written: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe_from_text(SIZES.replace("[128, 512]", written), "sized.yaml")
+    assert len(caught.value.lines) == 1
+    assert expected in caught.value.lines[0]

@@ -7,8 +7,8 @@ import hashlib
 import io
 import resource
 import struct
-import sys
 import threading
+import time
 import warnings
 import zlib
 from typing import Any
@@ -19,14 +19,17 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from pipelines.config import ResizeConfig
 from pipelines.guard import Rejected
-from pipelines.images import StoredImage, sniff_format, store_image
+from pipelines.images import Bounds, StoredImage, sniff_format, store_images
 
 MAX_PIXELS = 10_000_000
 KEEP = ResizeConfig(image_size_px=256, crop="none", encode_format="png", encode_quality=1)
 
 
 def stored(body: bytes, config: ResizeConfig = KEEP, **bounds: Any) -> StoredImage:
-    return store_image(body, config, **({"max_pixels": MAX_PIXELS} | bounds))
+    (found,) = store_images(body, [config], Bounds(**({"max_pixels": MAX_PIXELS} | bounds)))
+    if isinstance(found, Rejected):
+        raise found
+    return found
 
 
 def pixels(image: StoredImage) -> np.ndarray[Any, Any]:
@@ -118,6 +121,17 @@ def test_a_pixel_bomb_is_refused_by_its_header() -> None:
     gif = b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\x00\x00\x00"
     assert refused(gif + b"\x2c" + b"\0" * 20) in ("pixels", "decode")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # KiB
+
+
+def test_a_whole_pixel_bomb_is_never_unpacked() -> None:
+    """81 megapixels in 80 KB, nothing wrong with them but their number."""
+    buffer = io.BytesIO()
+    Image.new("L", (9_000, 9_000)).save(buffer, "PNG")
+    body = buffer.getvalue()
+    del buffer
+    began_at = time.process_time()
+    assert refused(body) == "pixels"
+    assert time.process_time() - began_at < 0.1
 
 
 def test_a_metadata_bomb_is_refused() -> None:
@@ -280,16 +294,23 @@ def test_warnings_do_not_decide(make_picture: Any, encode: Any) -> None:
     assert image.width_px == 320
 
 
-def test_the_resizer_comes_without_its_package() -> None:
-    """img2dataset itself imports torch, ray and wandb; a Spark worker needs none of them."""
-    import subprocess
-
-    code = (
-        "import sys; from pipelines.images import _img2dataset_resizer as load; load();"
-        "print([m for m in ('torch', 'ray', 'wandb', 'webdataset') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert done.stdout.strip() == "[]"
-    assert "A new version of Albumentations" not in done.stderr
+def test_sizes_stored_together_are_those_stored_alone(make_picture: Any, encode: Any) -> None:
+    bounds = Bounds(MAX_PIXELS)
+    configs = [
+        ResizeConfig.model_validate({"image_size_px": size, "crop": crop, "if_smaller": "reject"})
+        for size in (32, 64, 256, 900)
+        for crop in ("square", "none")
+    ]
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    photo = make_picture(4, 1100, 1000)
+    for body in (
+        encode(photo), encode(photo, exif=lying), encode(photo, "PNG"),
+        encode(make_picture(4)), encode(photo)[:9000],
+    ):  # fmt: skip
+        together = store_images(body, configs, bounds)
+        for config, found in zip(configs, together, strict=True):
+            (alone,) = store_images(body, [config], bounds)
+            assert found == alone or str(found) == str(alone)
+    assert [isinstance(each, Rejected) for each in store_images(
+        encode(make_picture(4)), configs, bounds)] == [False] * 6 + [True] * 2  # fmt: skip

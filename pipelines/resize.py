@@ -1,0 +1,84 @@
+"""Cropping, shrinking and encoding of pixels: what img2dataset's ``Resizer`` does, directly.
+
+That class takes encoded bytes; handing it pixels would cost an encoding, a second decode and two
+objects of albumentations per image. Here are its OpenCV calls alone, with its parameters (area
+interpolation, sides rounded as it rounds them), and tests hold the bytes equal to its own.
+
+Shape suffixes: H pixel rows, W pixel columns, 3 colours (red, green, blue), all uint8.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.config import ResizeConfig
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A rectangle of the upright original, pixels."""
+
+    left_px: int
+    top_px: int
+    width_px: int
+    height_px: int
+
+
+def crop_of(width_px: int, height_px: int, config: ResizeConfig) -> Crop:
+    """The part of an image of this size that is stored."""
+    if config.crop == "none":
+        return Crop(0, 0, width_px, height_px)
+    side_px = min(width_px, height_px)
+    return Crop((width_px - side_px) // 2, (height_px - side_px) // 2, side_px, side_px)
+
+
+def cropped(pixels_HW3: Pixels, config: ResizeConfig) -> Pixels:
+    """A view of the part that is stored; the pixels may be those of a smaller decode."""
+    height_px, width_px = pixels_HW3.shape[:2]
+    crop = crop_of(width_px, height_px, config)
+    return pixels_HW3[
+        crop.top_px : crop.top_px + crop.height_px, crop.left_px : crop.left_px + crop.width_px
+    ]
+
+
+def shrunk(pixels_HW3: Pixels, config: ResizeConfig) -> Pixels:
+    """The shorter side at ``image_size_px``; what is not longer stays as it is."""
+    height_px, width_px = pixels_HW3.shape[:2]
+    scale = config.image_size_px / min(width_px, height_px)
+    if scale >= 1:
+        return pixels_HW3
+    size = max(1, round(width_px * scale)), max(1, round(height_px * scale))
+    cv2 = _cv2()
+    return np.asarray(cv2.resize(pixels_HW3, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def encoded(pixels_HW3: Pixels, config: ResizeConfig) -> bytes:
+    """The pixels in ``config.encode_format``, without any metadata."""
+    cv2 = _cv2()
+    quality = {
+        "jpg": cv2.IMWRITE_JPEG_QUALITY,
+        "webp": cv2.IMWRITE_WEBP_QUALITY,
+        "png": cv2.IMWRITE_PNG_COMPRESSION,
+    }[config.encode_format]
+    pixels_bgr = cv2.cvtColor(pixels_HW3, cv2.COLOR_RGB2BGR)
+    parameters = [quality, config.encode_quality]
+    is_done, data = cv2.imencode(f".{config.encode_format}", pixels_bgr, parameters)
+    if not is_done:
+        raise ValueError(f"OpenCV cannot write {config.encode_format}")
+    return bytes(data)
+
+
+@functools.cache
+def _cv2() -> ModuleType:
+    """OpenCV, with one thread: Spark runs a task per core."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    return cv2
