@@ -41,7 +41,8 @@ def test_fresh_adapters_add_nothing(make_transformer: MakeTransformer) -> None:
     transformer = make_transformer()
     before = run(transformer)
     lora = LoRA.start({"transformer": transformer}, LoRAConfig(rank=2, dropout=0.5))
-    assert torch.equal(run(transformer), before)
+    # An adapted layer is no longer fused with its activation: the last bits differ.
+    torch.testing.assert_close(run(transformer), before, atol=1e-6, rtol=0)
     assert len(lora.adapters) == 17  # 12 in the joint block (8 of attention, 4 of two MLPs), 5
 
 
@@ -107,7 +108,7 @@ def test_folders_in_the_published_spelling_come_back(
     assert "transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight" in keys
     assert "transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight" in keys
     again = LoRA.from_pretrained(tmp_path / "style", {"transformer": transformer})
-    assert torch.equal(run(transformer), want)
+    torch.testing.assert_close(run(transformer), want, atol=1e-6, rtol=0)
     assert not any(p.requires_grad for p in again.parameters())
 
 
@@ -124,7 +125,7 @@ def test_kohyas_spelling_is_read(make_transformer: MakeTransformer, tmp_path: Pa
         tensors[f"{name}.alpha"] = torch.tensor(3.0)
     save_file(tensors, tmp_path / "kohya.safetensors")
     LoRA.from_pretrained(tmp_path / "kohya.safetensors", {"transformer": transformer})
-    assert torch.equal(run(transformer), want)
+    torch.testing.assert_close(run(transformer), want, atol=1e-6, rtol=0)
 
 
 def test_adapters_lie_on_quantised_layers_but_do_not_merge(
