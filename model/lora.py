@@ -149,7 +149,8 @@ class LoRA(nn.Module):
 
     def _hook(self, adapter: Adapter) -> Any:
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + (adapter(inputs[0]) * self.weight).to(output.dtype)
+            added: Tensor = (adapter(inputs[0]) * self.weight).to(output.dtype)
+            return output + added
 
         return add
 
