@@ -39,6 +39,7 @@ class PainterDefaults:
     text_tokens: int = 77  # length that prompts are cut or padded to
     preference_score: float = 6.0  # the last micro-condition
     resolution_px: int = 1024  # height and width when none is given
+    negative_prompt: str = ""  # what guidance leads away from when nothing else is said
     masking_schedule: str = "cosine"  # from scheduler_config.json
 
 
@@ -225,7 +226,9 @@ class TextToImage:
             options.image_seeds(len(prompts)),
             options.sampling(self.defaults.masking_schedule),
         )
-        null = self.encode_prompts([options.negative_prompt]) if sampling.is_guided else None
+        negative = options.negative_prompt
+        negative = self.defaults.negative_prompt if negative is None else negative
+        null = self.encode_prompts([negative]) if sampling.is_guided else None
         score = options.preference_score
         score = self.defaults.preference_score if score is None else score
         factor = self.vq.downsample_factor
@@ -288,7 +291,7 @@ class TextToImage:
                 f"{folder}: the scheduler's mask_token_id is {scheduler.get('mask_token_id')}: "
                 f"expected {transformer.config.mask_token_id}, the transformer's last token"
             )
-        ours = {key: index[key] for key in _OWN_KEYS if key in index}
+        ours = {key: index[key] for key in _OWN_KEYS if key in index} or _PUBLISHED
         schedule = scheduler.get("masking_schedule", "cosine")
         mask_schedule(schedule)
         painter = cls(
@@ -312,7 +315,12 @@ class TextToImage:
         write_index(folder, self.defaults, self.transformer.config.mask_token_id)
 
 
-_OWN_KEYS = ("text_tokens", "preference_score", "resolution_px")
+_OWN_KEYS = ("text_tokens", "preference_score", "resolution_px", "negative_prompt")
+# Published weights never met an empty prompt in training: their scripts guide away from this one.
+_PUBLISHED = {
+    "negative_prompt": "worst quality, low quality, low res, blurry, distortion, watermark, logo, "
+    "signature, text, jpeg artifacts, signature, sketch, duplicate, ugly, identifying mark"
+}
 
 
 def write_index(folder: str | Path, defaults: PainterDefaults, mask_token_id: int) -> None:
