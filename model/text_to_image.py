@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.checkpoint import read_json, write_json, write_whole
 from model.errors import ModelError
+from model.hub import model_folder
 from model.paint_options import PaintKeywords, PaintOptions
 from model.pixels import to_images, to_masks, to_pixels, token_masks
 from model.sampler import Condition, first_step_of, unmask
@@ -281,8 +282,11 @@ class TextToImage:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "TextToImage":
-        """Read a published Meissonic folder or ours; ModelError names what does not fit."""
-        folder = Path(folder)
+        """Read a published Meissonic folder or ours; ModelError names what does not fit.
+
+        `folder` may also be the name of a model on a hub, as `model_folder` says.
+        """
+        folder = model_folder(folder)
         index = read_json(folder / "model_index.json")
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         transformer = MaskedImageTransformer.from_pretrained(folder / "transformer", dtype)
