@@ -6,10 +6,12 @@ layout.
 
 from model.compression import insert_compression
 from model.errors import ModelError
+from model.hub import model_folder
 from model.loss import masked_token_loss
 from model.paint_options import PaintOptions
 from model.sampler import Condition, SamplingOptions, unmask
 from model.schedule import cosine_schedule, linear_schedule, sample_mask, training_timestep
+from model.stream import Preview, stream
 from model.text import CLIPTextConfig, CLIPTextEncoder, TextFeatures
 from model.text_to_image import PainterDefaults, TextToImage, write_index
 from model.text_tokenizer import CLIPTokenizer
@@ -25,6 +27,7 @@ __all__ = [
     "ModelError",
     "PaintOptions",
     "PainterDefaults",
+    "Preview",
     "Quantized",
     "SamplingOptions",
     "TextFeatures",
@@ -36,7 +39,9 @@ __all__ = [
     "insert_compression",
     "linear_schedule",
     "masked_token_loss",
+    "model_folder",
     "sample_mask",
+    "stream",
     "training_timestep",
     "unmask",
     "write_index",

@@ -227,23 +227,19 @@ class TextToImage:
             options.image_seeds(len(prompts)),
             options.sampling(self.defaults.masking_schedule),
         )
-        negative = options.negative_prompt
-        negative = self.defaults.negative_prompt if negative is None else negative
-        null = self.encode_prompts([negative]) if sampling.is_guided else None
-        score = options.preference_score
-        score = self.defaults.preference_score if score is None else score
         factor = self.vq.downsample_factor
         height_px, width_px = tokens_BHW.shape[1] * factor, tokens_BHW.shape[2] * factor
         batches = options.batches(len(prompts))
-        painted = []
+        painted, null = [], None
         for number, batch in enumerate(batches):
-            text = self.encode_prompts(prompts[batch.start : batch.stop])
-            micro_B5 = self.micro_conditions(len(batch), height_px, width_px, score)
+            told = prompts[batch.start : batch.stop]
+            condition = self.condition(told, height_px, width_px, options, null)
+            null = condition.null
             painted.append(
                 unmask(
                     self.transformer,
                     tokens_BHW[batch.start : batch.stop],
-                    Condition(text, micro_B5, null),
+                    condition,
                     seeds[batch.start : batch.stop],
                     sampling,
                     options.report(number, len(batches)),
@@ -251,6 +247,25 @@ class TextToImage:
                 )
             )
         return torch.cat(painted)
+
+    @torch.no_grad()
+    def condition(
+        self,
+        prompts: Sequence[str],
+        height_px: int,
+        width_px: int,
+        options: PaintOptions,
+        null: TextFeatures | None = None,
+    ) -> Condition:
+        """What the network is told about these images; `null`: what an earlier call had in it."""
+        if null is None and options.sampling(self.defaults.masking_schedule).is_guided:
+            negative = options.negative_prompt
+            negative = self.defaults.negative_prompt if negative is None else negative
+            null = self.encode_prompts([negative])
+        score = options.preference_score
+        score = self.defaults.preference_score if score is None else score
+        micro_B5 = self.micro_conditions(len(prompts), height_px, width_px, score)
+        return Condition(self.encode_prompts(prompts), micro_B5, null)
 
     @torch.no_grad()
     def decode(self, tokens_BHW: Tensor, batch_size: int | None = None) -> list[Image.Image]:
