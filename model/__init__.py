@@ -4,6 +4,7 @@ Needs torch, safetensors, tokenizers, numpy and pillow only. Folders are in the 
 layout.
 """
 
+from model.compiled import compile_network
 from model.compression import insert_compression
 from model.errors import ModelError
 from model.hub import model_folder
@@ -35,6 +36,7 @@ __all__ = [
     "TransformerConfig",
     "VQConfig",
     "VQTokenizer",
+    "compile_network",
     "cosine_schedule",
     "insert_compression",
     "linear_schedule",
