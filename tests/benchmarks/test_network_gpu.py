@@ -1,7 +1,8 @@
 """The released shape on a GPU: seconds and memory of a sample, and how busy a training step is.
 
-The two GPU tests have not been run yet: they were written on a machine without one. GPU_FLOPS_PER_SECOND is
-the card's dense bfloat16 rate (989e12 is an H100 SXM's); utilisation is stated against it.
+The two GPU tests have not been run yet: they were written on a machine without one.
+GPU_FLOPS_PER_SECOND is the dense bfloat16 rate of the card (989e12 is that of an H100 SXM);
+utilisation is stated against it.
 """
 
 from __future__ import annotations
