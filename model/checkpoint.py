@@ -6,10 +6,11 @@ Pickled checkpoints are refused: reading them can run code.
 
 import difflib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import UnionType
@@ -25,6 +26,7 @@ from model.errors import ModelError
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
+_MAPPED_BYTES = 64 << 20
 
 ConfigT = TypeVar("ConfigT")
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -132,19 +134,21 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
 
 def read_weights(folder: Path, stem: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of the folder by name; floating ones as `dtype`. Refuses NaN and infinity."""
+    """Every tensor of the folder by name; floating ones as `dtype`. Refuses NaN and infinity.
+
+    Tensors that have that type already stay where the file is mapped; for others no more than
+    `_MAPPED_BYTES` of the file are in memory beside what they were turned into.
+    """
     weights: dict[str, Tensor] = {}
     broken = []
     for path in weight_files(folder, stem):
         try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
-                    tensor = file.get_tensor(key)
-                    if tensor.is_floating_point():
-                        if not torch.isfinite(tensor).all():
-                            broken.append(key)
-                        tensor = tensor.to(dtype)
-                    weights[key] = tensor
+            for key, tensor in _tensors(path):
+                if tensor.is_floating_point():
+                    if not _is_finite(tensor):
+                        broken.append(key)
+                    tensor = tensor.to(dtype)
+                weights[key] = tensor
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is damaged ({error}): fetch or export it again") from None
     if broken:
@@ -153,6 +157,28 @@ def read_weights(folder: Path, stem: str, dtype: torch.dtype) -> dict[str, Tenso
             "the run diverged; take an earlier checkpoint"
         )
     return weights
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of all in the file, which is mapped anew after each `_MAPPED_BYTES`."""
+    with safe_open(path, framework="pt") as file:
+        left = list(file.keys())[::-1]
+    while left:
+        num_bytes = 0
+        with safe_open(path, framework="pt") as file:
+            while left and num_bytes < _MAPPED_BYTES:
+                tensor = file.get_tensor(left[-1])
+                num_bytes += tensor.numel() * tensor.element_size()
+                yield left.pop(), tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, without a copy of the tensor."""
+    if not tensor.numel():
+        return True
+    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        tensor = tensor.float()
+    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 def _some(names: Iterable[str], limit: int = 3) -> str:

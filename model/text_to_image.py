@@ -15,6 +15,7 @@ from torch import Tensor
 from model import edit
 from model.checkpoint import read_json, write_json, write_whole
 from model.errors import ModelError
+from model.hub import model_folder
 from model.lora import LoRA
 from model.paint_options import PaintKeywords, PaintOptions
 from model.pixels import Picture, to_images
@@ -41,6 +42,7 @@ class PainterDefaults:
     text_tokens: int = 77  # length that prompts are cut or padded to
     preference_score: float = 6.0  # the last micro-condition
     resolution_px: int = 1024  # height and width when none is given
+    negative_prompt: str = ""  # what guidance leads away from when nothing else is said
     masking_schedule: str = "cosine"  # from scheduler_config.json
 
 
@@ -70,16 +72,11 @@ class TextToImage:
         problems = []
         if config.codebook_size != num_codes:
             problems.append(f"transformer codebook_size {config.codebook_size}, vqvae {num_codes}")
-        if config.joint_attention_dim != text.hidden_size:
-            problems.append(
-                f"transformer joint_attention_dim {config.joint_attention_dim}, "
-                f"text encoder hidden_size {text.hidden_size}"
-            )
-        if config.pooled_projection_dim != text.projection_dim:
-            problems.append(
-                f"transformer pooled_projection_dim {config.pooled_projection_dim}, "
-                f"text encoder projection_dim {text.projection_dim}"
-            )
+        widths = {"joint_attention_dim": "hidden_size", "pooled_projection_dim": "projection_dim"}
+        for own, other in widths.items():
+            if getattr(config, own) != getattr(text, other):
+                known = f"transformer {own} {getattr(config, own)}"
+                problems.append(f"{known}, text encoder {other} {getattr(text, other)}")
         if num_ids > text.vocab_size:
             problems.append(f"tokenizer has {num_ids} ids, text encoder {text.vocab_size}")
         if problems:
@@ -248,21 +245,19 @@ class TextToImage:
             options.image_seeds(len(prompts)),
             options.sampling(self.defaults.masking_schedule),
         )
-        null = self.encode_prompts([options.negative_prompt]) if sampling.is_guided else None
-        score = options.preference_score
-        score = self.defaults.preference_score if score is None else score
         factor = self.vq.downsample_factor
         height_px, width_px = tokens_BHW.shape[1] * factor, tokens_BHW.shape[2] * factor
         batches = options.batches(len(prompts))
-        painted = []
+        painted, null = [], None
         for number, batch in enumerate(batches):
-            text = self.encode_prompts(prompts[batch.start : batch.stop])
-            micro_B5 = self.micro_conditions(len(batch), height_px, width_px, score)
+            told = prompts[batch.start : batch.stop]
+            condition = self.condition(told, height_px, width_px, options, null)
+            null = condition.null
             painted.append(
                 unmask(
                     self.transformer,
                     tokens_BHW[batch.start : batch.stop],
-                    Condition(text, micro_B5, null),
+                    condition,
                     seeds[batch.start : batch.stop],
                     sampling,
                     options.report(number, len(batches)),
@@ -270,6 +265,25 @@ class TextToImage:
                 )
             )
         return torch.cat(painted)
+
+    @torch.no_grad()
+    def condition(
+        self,
+        prompts: Sequence[str],
+        height_px: int,
+        width_px: int,
+        options: PaintOptions,
+        null: TextFeatures | None = None,
+    ) -> Condition:
+        """What the network is told about these images; `null`: what an earlier call had in it."""
+        if null is None and options.sampling(self.defaults.masking_schedule).is_guided:
+            negative = options.negative_prompt
+            negative = self.defaults.negative_prompt if negative is None else negative
+            null = self.encode_prompts([negative])
+        score = options.preference_score
+        score = self.defaults.preference_score if score is None else score
+        micro_B5 = self.micro_conditions(len(prompts), height_px, width_px, score)
+        return Condition(self.encode_prompts(prompts), micro_B5, null)
 
     @torch.no_grad()
     def decode(self, tokens_BHW: Tensor, batch_size: int | None = None) -> list[Image.Image]:
@@ -311,8 +325,11 @@ class TextToImage:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "TextToImage":
-        """Read a published Meissonic folder or ours; ModelError names what does not fit."""
-        folder = Path(folder)
+        """Read a published Meissonic folder or ours; ModelError names what does not fit.
+
+        `folder` may also be the name of a model on a hub, as `model_folder` says.
+        """
+        folder = model_folder(folder)
         index = read_json(folder / "model_index.json")
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         transformer = MaskedImageTransformer.from_pretrained(folder / "transformer", dtype)
@@ -321,7 +338,7 @@ class TextToImage:
                 f"{folder}: the scheduler's mask_token_id is {scheduler.get('mask_token_id')}: "
                 f"expected {transformer.config.mask_token_id}, the transformer's last token"
             )
-        ours = {key: index[key] for key in _OWN_KEYS if key in index}
+        ours = {key: index[key] for key in _OWN_KEYS if key in index} or _PUBLISHED
         schedule = scheduler.get("masking_schedule", "cosine")
         mask_schedule(schedule)
         painter = cls(
@@ -345,7 +362,12 @@ class TextToImage:
         write_index(folder, self.defaults, self.transformer.config.mask_token_id)
 
 
-_OWN_KEYS = ("text_tokens", "preference_score", "resolution_px")
+_OWN_KEYS = ("text_tokens", "preference_score", "resolution_px", "negative_prompt")
+# Published weights never met an empty prompt in training: their scripts guide away from this one.
+_PUBLISHED = {
+    "negative_prompt": "worst quality, low quality, low res, blurry, distortion, watermark, logo, "
+    "signature, text, jpeg artifacts, signature, sketch, duplicate, ugly, identifying mark"
+}
 
 
 def write_index(folder: str | Path, defaults: PainterDefaults, mask_token_id: int) -> None:

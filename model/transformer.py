@@ -267,6 +267,12 @@ class MaskedImageTransformer(nn.Module):
         features_BHWC: Tensor = self.up_block(image_BLC.view(len(image_BLC), height, width, -1))
         return features_BHWC
 
+    def prepare(self, tokens_BHW: Tensor, text_states_BTD: Tensor) -> None:
+        """Make what depends on the shapes alone, so that no compiled graph has to."""
+        self._check_grid(tokens_BHW)
+        height, width = (size // self.grid_multiple for size in tokens_BHW.shape[1:])
+        self._rotary_tables(text_states_BTD.shape[1], height, width, tokens_BHW.device)
+
     def _run(self, block: nn.Module, *arguments: Any) -> Any:
         if self.gradient_checkpointing and self.training:
             return checkpoint(block, *arguments, use_reentrant=False)

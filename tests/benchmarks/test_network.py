@@ -25,8 +25,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.sampler import draw_tokens, num_left_masked, remask
+from model.sampler import (
+    Condition,
+    SamplingOptions,
+    draw_tokens,
+    num_left_masked,
+    remask,
+    unmask,
+)
 from model.schedule import cosine_schedule
+from model.text import TextFeatures
 from model.transformer import MaskedImageTransformer, TransformerConfig
 
 pytestmark = pytest.mark.bench
@@ -43,6 +51,7 @@ CONFIG = TransformerConfig(
     upsample=True,
 )
 NUM_TEXT = 77
+GUIDANCE = 9.0
 REPETITIONS = 3
 STEP, STEPS = 4, 16  # the step that is measured alone, of so many
 Forward = Callable[..., Tensor]
@@ -118,18 +127,23 @@ def inputs_of(side_px: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tokens, text, pooled, micro.to(dtype), torch.tensor([10])
 
 
-def least_seconds(runs: list[Callable[[], object]]) -> list[float]:
+def least_seconds(
+    runs: list[Callable[[], object]], repetitions: int = REPETITIONS + 1
+) -> list[float]:
+    """Each run's least time; the first repetition warms up, unless it is the only one."""
     taken: list[list[float]] = [[] for _ in runs]
-    for repetition in range(REPETITIONS + 1):
+    for repetition in range(repetitions):
         for run, times in zip(runs, taken, strict=True):
             started = time.process_time()
             run()
-            if repetition:
+            if repetition or repetitions == 1:
                 times.append(time.process_time() - started)
     return [min(times) for times in taken]
 
 
-def published_step(logits_BVHW: Tensor, tokens_BHW: Tensor, generator: torch.Generator) -> Tensor:
+def published_step(
+    logits_BVHW: Tensor, tokens_BHW: Tensor, generator: torch.Generator, step: int = STEP
+) -> Tensor:
     """The published scheduler's arithmetic: every code of every position, known ones too."""
     batch, codes, rows, columns = logits_BVHW.shape
     sample = tokens_BHW.reshape(batch, -1)
@@ -137,12 +151,14 @@ def published_step(logits_BVHW: Tensor, tokens_BHW: Tensor, generator: torch.Gen
     probs = logits_BVHW.reshape(batch, codes, -1).permute(0, 2, 1).softmax(dim=-1)
     drawn = torch.multinomial(probs.reshape(-1, codes).float(), 1, generator=generator)
     drawn = torch.where(unknown, drawn[:, 0].view(batch, -1), sample)
-    wanted = torch.floor(torch.tensor(rows * columns * math.cos((STEP + 1) / STEPS * math.pi / 2)))
+    if step == STEPS - 1:
+        return drawn.view(batch, rows, columns)
+    wanted = torch.floor(torch.tensor(rows * columns * math.cos((step + 1) / STEPS * math.pi / 2)))
     num_left = torch.minimum(unknown.sum(dim=-1, keepdim=True) - 1, wanted).clamp(min=1)
     chosen = torch.gather(probs, -1, drawn[:, :, None])[:, :, 0]
     chosen = torch.where(unknown, chosen, torch.finfo(chosen.dtype).max)
     noise = -torch.log(-torch.log(torch.rand(chosen.shape, generator=generator).clamp(1e-20)))
-    confidence = torch.log(chosen.clamp(1e-20)) + noise
+    confidence = torch.log(chosen.clamp(1e-20)) + 2 * (1 - step / (STEPS - 1)) * noise
     cutoff = torch.gather(confidence.sort(dim=-1).values, 1, num_left.long())
     masked = torch.where(confidence < cutoff, CONFIG.mask_token_id, drawn)
     return masked.view(batch, rows, columns)
@@ -200,4 +216,76 @@ def test_unmasking_step(side_px: int) -> None:
     print(
         f"\nbench  unmasking step {side_px} px {mine:.3f} s, published arithmetic {other:.3f} s, "
         f"ratio {other / mine:.2f}"
+    )
+
+
+def published_sample(theirs: Forward, inputs: tuple[Tensor, ...], temperature: float) -> Tensor:
+    """The published pipeline's loop: guidance over all logits, then the scheduler's step."""
+    tokens, text, pooled, micro, _ = inputs
+    tokens = torch.full_like(tokens[:1], CONFIG.mask_token_id)
+    generator = torch.Generator().manual_seed(0)
+    scheduler = None
+    if "PUBLISHED_MEISSONIC" in os.environ:
+        scheduler = importlib.import_module("src.scheduler").Scheduler(CONFIG.mask_token_id)
+        scheduler.set_timesteps(STEPS, (temperature, 0))
+    for step in range(STEPS):
+        at = torch.tensor([STEPS - 1 - step])
+        uncond, cond = theirs(torch.cat([tokens] * 2), text, pooled, micro, at).chunk(2)
+        logits = uncond + GUIDANCE * (cond - uncond)
+        if scheduler is None:
+            tokens = published_step(logits, tokens, generator, step)
+        else:
+            tokens = scheduler.step(logits, at[0], tokens, generator=generator).prev_sample
+    return tokens
+
+
+def our_sample(
+    transformer: MaskedImageTransformer, inputs: tuple[Tensor, ...], temperature: float, cold: bool
+) -> Tensor:
+    tokens, text, pooled, micro, _ = inputs
+    options = SamplingOptions(
+        STEPS, GUIDANCE, (temperature, 0.0), token_temperature=0.0 if cold else 1.0
+    )
+    condition = Condition(
+        TextFeatures(text[1:], pooled[1:]), micro[1:], TextFeatures(text[:1], pooled[:1])
+    )
+    blank = torch.full_like(tokens[:1], CONFIG.mask_token_id)
+    return unmask(transformer, blank, condition, [0], options)
+
+
+@pytest.mark.parametrize("side_px", [256, 512])
+def test_sample_without_chance_is_the_same(side_px: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32, no noise, the likeliest tokens: both give the same image."""
+    if "PUBLISHED_MEISSONIC" not in os.environ:
+        pytest.skip("needs the published scheduler")
+    transformer, inputs = network(torch.float32), inputs_of(side_px, torch.float32)
+    _, theirs = published_forward(transformer)
+    monkeypatch.setattr(
+        torch, "multinomial", lambda probs, num, generator: probs.argmax(dim=-1, keepdim=True)
+    )
+    with torch.no_grad():
+        mine = our_sample(transformer, inputs, 0.0, cold=True)
+        other = published_sample(theirs, inputs, 0.0)
+    assert len(set(mine.flatten().tolist())) > 20
+    assert torch.equal(mine, other)
+    print(f"\nbench  sample {side_px} px {STEPS} steps without chance: {mine.numel()} tokens equal")
+
+
+@pytest.mark.parametrize("side_px", [256, 512, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sample(dtype: torch.dtype, side_px: int) -> None:
+    """A whole sample, tokens in and tokens out; at 1024 px each runs once."""
+    transformer, inputs = network(dtype), inputs_of(side_px, dtype)
+    name, theirs = published_forward(transformer)
+    with torch.no_grad():
+        mine, other = least_seconds(
+            [
+                lambda: our_sample(transformer, inputs, 2.0, cold=False),
+                lambda: published_sample(theirs, inputs, 2.0),
+            ],
+            1 if side_px == 1024 else 2,
+        )
+    print(
+        f"\nbench  sample {side_px} px {STEPS} steps {str(dtype)[6:]:<9} {mine:.2f} s, "
+        f"{name} {other:.2f} s, ratio {other / mine:.2f}"
     )
