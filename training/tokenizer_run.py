@@ -25,7 +25,7 @@ from training.images import decode_image, shrink, square_crop
 from training.job import Job
 from training.networks import new_text_encoder
 from training.randomness import permutation
-from training.token_cache import read_samples
+from training.shards import read_samples
 from training.tokenizer_stage import (
     KMEANS_BATCHES,
     StoredImage,
