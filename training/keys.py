@@ -28,6 +28,7 @@ DRIVER_MODULES = frozenset(
         "driver",
         "gate",
         "handoff",
+        "image_data",
         "keys",
         "launch",
         "lineage",

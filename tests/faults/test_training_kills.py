@@ -37,5 +37,6 @@ def test_killed_at_random_the_weights_are_the_same(
     assert is_equal
     assert drill.rounds_equal >= 1
     assert len(drill.kills) == NUM_KILLS
-    assert len({kill.kind for kill in drill.kills}) > 1
+    assert len({kill.kind for kill in drill.kills}) == NUM_KILLS
+    assert sum(kill.step > 0 for kill in drill.kills) > NUM_KILLS / 2
     assert {kill.kind for kill in drill.kills} <= set(drill_module.KINDS)

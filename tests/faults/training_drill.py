@@ -39,6 +39,7 @@ LONGER = tuple(
     for field in (f"steps={STEPS}", "checkpoint_interval_steps=3", "ema_decay=0.9")
 )
 DEADLINE_SECONDS = 900.0
+IN_TRAINING_SHARE = 0.8  # of the kills; the others may meet a start, or the end of a stage
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ class Drill:
     kills: list[Kill] = field(default_factory=list)
     rounds: int = 0
     rounds_equal: int = 0
+    _upcoming: list[str] = field(default_factory=list)
 
     def run(self) -> bool:
         """Whether every round came to the undisturbed checkpoints."""
@@ -272,6 +274,8 @@ class Drill:
         driver = home.train()
         while True:
             wants_kill = len(self.kills) < self.num_kills
+            if wants_kill and rng.random() < IN_TRAINING_SHARE:
+                self._await_steps(home, driver)
             pause = rng.uniform(0.5, self.max_pause_seconds) if wants_kill else DEADLINE_SECONDS
             code = _ended(driver, pause)
             if code == 0:
@@ -283,15 +287,31 @@ class Drill:
                 continue
             if not wants_kill:
                 raise RuntimeError(f"the run in {home.path} does not end")
-            kind = rng.choice(self.kinds)
+            kind = self._next_kind(rng)
             stage, step, lost = home.place()
             if not KINDS[kind](home):
+                self._upcoming.insert(0, kind)
                 continue  # there was nothing of that kind to kill now
             code = _ended(driver, 45.0 if "driver" in kind or "everything" in kind else 1.0)
             self.kills.append(Kill(kind, stage, step, lost, code is not None, code))
             self.say(f"{len(self.kills)}: {self.kills[-1]}")
             if code is not None and code != 0:
                 driver = home.train()
+
+    def _await_steps(self, home: DrillHome, driver: subprocess.Popen[bytes]) -> None:
+        """Until training is seen to advance, so that most kills meet it, however slow the start."""
+        before = home.place()
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while _ended(driver, 0.2) is None and time.monotonic() < deadline:
+            now = home.place()
+            if now[:2] != before[:2] and now[1] > 0:
+                return
+
+    def _next_kind(self, rng: random.Random) -> str:
+        """Every kind once, in a random order, then again."""
+        if not self._upcoming:
+            self._upcoming = rng.sample(self.kinds, len(self.kinds))
+        return self._upcoming.pop()
 
     def page(self) -> str:
         """What happened, as a table."""
