@@ -117,6 +117,10 @@ class SavingConfig(StrictModel):
     checkpoint_patience_seconds: float = operational(
         120.0, "how long storage may refuse a checkpoint while training goes on", ge=0.0
     )
+    max_step_minutes: float | None = operational(
+        20.0, "a worker that makes no step for so long is ended and starts again; None is off",
+        gt=0.0,
+    )  # fmt: skip
     log_interval_steps: int = operational(10, "steps averaged into one logged point", ge=1)
 
 

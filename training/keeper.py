@@ -28,6 +28,7 @@ from training.masked_run import MaskedRun
 from training.saver import Saver, snapshot
 from training.session import Session
 from training.sharding import whole_on_cpu
+from training.stall import StallWatch
 from training.stop import StopWatch
 from training.tokenizer_run import TokenizerRun
 
@@ -41,12 +42,19 @@ class Keeper:
     """What a worker does besides its steps; only the first one saves."""
 
     def __init__(
-        self, job: Job, session: Session, run: Run, journal: Journal, store: CheckpointStore
+        self,
+        job: Job,
+        session: Session,
+        run: Run,
+        journal: Journal,
+        store: CheckpointStore,
+        stall: StallWatch,
     ) -> None:
         self.stop = threading.Event()
         self.generation = 0
         self._job, self._session, self._run, self._journal = job, session, run, journal
         self._store = store
+        self._stall = stall
         self._started_at = self._saved_at = time.monotonic()
         self._saved_for_preemption = False
         self._is_first = session.rank == 0
@@ -65,6 +73,7 @@ class Keeper:
 
     def close(self) -> None:
         """End the threads."""
+        self._stall.close()
         self._saver.close()
         if self._stop_watch is not None:
             self._stop_watch.close()
@@ -73,6 +82,7 @@ class Keeper:
 
     def stepped(self, measured: Measured, seconds: float, data_seconds: float) -> None:
         """Put a finished step into the journal."""
+        self._stall.stepped()
         self._journal.waited("data_seconds", data_seconds)
         self._journal.stepped(
             self._run.step,
@@ -181,6 +191,7 @@ class Keeper:
         run = self._run
         if not isinstance(run, MaskedRun):
             raise TypeError("only masked stages go back")
+        self._stall.pause()
         self._saver.wait()
         self._session.barrier()
         found = self._store.load(self._job.stage_key, step=why.to_step)
@@ -201,6 +212,7 @@ class Keeper:
 
     def finish(self) -> None:
         """Save the last checkpoint, with the exported model and all metrics."""
+        self._stall.pause()
         checkpoint = self._checkpoint()
         self._run.put_together(self._is_first)
         if checkpoint is not None:

@@ -38,6 +38,7 @@ DRIVER_MODULES = frozenset(
         "registry",
         "saver",
         "stages",
+        "stall",
         "stop",
         "utilisation",
         "versions",
