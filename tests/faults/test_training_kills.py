@@ -23,7 +23,7 @@ def _load_drill() -> Any:
 
 
 drill_module = _load_drill()
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 NUM_KILLS = 6
 
 
