@@ -21,9 +21,7 @@ from training.checkpoint_store import CheckpointStore, newest_step
 from training.config import OptimizerConfig, StageConfig
 from training.launch import Launch, Trained, TrainingFailed
 from training.launch import train as launch_train
-from training.networks import new_text_encoder
 from training.progress import read_progress_json
-from training.publish import publish_folder
 from training.session import LocalSession
 from training.stop import ask_to_stop
 from training.waste import read_starts
@@ -40,45 +38,6 @@ pytestmark = [
 def _ray() -> Iterator[None]:
     with ray_session(ClusterConfig(cpus_per_worker=1, num_workers=2), {}):
         yield
-
-
-@pytest.fixture
-def raw_job(
-    tmp_path: Path,
-    curated: Callable[..., str],
-    vq_folder: Path,
-    tokenizer: Any,
-    text_encoder_config: Any,
-    network_config: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[StageConfig], dict[str, Any]]:
-    """What the driver would send for a stage that starts from a published tokenizer."""
-    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
-    tokenizer.save_pretrained(vq_folder / "tokenizer")
-    encoder = new_text_encoder(text_encoder_config, tokenizer, seed=1)
-    encoder.save_pretrained(vq_folder / "text_encoder")
-    store_uri = (tmp_path / "store").as_uri()
-    init_uri = publish_folder(vq_folder, store_uri, "tokenizer", {}).uri
-    manifest_uri = curated([[(32, 32)] * 9, [(40, 32)] * 7])
-
-    def build(config: StageConfig) -> dict[str, Any]:
-        return {
-            "kind": "masked",
-            "stage": "concepts",
-            "stage_key": "k" * 64,
-            "run_uri": "file:///chosen/below",
-            "recipe": "toy",
-            "attempt": 1,
-            "configs": {
-                "stage": config.model_dump(mode="json"),
-                "network": network_config.model_dump(mode="json"),
-            },
-            "manifest_uri": manifest_uri,
-            "init_uri": init_uri,
-            "progress_uri": storage.file_uri(tmp_path / "progress.json"),
-        }
-
-    return build
 
 
 def _in_ray(raw: dict[str, Any], store: Path, name: str, num_workers: int) -> Trained:
