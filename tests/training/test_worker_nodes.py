@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,9 +40,13 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    from ray._raylet import Config
     from ray.cluster_utils import Cluster
 
-    cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    Config.initialize("")  # the mode is read when ray is imported, which tests did long ago
+    folder = tempfile.mkdtemp(prefix="ray-")  # short enough for sockets
+    head = {"num_cpus": 1, "temp_dir": folder, "include_dashboard": False}
+    cluster: Any = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1)
     settings = {"PYTHONPATH": str(ROOT), "RAY_TRAIN_METRICS_ENABLED": "0"}
     try:
@@ -48,6 +54,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             yield cluster
     finally:
         cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _trained(raw: dict[str, Any], store: Path, name: str) -> Trained:
