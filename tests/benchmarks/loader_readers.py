@@ -141,7 +141,8 @@ def webdataset(job: dict[str, Any], what: str) -> dict[str, float]:
 
     def epoch() -> Iterable[Any]:
         source = wds.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(2048)
-        return loader(source.map(sample).batched(BATCH), batch_size=None)
+        batches: Iterable[Any] = loader(source.map(sample).batched(BATCH), batch_size=None)
+        return batches
 
     return measured(epoch, job["num_samples"])
 

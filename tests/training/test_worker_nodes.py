@@ -40,10 +40,11 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    from ray._raylet import Config
+    import ray._raylet
     from ray.cluster_utils import Cluster
 
-    Config.initialize("")  # the mode is read when ray is imported, which tests did long ago
+    raylet: Any = ray._raylet
+    raylet.Config.initialize("")  # the mode is read when ray is imported, which tests did long ago
     folder = tempfile.mkdtemp(prefix="ray-")  # short enough for sockets
     head = {"num_cpus": 1, "temp_dir": folder, "include_dashboard": False}
     cluster: Any = Cluster(initialize_head=True, head_node_args=head)
