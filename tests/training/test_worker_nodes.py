@@ -1,4 +1,4 @@
-"""A stage on two Ray nodes of which one is lost: it goes on, on another, to the same weights."""
+"""A stage on two Ray nodes of which one is lost: it goes on, on a third, to the same weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -36,7 +37,7 @@ STEPS = 400
 
 @pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head and one more node of one core each, on loopback; this process has joined them."""
+    """A head without cores and two nodes of one core each; this process has joined them."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -46,9 +47,10 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     raylet: Any = ray._raylet
     raylet.Config.initialize("")  # the mode is read when ray is imported, which tests did long ago
     folder = tempfile.mkdtemp(prefix="ray-")  # short enough for sockets
-    head = {"num_cpus": 1, "temp_dir": folder, "include_dashboard": False}
+    head = {"num_cpus": 0, "temp_dir": folder, "include_dashboard": False}
     cluster: Any = Cluster(initialize_head=True, head_node_args=head)
-    cluster.add_node(num_cpus=1)
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
     settings = {"PYTHONPATH": str(ROOT), "RAY_TRAIN_METRICS_ENABLED": "0"}
     try:
         with ray_session(ClusterConfig(ray_address=cluster.address), settings):
@@ -64,6 +66,16 @@ def _trained(raw: dict[str, Any], store: Path, name: str) -> Trained:
     return train({**raw, "run_uri": run_uri}, how, train_worker)
 
 
+def _node_at_work(cluster: Any) -> Any:
+    """A node on which a worker trains."""
+    for node in cluster.worker_nodes:
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        titles = [" ".join(child.cmdline()) for child in raylet.children()]
+        if any("RayTrainWorker" in title for title in titles):
+            return node
+    raise AssertionError("no node trains")
+
+
 def _weights(trained: Trained, folder: Path) -> dict[str, torch.Tensor]:
     storage.download_folder(trained.checkpoint_uri, folder)
     return load_file(folder / "weights.safetensors")
@@ -77,6 +89,7 @@ def test_a_lost_node_is_survived(
 ) -> None:
     raw = raw_job(small_config(steps=STEPS, checkpoint_interval_steps=5))
     undisturbed = _weights(_trained(raw, tmp_path / "ray", "undisturbed"), tmp_path / "one")
+    two_nodes.add_node(num_cpus=1)  # in whose place a lost one's worker goes
     lost_at: list[int] = []
     progress_uri = storage.file_uri(tmp_path / "second.json")
 
@@ -87,9 +100,8 @@ def test_a_lost_node_is_survived(
             if step >= 10:
                 break
             time.sleep(0.05)
-        two_nodes.remove_node(two_nodes.list_all_nodes()[1], allow_graceful=False)
+        two_nodes.remove_node(_node_at_work(two_nodes), allow_graceful=False)
         lost_at.append(step)
-        two_nodes.add_node(num_cpus=1)
 
     losing = threading.Thread(target=lose_a_node)
     losing.start()
