@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,8 +71,31 @@ def parse_config(
             problems.append(f"missing key {name!r}")
     if problems:
         raise ModelError(f"{source}: " + "; ".join(problems))
+    hints = get_type_hints(cls)
     lists_as_tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    problems = [
+        f"{key} is {given[key]!r}: expected {_words(hints[key])}"
+        for key, value in lists_as_tuples.items()
+        if not _is_of_kind(value, hints[key])
+    ]
+    if problems:
+        raise ModelError(f"{source}: " + "; ".join(problems))
     return cls(**lists_as_tuples)
+
+
+def _is_of_kind(value: object, hint: Any) -> bool:
+    """Whether a JSON value fits a field's type: a number, text, truth value, None or a tuple."""
+    if isinstance(hint, UnionType):
+        return any(_is_of_kind(value, part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of_kind(v, get_args(hint)[0]) for v in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
+
+
+def _words(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
@@ -80,8 +104,14 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        bad = [name for name in names if Path(name).name != name]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
+            raise ModelError(f"{index} has no weight_map of tensor names to file names")
+        names = sorted(set(weight_map.values()))
+        bad = [name for name in names if Path(name).name != name or not name.isprintable()]
+        names = [name for name in names if name not in bad]
         absent = [name for name in names if not (folder / name).is_file()]
         if bad or absent or not names:
             raise ModelError(

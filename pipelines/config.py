@@ -180,11 +180,32 @@ class ShardConfig(StrictModel):
     max_bytes: int = semantic(256_000_000, "image, text and json bytes per shard", ge=1)
 
 
+class PerceptualConfig(StrictModel):
+    """What looks the same. Any size, encoding, brightness and contrast count as the same."""
+
+    min_similarity: float = semantic(
+        0.8,
+        "cosine of the low frequencies, in [0.7, 1], from which two images are the same",
+        ge=0.7,
+        le=1,
+    )
+    max_crop_ratio: float = semantic(
+        0.1,
+        "of each side that may be cut off, in [0, 0.15]; 0 is eight times as fast",
+        ge=0,
+        le=0.15,
+    )
+    mirrored: bool = semantic(False, "an image and its mirror image are the same")
+
+
 class DuplicateConfig(StrictModel):
     """Which samples count as the same. The highest aesthetic score stays, then the smallest id."""
 
     same_url: bool = semantic(True, "rows with the same URL")
     same_bytes: bool = semantic(True, "images with the same sha256 as fetched")
+    perceptual: PerceptualConfig | None = semantic(
+        None, "images that look the same: {} for the defaults, null: not asked"
+    )
 
 
 class PreferenceConfig(StrictModel):

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pipelines.build import Build
+from pipelines.build import Build, StagedMarker
 from pipelines.inputs import Unit
 from pipelines.workspace import one_line_errors
 
@@ -26,7 +26,6 @@ Batches = Iterator["pa.RecordBatch"]
 
 _INDEXED_PER_TASK = 4
 _DONE_SCHEMA = "partition int"
-_IMAGES_SCHEMA = "slot int, sample_id string, aesthetic_score double, sha256 string, round int"
 
 
 def fetch_images(
@@ -85,10 +84,11 @@ def retry_images(spark: SparkSession, build: Build, partitions: Sequence[int], r
 
 def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -> None:
     """Find images that several partitions have, and write the shards of ``partitions``."""
+    import polars as pl
     from pyspark.sql import functions as sf
 
     from pipelines import write_shards as task
-    from pipelines.duplicates import image_duplicates
+    from pipelines.duplicates import IMAGES, duplicates_among
 
     pending = list(partitions)
     one_thread_per_task(spark)
@@ -102,22 +102,23 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
         keep_imports_out_of_gc()
 
     def write(slot: int, batches: Batches) -> int:
-        duplicates = {
-            sample_id for batch in batches for sample_id in batch["sample_id"].to_pylist()
-        }
-        task.write_shards(build, pending[slot], duplicates - {None})
+        named = pl.concat([pl.DataFrame(batch) for batch in batches])
+        task.write_shards(build, pending[slot], named.drop("slot").drop_nulls("sample_id"))
         return pending[slot]
 
     with one_line_errors(build):
         # One row per slot that names no duplicate: every partition's task gets to run.
-        seeds = spark.range(len(pending)).select(
-            sf.col("id").cast("int").alias("slot"), sf.lit(None).cast("string").alias("sample_id")
-        )
-        if build.config.duplicates.same_bytes:
+        slots = spark.range(len(pending)).select(sf.col("id").cast("int").alias("slot"))
+        no_duplicate = [f"cast(null as string) as {n}" for n in ("sample_id", "reason", "detail")]
+        seeds = slots.selectExpr("slot", *no_duplicate)
+        asked = build.config.duplicates
+        if asked.same_bytes or asked.perceptual is not None:
             num_tasks = math.ceil(build.num_partitions / _INDEXED_PER_TASK)
             every = spark.range(0, build.num_partitions, 1, numPartitions=num_tasks)
-            images = every.mapInArrow(index, _IMAGES_SCHEMA)
-            seeds = seeds.union(image_duplicates(images).where("slot >= 0"))
+            images = every.mapInArrow(index, IMAGES)
+            staged = build.read_all(StagedMarker, build.num_partitions).values()
+            num_images = sum(each.rows.num_rows for each in staged)
+            seeds = seeds.union(duplicates_among(images, asked, num_images).where("slot >= 0"))
         _run_by_slot(seeds, len(pending), write)
 
 

@@ -39,6 +39,9 @@ _GLOB = frozenset("*?[")
 _READ_BYTES = 1 << 20
 _MB = 1_000_000
 _SHOWN_FROM_BYTES = 1_000 * _MB
+# Less than this is always read again: that costs seconds, and what is behind a server's back, it
+# finds too.
+READ_AGAIN_BYTES = 2_000 * _MB
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,10 @@ def find_inputs(config: CurationConfig, memory_uri: str | None = None) -> list[I
     """Every metadata and caption file, in an order that names and places do not influence.
 
     Checks every schema first, from the files' footers, in seconds; then reads each file once for
-    its digest. What was read is noted in the folder ``memory_uri``, and a file that has not been
-    written since is not read again. Raises ``UserError`` in one line for a pattern that matches
-    nothing, a file that is not whole, a schema that does not fit, or aesthetic scores on two
-    scales.
+    its digest. Of many gigabytes, what was read is noted in the folder ``memory_uri``, and a file
+    that has not been written since is not read again. Raises ``UserError`` in one line for a
+    pattern that matches nothing, a file that is not whole, a schema that does not fit, or aesthetic
+    scores on two scales.
     """
     found = check_inputs(config)
     total = sum(storage.stat(uri).num_bytes for _, uri, _ in found)
@@ -96,7 +99,8 @@ def find_inputs(config: CurationConfig, memory_uri: str | None = None) -> list[I
         def digest(item: tuple[Kind, str, Layout | None]) -> InputFile:
             kind, uri, layout = item
             rows_per_record = 1 if layout is None else SOURCE_FORMATS[layout.format].rows_per_record
-            memory = None if memory_uri is None else _Memory(memory_uri, uri)
+            is_small = total < READ_AGAIN_BYTES
+            memory = None if memory_uri is None or is_small else _Memory(memory_uri, uri)
             known = None if memory is None else memory.recall()
             if known is not None and (known.kind, known.rows_per_record) == (kind, rows_per_record):
                 bar.advance(known.num_bytes // _MB)

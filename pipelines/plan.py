@@ -11,11 +11,11 @@ from infra import storage
 from infra.config import semantic_part
 from infra.digests import canonical_json, code_digest, sha256_bytes
 from infra.errors import UserError
-from infra.manifest import FileEntry, ShardEntry, verify_dataset
+from infra.manifest import FileEntry, ShardEntry, load_manifest, verify_dataset
 from pipelines.build import Build, PartMarker, ReadMarker, StagedMarker
 from pipelines.caption_tokens import tokenizer_part
 from pipelines.config import CurationConfig
-from pipelines.inputs import InputFile, Unit, find_inputs, units_of
+from pipelines.inputs import READ_AGAIN_BYTES, InputFile, Unit, find_inputs, units_of
 from pipelines.tombstones import Tombstones, load_tombstones
 from pipelines.workspace import noted_version
 
@@ -95,13 +95,18 @@ def plan_curation(name: str, config: CurationConfig, store_uri: str) -> Curation
 
 
 def verify_unless_unchanged(dataset_root: str, version: str) -> list[str]:
-    """A version's problems; files found right before are read again when they were written since.
-
-    Reading all of it each time would make a plan of a large dataset take hours; ``atelier verify``
-    does that.
+    """A version's problems. Of a large one, files found right before are read again only when they
+    were written since: else its plan would take hours. ``atelier verify`` reads all of any.
     """
-    note = storage.join(dataset_root, "work", "verified", f"{version}.json")
     uri = storage.join(dataset_root, version, "manifest.json")
+    try:
+        manifest = load_manifest(uri)
+    except (storage.ObjectMissing, storage.DigestMismatch) as error:
+        return [str(error)]
+    num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+    if num_bytes < READ_AGAIN_BYTES:
+        return verify_dataset(uri)
+    note = storage.join(dataset_root, "work", "verified", f"{version}.json")
     return verify_dataset(uri, memory_uri=note)
 
 

@@ -70,6 +70,7 @@ OUTCOME_SCHEMA: dict[str, pl.DataType] = {
     "crop_top_px": pl.Int32(),
     "offset": pl.Int64(),
     "num_bytes": pl.Int64(),
+    "signature": pl.Binary(),
 }
 
 
@@ -233,6 +234,7 @@ def _columns(outcome: StoredImage | NotStored | None, offset: int = 0) -> dict[s
         "crop_top_px": outcome.crop_top_px,
         "offset": offset,
         "num_bytes": len(outcome.data),
+        "signature": outcome.signature,
     }
 
 
@@ -297,7 +299,8 @@ def images_of(body: bytes, configs: Sequence[CurationConfig]) -> Sequence[Stored
         max_aspect_ratio=first.filters.max_aspect_ratio,
     )
     try:
-        found = store_images(body, [config.resize for config in configs], bounds)
+        signs = first.duplicates.perceptual is not None
+        found = store_images(body, [each.resize for each in configs], bounds, signs=signs)
     except Exception as error:
         return [_not_stored(error)] * len(configs)
     return [each if isinstance(each, StoredImage) else _not_stored(each) for each in found]

@@ -46,17 +46,15 @@ def run(plan: CurationPlan, backwards: bool = False) -> DatasetManifest:
         stage_images(build, partition, at_slot[slot][::direction])
     if plan.parts:
         found = pl.concat(staged_images(build, n, n) for n in range(build.num_partitions))
-        best = found.sort(
-            "round",
-            "aesthetic_score",
-            "sample_id",
-            descending=[False, True, False],
-            nulls_last=True,
-        ).filter(pl.col("sha256").is_first_distinct())
-        copies = found.join(best, on="sample_id", how="anti")
+        best = found.sort("rank").filter(pl.col("sha256").is_first_distinct())
+        copies = found.join(best, on="rank", how="anti").select(
+            "slot",
+            pl.col("rank").str.split("-").list.last().alias("sample_id"),
+            pl.lit("duplicate_image").alias("reason"),
+            pl.lit(None, pl.String).alias("detail"),
+        )
         for partition in plan.parts[::direction]:
-            losers = copies.filter(pl.col("slot") == partition)["sample_id"].to_list()
-            write_shards(build, partition, losers)
+            write_shards(build, partition, copies.filter(pl.col("slot") == partition).drop("slot"))
     manifest = assemble_manifest("traps", plan)
     write_report(publish_manifest(build.dataset_root, manifest), manifest)
     build.finish(manifest.version)

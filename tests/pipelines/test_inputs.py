@@ -153,7 +153,10 @@ def test_metadata_without_rows_is_no_dataset(tmp_path: Path) -> None:
         plan_curation("x", config(str(tmp_path / "empty.parquet")), tmp_path.as_uri())
 
 
-def test_a_file_is_read_again_only_when_it_was_written(store_uri: str, tmp_path: Path) -> None:
+def test_a_file_is_read_again_only_when_it_was_written(
+    store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipelines.inputs, "READ_AGAIN_BYTES", 0)
     uri, memory = f"{store_uri}/in/a.parquet", f"{store_uri}/work/inputs"
     storage.upload(parquet(tmp_path / "a.parquet", 10), uri)
     find_inputs(config(uri), memory)
