@@ -33,6 +33,7 @@ from training.optim import (
     trained_parameters,
 )
 from training.order import Visit
+from training.sharding import whole
 
 TRANSFORMER_PREFIX = "transformer."
 TEXT_PREFIX = "text_encoder."
@@ -192,7 +193,8 @@ def backward(
 
 def gradient_norm(stage: MaskedStage) -> Tensor:
     """The length of all gradients (0-d), which are shortened to ``max_grad_norm``."""
-    return clip_gradients(trained_parameters(stage.optimizer), stage.config.optimizer.max_grad_norm)
+    limit = stage.config.optimizer.max_grad_norm
+    return whole(clip_gradients(trained_parameters(stage.optimizer), limit))
 
 
 def apply_update(stage: MaskedStage, loss: float, grad_norm: float) -> StepResult:
