@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from app.place import Place, connect
 from app.recipe import Recipe
-from app.selection import DATASET_PREFIX, SHEET, WORLD, specs_of
-from app.steps import evaluation_key, placed, refuse_damage, refuse_damaged_world, uses_world
+from app.selection import DATASET_PREFIX, DERIVED_PREFIX, SHEET, WORLD, specs_of
+from app.steps import (
+    evaluation_key,
+    placed,
+    refuse_damage,
+    refuse_damaged,
+    refuse_damaged_world,
+    uses_world,
+)
 from app.verb import Output
 from infra import storage
 from infra.config import atelier_home
@@ -18,7 +25,7 @@ from infra.tracking_server import TrackingServer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from training.plan import StagePlan
+    from training.plan import Expected, StagePlan
     from training.stages import DatasetPin
 
 
@@ -27,6 +34,7 @@ class PlannedStep:
     """One line of the plan. ``work`` is its size as far as it is known (rows, steps, bytes).
 
     ``estimate``: of a dataset not yet curated, what a sample of its metadata lets expect.
+    ``expected``: of a stage, hours and cost at the speed it was last trained at.
     """
 
     name: str
@@ -36,6 +44,7 @@ class PlannedStep:
     inputs: dict[str, str] = field(default_factory=dict)
     work: dict[str, int] = field(default_factory=dict)
     estimate: dict[str, Any] | None = None
+    expected: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For a program."""
@@ -60,6 +69,7 @@ def plan_run(recipe: Recipe, out: Output) -> list[PlannedStep]:
     pins: dict[str, DatasetPin] = {}
     for name in recipe.datasets:
         steps.append(_plan_dataset(recipe, name, place, world_folder, is_world_there, pins))
+    steps += [_plan_derived(recipe, name, pins) for name in recipe.derived]
     stages = _plan_stages(recipe, place, pins)
     steps += stages
     if recipe.evaluation is not None:
@@ -107,6 +117,23 @@ def _plan_dataset(
     )
 
 
+def _plan_derived(recipe: Recipe, name: str, pins: dict[str, DatasetPin]) -> PlannedStep:
+    from pipelines.derived import plan_derived
+    from training.stages import DatasetPin
+
+    config = recipe.derived[name]
+    parent = pins.get(config.dataset)
+    if parent is None:
+        reason = f"the dataset {config.dataset} it is made from comes first"
+        return PlannedStep(DERIVED_PREFIX + name, "RUN", reason)
+    plan = plan_derived(parent.manifest_uri, recipe.sections, config)
+    refuse_damaged(name, plan.problems)
+    if plan.version is not None and plan.manifest_uri is not None:
+        pins[name] = DatasetPin(name, plan.version, plan.manifest_uri)
+    inputs = {f"dataset {config.dataset}": parent.version}
+    return PlannedStep(DERIVED_PREFIX + name, plan.decision, plan.reason, plan.key, inputs)
+
+
 def estimate_datasets(recipe: Recipe, out: Output) -> list[PlannedStep]:
     """Each dataset's funnel from a sample of its metadata, in seconds: nothing is pinned."""
     from pipelines.estimate import estimate_curation
@@ -136,14 +163,16 @@ def _plan_stages(recipe: Recipe, place: Place, pins: dict[str, DatasetPin]) -> l
     if not specs:
         return []
 
-    from training.plan import PlanContext, plan_chain
+    from training.plan import PlanContext, expected_time, plan_chain
 
     server = TrackingServer(place.tracking_uri)
     context = PlanContext(server, place.store_uri, pins, evaluation_key(recipe))
-    return [_planned(recipe, plan) for plan in plan_chain(specs, context)]
+    return [
+        _planned(recipe, plan, expected_time(plan, context)) for plan in plan_chain(specs, context)
+    ]
 
 
-def _planned(recipe: Recipe, plan: StagePlan) -> PlannedStep:
+def _planned(recipe: Recipe, plan: StagePlan, expected: Expected | None) -> PlannedStep:
     inputs = {}
     if plan.dataset is not None:
         inputs[f"dataset {plan.dataset.name}"] = plan.dataset.version
@@ -153,7 +182,28 @@ def _planned(recipe: Recipe, plan: StagePlan) -> PlannedStep:
     stage = recipe.stages.get(plan.spec.stage)
     if stage is not None:
         work["images"] = stage.steps * stage.global_batch_size
-    return PlannedStep(plan.spec.stage, plan.decision, plan.reason, plan.key, inputs, work)
+    return PlannedStep(
+        plan.spec.stage,
+        plan.decision,
+        plan.reason,
+        plan.key,
+        inputs,
+        work,
+        expected=None if expected is None else _expected(recipe, plan, expected),
+    )
+
+
+def _expected(recipe: Recipe, plan: StagePlan, expected: Expected) -> dict[str, Any]:
+    price = recipe.cluster.price_per_worker_hour
+    cost = None if price is None else expected.hours * plan.spec.num_workers * price
+    return {**asdict(expected), "cost": cost}
+
+
+def expected_line(expected: dict[str, Any]) -> str:
+    """``0.42 hours, cost 1.70 (35.1 images/s, known from version 2 of demo-concepts)``."""
+    cost = "" if expected["cost"] is None else f", cost {expected['cost']:,.2f}"
+    rate = f"{expected['images_per_second']:,.1f} images/s"
+    return f"{expected['hours']:,.2f} hours{cost} ({rate}, known from {expected['known_from']})"
 
 
 def show_plan(steps: list[PlannedStep], out: Output) -> None:
@@ -163,7 +213,8 @@ def show_plan(steps: list[PlannedStep], out: Output) -> None:
         if step.decision != "SKIP":
             facts = [f"{amount:,} {name.replace('_', ' ')}" for name, amount in step.work.items()]
             pinned = [f"{name} {digest[:12]}" for name, digest in step.inputs.items()]
-            for line in (", ".join(facts), *pinned):
+            hours = [] if step.expected is None else [expected_line(step.expected)]
+            for line in (", ".join(facts), *hours, *pinned):
                 if line:
                     out.say(f"{'':<25}{line}")
         show_funnels([step], out)

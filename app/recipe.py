@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import ValidationError, model_validator
 
@@ -21,8 +21,9 @@ from infra.config import StrictModel, operational, semantic
 from infra.digests import canonical_json, sha256_bytes
 from infra.errors import UserError
 from infra.sessions import ClusterConfig
+from pipelines.captioning_config import CaptioningConfig
 from pipelines.config import CurationConfig
-from pipelines.scoring_config import ScoringConfig
+from pipelines.scoring_config import DerivedConfig, ScoringConfig
 from training.config import (
     NetworkConfig,
     Precision,
@@ -30,6 +31,9 @@ from training.config import (
     TextEncoderConfig,
     TokenizerConfig,
 )
+
+if TYPE_CHECKING:
+    from pipelines.derived import Sections
 
 SEEDED_SECTIONS = ("world", "tokenizer", "evaluation")
 
@@ -89,6 +93,14 @@ class Recipe(StrictModel):
     scoring: ScoringConfig | None = semantic(
         None, "embeddings, scores and search of the curated datasets"
     )
+    derived: dict[str, DerivedConfig] = semantic(
+        default_factory=dict,
+        description="versions of curated datasets by other thresholds, by name; nothing is fetched "
+        "again for them",
+    )
+    captioning: CaptioningConfig | None = semantic(
+        None, "long captions for the curated datasets' images"
+    )
     tokenizer: TokenizerConfig | None = semantic(None, "stage 0: image codes and vocabulary")
     text_encoder: TextEncoderConfig = semantic(
         default_factory=TextEncoderConfig, description="CLIP's text tower"
@@ -106,6 +118,13 @@ class Recipe(StrictModel):
     cluster: ClusterConfig = operational(
         default_factory=ClusterConfig, description="how much machine Spark and Ray may use"
     )
+
+    @property
+    def sections(self) -> Sections:
+        """What derived datasets draw on."""
+        from pipelines.derived import Sections
+
+        return Sections(self.scoring, self.captioning)
 
     @property
     def fingerprint(self) -> str:

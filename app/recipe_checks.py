@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from app.recipe_problems import Problem, did_you_mean, problem
 
 if TYPE_CHECKING:
     from pipelines.config import CurationConfig
+    from pipelines.scoring_config import DerivedConfig
     from training.config import StageConfig, TextEncoderConfig, TokenizerConfig
 
 WORLD_MARK = "{world}"  # stands for the painted world's folder in a dataset's paths
@@ -25,6 +26,10 @@ class Parts:
     has_world: bool
     dataset_names: tuple[str, ...]
     datasets: dict[str, CurationConfig]
+    derived_names: tuple[str, ...]
+    derived: dict[str, DerivedConfig]
+    has_scoring: bool
+    has_captioning: bool
     tokenizer: TokenizerConfig | None
     has_tokenizer: bool
     text_encoder: TextEncoderConfig | None
@@ -55,6 +60,10 @@ class Parts:
             has_world=values.get("world") is not None,
             dataset_names=names("datasets"),
             datasets=entries("datasets"),
+            derived_names=names("derived"),
+            derived=entries("derived"),
+            has_scoring=values.get("scoring") is not None,
+            has_captioning=values.get("captioning") is not None,
             tokenizer=section("tokenizer"),
             has_tokenizer=values.get("tokenizer") is not None,
             text_encoder=section("text_encoder"),
@@ -62,6 +71,11 @@ class Parts:
             stages=entries("stages"),
             has_evaluation=values.get("evaluation") is not None,
         )
+
+    def dataset_of(self, name: str) -> CurationConfig | None:
+        """The dataset that is curated under ``name``, or that the derived ``name`` is made from."""
+        derived = self.derived.get(name)
+        return self.datasets.get(name if derived is None else derived.dataset)
 
 
 def _valid(annotation: Any, value: Any) -> Any:
@@ -75,6 +89,7 @@ def cross_problems(parts: Parts) -> list[Problem]:
     """Every disagreement between sections."""
     return [
         *_dataset_problems(parts),
+        *_derived_problems(parts),
         *_tokenizer_problems(parts),
         *_stage_problems(parts),
         *_world_problems(parts),
@@ -106,6 +121,27 @@ def _dataset_problems(parts: Parts) -> Iterator[Problem]:
                 )
 
 
+def _derived_problems(parts: Parts) -> Iterator[Problem]:
+    for name in parts.derived_names:
+        if name in parts.dataset_names:
+            yield problem(
+                ("derived", name), "a dataset has this name already; give it one of its own"
+            )
+    for name, derived in parts.derived.items():
+        if derived.keep is not None and not parts.has_scoring:
+            yield problem(
+                ("derived", name, "keep"),
+                "thresholds are asked of scores, and there is no `scoring` section; add one",
+            )
+        if derived.caption and not parts.has_captioning:
+            yield problem(
+                ("derived", name, "caption"),
+                "somebody has to write the captions, and there is no `captioning` section; add one",
+            )
+        at = ("derived", name, "dataset")
+        yield from _known(at, derived.dataset, parts.dataset_names, "datasets")
+
+
 def _tokenizer_problems(parts: Parts) -> Iterator[Problem]:
     if parts.stage_names and not parts.has_tokenizer:
         yield problem(("tokenizer",), "missing; the stages need image tokens; add the section")
@@ -113,7 +149,7 @@ def _tokenizer_problems(parts: Parts) -> Iterator[Problem]:
     if tokenizer is None or (tokenizer.pretrained and tokenizer.pretrained_bpe):
         return
     yield from _known_dataset(parts, ("tokenizer", "dataset"), tokenizer.dataset)
-    dataset = parts.datasets.get(tokenizer.dataset)
+    dataset = parts.dataset_of(tokenizer.dataset)
     largest = max(tokenizer.training.resolutions_px)
     if dataset is not None and not tokenizer.pretrained:
         yield from _large_enough(
@@ -128,12 +164,14 @@ def _stage_problems(parts: Parts) -> Iterator[Problem]:
     for name, stage in parts.stages.items():
         at = ("stages", name)
         yield from _known_dataset(parts, (*at, "dataset"), stage.dataset)
-        dataset = parts.datasets.get(stage.dataset)
+        dataset = parts.dataset_of(stage.dataset)
         if dataset is not None:
             yield from _large_enough(
                 (*at, "resolution_px"), stage.resolution_px, stage.dataset, dataset
             )
-            yield from _captions_there(at, stage, dataset)
+            derived = parts.derived.get(stage.dataset)
+            if derived is None or not derived.caption:
+                yield from _captions_there(at, stage, dataset)
         yield from _divisible(parts, at, stage)
         if longest is not None and stage.text_tokens > longest:
             yield problem(
@@ -171,9 +209,16 @@ def _order_problems(parts: Parts) -> Iterator[Problem]:
 
 
 def _known_dataset(parts: Parts, path: tuple[str, ...], name: str) -> Iterator[Problem]:
-    if name not in parts.dataset_names:
-        hint = did_you_mean(name, parts.dataset_names) if parts.dataset_names else "add one"
-        yield problem(path, f"no dataset {name!r} under `datasets`; {hint}")
+    known = (*parts.dataset_names, *parts.derived_names)
+    yield from _known(path, name, known, "datasets")
+
+
+def _known(
+    path: tuple[str, ...], name: str, known: Collection[str], section: str
+) -> Iterator[Problem]:
+    if name not in known:
+        hint = did_you_mean(name, known) if known else "add one"
+        yield problem(path, f"no dataset {name!r} under `{section}`; {hint}")
 
 
 def _large_enough(

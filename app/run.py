@@ -68,6 +68,10 @@ def _do_steps(session: Session, selection: Selection, repair: bool) -> None:
     pins = {
         name: steps.curate_dataset(session, name, selection, repair) for name in selection.datasets
     }
+    pins |= {
+        name: steps.derive_dataset(session, name, pins, selection, repair)
+        for name in selection.derived
+    }
     session.end_curation()
     parent = None
     for spec in selection.specs:

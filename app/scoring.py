@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.place import Place, connect
 from app.recipe import Recipe, ServicesConfig
+from app.recipe_problems import did_you_mean
 from app.selection import Selection
 from app.verb import Output
+from infra.cluster import ClusterConfig
 from infra.config import atelier_home
 from infra.errors import UserError
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-    from pipelines.score import Scoring
     from pipelines.scoring_config import ScoringConfig
 
 
@@ -35,11 +36,11 @@ class Query:
     max_memory_mb: int
 
 
-class _Spark:
+class LazySpark:
     """One session for all datasets, started at first use."""
 
-    def __init__(self, recipe: Recipe, place: Place, stack: ExitStack) -> None:
-        self._recipe, self._place, self._stack = recipe, place, stack
+    def __init__(self, cluster: ClusterConfig, place: Place, stack: ExitStack) -> None:
+        self._cluster, self._place, self._stack = cluster, place, stack
         self._session: SparkSession | None = None
 
     def __call__(self) -> SparkSession:
@@ -47,16 +48,25 @@ class _Spark:
             from infra.sessions import spark_session, stop_spark
 
             environment = self._place.environment
-            self._session = spark_session("scoring", self._recipe.cluster, environment)
+            self._session = spark_session("scoring", self._cluster, environment)
             self._stack.callback(stop_spark, self._session)
         return self._session
 
 
 def score_datasets(recipe: Recipe, names: Collection[str], out: Output) -> list[dict[str, Any]]:
     """Embed and score; returns per dataset what came out."""
+    from infra.progress import progress
+    from pipelines.score import score
+
+    config = _config(recipe)
+    chosen = Selection.datasets_only(recipe, names).datasets
     found = []
-    with _scored(recipe, names, out) as scored:
-        for name, scoring in scored:
+    with ExitStack() as stack:
+        place = connect(recipe.services, atelier_home(), out.say)
+        spark = LazySpark(recipe.cluster, place, stack)
+        for name in chosen:
+            uri = published(recipe, name, place.store_uri)
+            scoring = score(uri, config, spark, progress, place.environment)
             counts = scoring.embeddings.manifest.counts
             columns = sorted(scoring.scores.manifest.provenance())
             out.say(
@@ -80,59 +90,65 @@ def score_datasets(recipe: Recipe, names: Collection[str], out: Output) -> list[
 def refilter_datasets(
     recipe: Recipe, names: Collection[str], out: Output, *, dry_run: bool
 ) -> list[dict[str, Any]]:
-    """Publish, or with ``dry_run`` count, what the recipe's thresholds leave of each dataset."""
+    """Publish, or with ``dry_run`` count, what the thresholds of the derived datasets leave."""
+    from infra.manifest import load_manifest
     from infra.progress import progress
-    from pipelines.score import select, selection
+    from pipelines.derived import make_derived, plan_derived
+    from pipelines.publish import funnel_of
+    from pipelines.score import score, selection
     from pipelines.verdicts import preview
 
-    config = _config(recipe)
+    chosen = _derived(recipe, names)
     found = []
     with ExitStack() as stack:
         place = connect(recipe.services, atelier_home(), out.say)
-        spark = _Spark(recipe, place, stack)
-        with _scored(recipe, names, out, place, spark) as scored:
-            for name, scoring in scored:
-                job = selection(scoring, config, progress, place.environment)
-                if dry_run:
-                    funnel, version = preview(job), None
-                else:
-                    result, funnel = select(job, spark, progress)
-                    version = result.manifest.version
-                _say_funnel(out, name, funnel, version)
-                found.append({"dataset": name, "version": version, "funnel": funnel})
+        spark = LazySpark(recipe.cluster, place, stack)
+        for name in chosen:
+            config = recipe.derived[name]
+            uri = published(recipe, config.dataset, place.store_uri)
+            version = None
+            if dry_run and config.keep is None:
+                funnel = {}
+            elif dry_run and config.keep is not None:
+                scoring = _config(recipe)
+                scored = score(uri, scoring, spark, progress, place.environment)
+                job = selection(scored, scoring, config.keep, progress, place.environment)
+                funnel = preview(job)
+            else:
+                plan = plan_derived(uri, recipe.sections, config)
+                environment = place.environment
+                made = plan.manifest_uri
+                if made is None:
+                    sections = recipe.sections
+                    made, _ = make_derived(plan, sections, config, spark, progress, environment)
+                manifest = load_manifest(made)
+                funnel, version = funnel_of(manifest), manifest.version
+            _say_funnel(out, name, funnel, version)
+            found.append(
+                {"name": name, "dataset": config.dataset, "version": version, "funnel": funnel}
+            )
     return found
+
+
+def _derived(recipe: Recipe, names: Collection[str]) -> list[str]:
+    """These of the recipe's derived datasets, or all of them."""
+    if not recipe.derived:
+        raise UserError(
+            expected=f"a section `derived` in the recipe {recipe.name}",
+            got="none",
+            remedy="name a dataset and thresholds there; `atelier refilter --help` shows how",
+        )
+    for name in names:
+        if name not in recipe.derived:
+            hint = did_you_mean(name, recipe.derived)
+            raise UserError(f"the recipe derives no dataset {name!r}; {hint}")
+    return [name for name in recipe.derived if not names or name in names]
 
 
 def _say_funnel(out: Output, name: str, funnel: dict[str, int], version: str | None) -> None:
     out.say(f"{name}:" + (" (nothing published)" if version is None else f" version {version}"))
     for reason, number in funnel.items():
         out.say(f"  {number:>12,}  {reason}")
-
-
-@contextmanager
-def _scored(
-    recipe: Recipe,
-    names: Collection[str],
-    out: Output,
-    place: Place | None = None,
-    spark: _Spark | None = None,
-) -> Iterator[Iterator[tuple[str, Scoring]]]:
-    """The recipe's datasets, each embedded and scored when it is its turn."""
-    from infra.progress import progress
-    from pipelines.score import score
-
-    config = _config(recipe)
-    chosen = Selection.datasets_only(recipe, names).datasets
-    with ExitStack() as stack:
-        place = place or connect(recipe.services, atelier_home(), out.say)
-        spark = spark or _Spark(recipe, place, stack)
-
-        def each() -> Iterator[tuple[str, Scoring]]:
-            for name in chosen:
-                uri = _published(recipe, name, place.store_uri)
-                yield name, score(uri, config, spark, progress, place.environment)
-
-        yield each()
 
 
 def _config(recipe: Recipe) -> ScoringConfig:
@@ -145,7 +161,7 @@ def _config(recipe: Recipe) -> ScoringConfig:
     return recipe.scoring
 
 
-def _published(recipe: Recipe, name: str, store_uri: str) -> str:
+def published(recipe: Recipe, name: str, store_uri: str) -> str:
     """The manifest of the version that this recipe curates, which has to be there."""
     from app.steps import placed
     from pipelines.curate import plan_curation
@@ -170,7 +186,7 @@ def search_dataset(query: Query, out: Output) -> dict[str, Any]:
     """Find, print and, when asked to, publish; returns what ``--json`` prints."""
     if (query.words is None) == (query.image is None):
         raise UserError('give words or --image, and not both: atelier search "red car"')
-    store_uri = query.store or _newest_store(out)
+    store_uri = query.store or newest_store(out)
 
     from infra import storage
     from infra.progress import progress
@@ -214,7 +230,7 @@ def _sha256_of(image: Path | None) -> str | None:
     return None if image is None else sha256_file(image)
 
 
-def _newest_store(out: Output) -> str:
+def newest_store(out: Output) -> str:
     """The store of the newest run; this machine's own services are started when it is theirs."""
     from app.status import read_latest
 

@@ -35,8 +35,12 @@ In the recipe
 REFILTER_EXAMPLES = """\b
 Examples
   atelier refilter recipes/laion.yaml --dry-run        how many would stay, and why not
-  atelier refilter recipes/laion.yaml --set scoring.refilter.min_aesthetic_score=6
-  atelier refilter recipes/laion.yaml --set scoring.refilter.near_duplicate_cosine=0.97"""
+  atelier refilter recipes/laion.yaml --name best --set derived.best.keep.min_aesthetic_score=6
+
+\b
+In the recipe, where stages name a derived dataset like any other
+  derived:
+    best: {dataset: laion-256, keep: {min_aesthetic_score: 6, near_duplicate_cosine: 0.97}}"""
 
 SEARCH_EXAMPLES = """\b
 Examples
@@ -74,22 +78,24 @@ def score(
 @verb
 def refilter(
     recipe: RecipePath,
-    dataset: Datasets = None,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="only this derived one; may be repeated")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="count, and publish nothing")] = False,
     set_: Overrides = None,
     json_: Json = False,
 ) -> None:
-    """Publish a new version by thresholds on scores.
+    """Publish the derived datasets: other thresholds, nothing fetched again.
 
-    Nothing is fetched again: samples below `scoring.refilter` leave their shards, with the reason
-    in the ledger, and unknown scores take the computed ones. Only shards that change are written.
+    Samples below the thresholds leave their shards, with the reason in the ledger, and unknown
+    scores take the computed ones. Only shards that change are written. `atelier run` does the same.
     """
     from app.recipe import load_recipe
     from app.scoring import refilter_datasets
 
     out = Output(json_)
     loaded = load_recipe(recipe, set_ or ())
-    out.result({"datasets": refilter_datasets(loaded, dataset or (), out, dry_run=dry_run)})
+    out.result({"datasets": refilter_datasets(loaded, name or (), out, dry_run=dry_run)})
 
 
 @verb

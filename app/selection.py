@@ -13,18 +13,19 @@ from infra.errors import UserError
 if TYPE_CHECKING:
     from training.stages import StageSpec
 
-DATASET_PREFIX = "curate:"
+DATASET_PREFIX, DERIVED_PREFIX = "curate:", "derive:"
 WORLD, SHEET = "world", "contact sheet"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Datasets and training stages (tokenizer first), in order; without ``may_curate`` the
-    datasets have to be there already."""
+    """Datasets, those derived from them, and training stages (tokenizer first), in order; without
+    ``may_curate`` the datasets have to be there already."""
 
     command: str
     datasets: tuple[str, ...]
     specs: tuple[StageSpec, ...]
+    derived: tuple[str, ...] = ()
     may_curate: bool = True
     retry_failed: bool = False
 
@@ -32,6 +33,7 @@ class Selection:
     def step_kinds(self) -> list[tuple[str, str]]:
         """(name, kind) of every step after the world, in order."""
         steps = [(DATASET_PREFIX + name, "dataset") for name in self.datasets]
+        steps += [(DERIVED_PREFIX + name, "dataset") for name in self.derived]
         return steps + [
             (spec.stage, "tokenizer" if spec.kind == "tokenizer" else "stage")
             for spec in self.specs
@@ -40,7 +42,7 @@ class Selection:
     @classmethod
     def everything(cls, recipe: Recipe) -> Selection:
         """The whole recipe."""
-        return cls("run", tuple(recipe.datasets), specs_of(recipe))
+        return cls("run", tuple(recipe.datasets), specs_of(recipe), tuple(recipe.derived))
 
     @classmethod
     def datasets_only(
@@ -67,7 +69,10 @@ class Selection:
                 raise UserError(f"the recipe has no stage {last_stage!r}; {hint}")
             specs = specs[: names.index(last_stage) + 1]
         used = {spec.dataset_name for spec in specs}
-        return cls("train", tuple(name for name in recipe.datasets if name in used), specs, False)
+        derived = tuple(name for name in recipe.derived if name in used)
+        used |= {recipe.derived[name].dataset for name in derived}
+        datasets = tuple(name for name in recipe.datasets if name in used)
+        return cls("train", datasets, specs, derived, may_curate=False)
 
 
 def specs_of(recipe: Recipe) -> tuple[StageSpec, ...]:

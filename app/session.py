@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +16,13 @@ from app.report import step_line
 from app.status import DONE, StatusFile, StepStatus
 from app.verb import Output, stop_on_terminate
 from infra.errors import UserError
+from infra.progress import Progress, progress
 from infra.tracking_server import TrackedRun, TrackingServer
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+    from pipelines.score import Bars
 
 NEEDED_BYTES = 2 << 30  # what a laptop-sized run leaves, with room for its temporary files
 REPORT_SECONDS = 1.0
@@ -40,6 +43,7 @@ class Session:
         self._connect_to: dict[str, str] | None = None
         self._has_ray = False
         self._reported_at = 0.0
+        self._began: dict[str, tuple[float, int]] = {}
         self._tracked: TrackedRun | None = None
 
     # --- the record ------------------------------------------------------------------------------
@@ -68,8 +72,21 @@ class Session:
         if now - self._reported_at < REPORT_SECONDS:
             return
         self._reported_at = now
+        began_at, began_done = self._began.setdefault(f"{step.name} {unit} {total}", (now, done))
+        if total and done > began_done and more.get("eta_seconds") is None:
+            more["eta_seconds"] = (total - done) * (now - began_at) / (done - began_done)
         step.progress = {"done": done, "total": total, "unit": unit, **more}
         self.file.save()
+
+    def bars(self, step: StepStatus) -> Bars:
+        """Bars for the parts of a step; how far they are is noted in its record too."""
+
+        @contextmanager
+        def bar(description: str, total: int, unit: str) -> Iterator[Progress]:
+            with progress(description, total, unit) as shown:
+                yield _Noted(shown, lambda done: self.report(step, done, total, unit))
+
+        return bar
 
     def _check_room(self) -> None:
         free = free_bytes(self.home)
@@ -191,6 +208,21 @@ class Session:
             self.end_curation()
         finally:
             self.end_training()
+
+
+class _Noted:
+    """A bar whose updates someone else hears of too."""
+
+    def __init__(self, bar: Progress, note: Callable[[int], None]) -> None:
+        self._bar, self._note, self._done = bar, note, 0
+
+    def update(self, done: int, total: int | None = None) -> None:
+        self._done = done
+        self._bar.update(done, total)
+        self._note(done)
+
+    def advance(self, num_done: int = 1) -> None:
+        self.update(self._done + num_done)
 
 
 def _now_ms() -> int:

@@ -49,6 +49,7 @@ class StepStatus:
     scores: dict[str, float] | None = None
     output: str | None = None
     progress: dict[str, Any] | None = None
+    waste: dict[str, dict[str, float]] | None = None
 
     @property
     def is_made(self) -> bool:

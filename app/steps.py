@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from app.recipe import Recipe
 from app.recipe_checks import WORLD_MARK
-from app.selection import DATASET_PREFIX, SHEET, WORLD, Selection
+from app.selection import DATASET_PREFIX, DERIVED_PREFIX, SHEET, WORLD, Selection
 from app.session import Session
 from app.status import StepStatus
 from infra import storage
@@ -112,21 +112,56 @@ def curate_dataset(session: Session, name: str, selection: Selection, repair: bo
     return DatasetPin(name, manifest.version, uri)
 
 
+def derive_dataset(
+    session: Session,
+    name: str,
+    pins: Mapping[str, DatasetPin],
+    selection: Selection,
+    repair: bool,
+) -> DatasetPin:
+    """Have the version of a curated dataset that a derived one's thresholds leave."""
+    from pipelines.derived import make_derived, plan_derived
+    from pipelines.publish import funnel_of
+    from training.stages import DatasetPin
+
+    config, sections = session.recipe.derived[name], session.recipe.sections
+    with session.running(DERIVED_PREFIX + name) as step:
+        plan = plan_derived(pins[config.dataset].manifest_uri, sections, config)
+        session.decide(step, plan.decision, plan.reason, plan.key)
+        uri = plan.manifest_uri
+        if uri is None:
+            if not repair:
+                refuse_damaged(name, plan.problems)
+            if not selection.may_curate:
+                raise _not_curated(session, f"dataset {name} is not made for this recipe")
+            bars = session.bars(step)
+            environment = session.place.environment
+            uri, _ = make_derived(plan, sections, config, session.spark, bars, environment)
+        manifest = load_manifest(uri)
+        step.manifest_uri = uri
+        step.dataset_version = manifest.version
+        step.funnel = funnel_of(manifest)
+        step.output = session.place.local_path(uri) or uri
+    return DatasetPin(name, manifest.version, uri)
+
+
 def _not_curated(session: Session, what: str) -> UserError:
     return UserError(f"{what}; run `atelier curate {session.file.status.recipe_path}`")
 
 
 def refuse_damage(name: str, plan: CurationPlan) -> None:
     """A finished version with changed bytes is told, not mended; missing files are made again."""
-    try:
-        result: Any = storage.read_json(plan.build.result_uri)
-    except storage.ObjectMissing:
-        return
-    version = result.get("version") if isinstance(result, dict) else None
-    if not isinstance(version, str):
-        return
-    manifest_uri = storage.join(plan.build.dataset_root, version, "manifest.json")
-    problems = [line for line in verify_dataset(manifest_uri) if not line.endswith(": missing")]
+    from pipelines.workspace import noted_version
+
+    version = noted_version(plan.build.result_uri)
+    if version is not None:
+        uri = storage.join(plan.build.dataset_root, version, "manifest.json")
+        refuse_damaged(name, verify_dataset(uri))
+
+
+def refuse_damaged(name: str, problems: Sequence[str]) -> None:
+    """One line for what ``verify_dataset`` found, unless files are merely missing."""
+    problems = [line for line in problems if not line.endswith(": missing")]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"dataset {name} is damaged: {problems[0]}{more}; {REMEDY}")
@@ -246,10 +281,12 @@ def _train(session: Session, step: StepStatus, plan: StagePlan, context: PlanCon
             session.report(
                 step, at.step, at.steps, "steps", loss=at.loss,
                 images_per_second=at.images_per_second, eta_seconds=at.eta_seconds,
+                use=dict(at.use),
             )  # fmt: skip
 
         result = run_stage(plan, driver, on_progress=report, evaluate=evaluate)
     step.mlflow_run_id = result.run_id
+    step.waste = {cause: dict(lost) for cause, lost in result.waste.items()} or None
     if result.scores:
         step.scores = dict(result.scores)
         session.log_scores(result.scores, plan.spec.stage)

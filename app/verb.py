@@ -16,7 +16,7 @@ import typer
 
 from infra.errors import UserError
 
-FAILED, STOPPED = 1, 130
+FAILED, STOPPED, TERMINATED = 1, 130, 143
 Parameters = ParamSpec("Parameters")
 
 
@@ -49,12 +49,13 @@ def verb(run: Callable[Parameters, None]) -> Callable[Parameters, None]:
     @functools.wraps(run)
     def guarded(*arguments: Parameters.args, **options: Parameters.kwargs) -> None:
         previous = signal.getsignal(signal.SIGTERM)
+        Terminated.came = False
         stop_on_terminate()
         try:
             run(*arguments, **options)
         except KeyboardInterrupt:
             print("\natelier: stopped; the same command goes on where it was", file=sys.stderr)
-            raise typer.Exit(STOPPED) from None
+            raise typer.Exit(TERMINATED if Terminated.came else STOPPED) from None
         except Exception as error:
             lines = lines_of(error)
             if lines is None:
@@ -89,6 +90,13 @@ def stop_on_terminate() -> None:
     signal.signal(signal.SIGTERM, _stop)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. Ray, interrupted while it waits, raises a plain one of its own instead."""
+
+    came = False
+
+
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame
-    raise KeyboardInterrupt
+    Terminated.came = True
+    raise Terminated

@@ -170,8 +170,8 @@ def _redirect_loop(handler: Handler) -> None:
 
 
 def _redirect_internal(handler: Handler) -> None:
-    port = handler.server.server_address[1]
-    handler._send(302, b"", "text/plain", {"Location": f"http://127.0.0.1:{port}/__canary"})
+    # Without this server's port, which differs from start to start and would reach the ledger.
+    handler._send(302, b"", "text/plain", {"Location": "http://127.0.0.1/__canary"})
 
 
 def _short_body(handler: Handler) -> None:

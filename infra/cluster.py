@@ -29,6 +29,9 @@ class ClusterConfig(StrictModel):
     ray_object_store_mb: int = operational(150, "shared memory of a local Ray, MiB", ge=80)
     num_workers: int = operational(1, "training workers", ge=1)
     cpus_per_worker: int = operational(2, "CPU cores a training worker may count on", ge=1)
+    price_per_worker_hour: float | None = operational(
+        None, "what a training worker costs an hour, in any currency; `plan` multiplies it", ge=0.0
+    )
     use_gpu: bool = operational(False, "one GPU for each training worker")
 
     @property

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MANIFEST_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+WITHDRAWN_NAME = "withdrawn.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COUNT_NAMES = {"rows_in", "committed", "rejected", "failed"}
 
@@ -161,14 +162,45 @@ def load_manifest(manifest_uri: str, sha256: str | None = None) -> DatasetManife
 
     Raises ``ObjectMissing``, ``DigestMismatch``, or ``UserError`` for another schema version.
     """
-    data = storage.read_bytes(manifest_uri)
     folder = dataset_version(manifest_uri)
+    try:
+        data = storage.read_bytes(manifest_uri)
+    except storage.ObjectMissing:
+        successor = successor_of(dataset_root(manifest_uri), folder)
+        if successor == folder:
+            raise
+        raise UserError(
+            f"version {folder[:12]} was withdrawn, samples in it were taken down; "
+            f"use its successor {manifest_uri.replace(folder, successor)}"
+        ) from None
     for expected in (sha256, folder if _SHA256.fullmatch(folder) else None):
         if expected is not None and sha256_bytes(data) != expected:
             raise storage.DigestMismatch(
                 manifest_uri, expected_sha256=expected, got_sha256=sha256_bytes(data)
             )
     return parse_manifest(data, manifest_uri)
+
+
+def successor_of(root: str, version: str) -> str:
+    """The version that took the place of a withdrawn one; ``version`` itself when it was not."""
+    seen = set()
+    while version not in seen:
+        seen.add(version)
+        try:
+            note = storage.read_json(storage.join(root, version, WITHDRAWN_NAME))
+        except storage.ObjectMissing:
+            break
+        version = str(note["successor"])
+    return version
+
+
+def withdraw(root: str, version: str, successor: str) -> None:
+    """Put a note in a version's place that names its successor; its manifest and pages go."""
+    folder = storage.join(root, version)
+    storage.write_json(storage.join(folder, WITHDRAWN_NAME), {"successor": successor})
+    for info in list(storage.list_objects(folder)):
+        if not info.uri.endswith(f"/{WITHDRAWN_NAME}"):
+            storage.delete(info.uri)
 
 
 def dataset_version(manifest_uri: str) -> str:
@@ -209,8 +241,10 @@ def _entry(kind: type[_Record], raw: Any, origin: str) -> _Record:
     return kind(**raw)
 
 
-def verify_dataset(manifest_uri: str, progress: Progress | None = None) -> list[str]:
+def verify_dataset(
+    manifest_uri: str, progress: Progress | None = None, *, memory_uri: str | None = None
+) -> list[str]:
     """Read every listed byte and return the problems found: ``infra.manifest_verify.verify``."""
     from infra.manifest_verify import verify
 
-    return verify(manifest_uri, progress)
+    return verify(manifest_uri, progress, memory_uri=memory_uri)

@@ -8,7 +8,9 @@ import tarfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import IO, cast
+from typing import IO, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
 
 from infra import storage
 from infra.errors import UserError
@@ -24,17 +26,23 @@ from infra.manifest import (
 from infra.progress import Progress
 
 MIN_THREADS = 4  # more than cores where storage answers slowly; hashing lets go of the lock
+_Entry = TypeVar("_Entry", ShardEntry, FileEntry)
 DRAIN_BYTES = 1 << 20
 MEGABYTE = 1_000_000
 
 
-def verify(manifest_uri: str, progress: Progress | None = None) -> list[str]:
+def verify(
+    manifest_uri: str, progress: Progress | None = None, *, memory_uri: str | None = None
+) -> list[str]:
     """Read every listed byte and return the problems found, one line each, in manifest order.
 
     Finds missing files, wrong sizes, digests and row counts, members that are not plain files,
     and counts that do not add up. Streams: memory stays at a few MiB per thread. ``progress`` is
     told megabytes read, of those listed. Raises ``StorageUnavailable`` when storage itself fails,
     for then nothing is proven.
+
+    With ``memory_uri``, an address for a note, files that were found right and have not been
+    written since are not read again. That finds whatever anyone wrote, and no decay at rest.
     """
     try:
         manifest = load_manifest(manifest_uri)
@@ -42,9 +50,13 @@ def verify(manifest_uri: str, progress: Progress | None = None) -> list[str]:
         return [str(error)]
     root = dataset_root(manifest_uri)
     meter = _Meter(progress, sum(entry.num_bytes for entry in listed_files(manifest)))
+    memory = _Memory(root, memory_uri)
     checks: list[Callable[[], list[str]]] = [
-        *(lambda shard=shard: _check_shard(root, shard, meter) for shard in manifest.shards),
-        *(lambda file=file: _check_ledger(root, file, meter) for file in manifest.ledger),
+        *(
+            lambda shard=shard: memory.check(shard, _check_shard, meter)
+            for shard in manifest.shards
+        ),
+        *(lambda file=file: memory.check(file, _check_ledger, meter) for file in manifest.ledger),
     ]
     problems: dict[int, list[str]] = {}
     with ThreadPoolExecutor(max(MIN_THREADS, os.cpu_count() or 1)) as pool:
@@ -55,6 +67,8 @@ def verify(manifest_uri: str, progress: Progress | None = None) -> list[str]:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+        finally:
+            memory.save()
     found = [problem for index in sorted(problems) for problem in problems[index]]
     return manifest_problems(manifest) + found
 
@@ -99,6 +113,48 @@ class _Meter:
             done = -(-self._num_bytes // MEGABYTE)
             if done > before:
                 self._progress.update(done=done, total=self._total)
+
+
+class _Memory:
+    """Which files were found right, by what storage said of them then."""
+
+    def __init__(self, root: str, uri: str | None) -> None:
+        self._root = root
+        self._uri = uri
+        self._known: dict[str, str] = {}
+        self._found: dict[str, str] = {}
+        if uri is not None:
+            try:
+                noted = TypeAdapter(dict[str, str]).validate_json(storage.read_bytes(uri))
+            except (storage.ObjectMissing, ValidationError):
+                noted = {}
+            self._known = noted
+
+    def check(
+        self,
+        entry: _Entry,
+        check: Callable[[str, _Entry, _Meter], list[str]],
+        meter: _Meter,
+    ) -> list[str]:
+        """The problems of a file; none, unread, when it is as it was when it had none."""
+        if self._uri is None:
+            return check(self._root, entry, meter)
+        try:
+            fingerprint = storage.fingerprint(storage.join(self._root, entry.path))
+        except storage.ObjectMissing:
+            return [f"{entry.path}: missing"]
+        if fingerprint is not None and self._known.get(entry.path) == fingerprint:
+            meter.add(entry.num_bytes)
+        elif problems := check(self._root, entry, meter):
+            return problems
+        if fingerprint is not None:
+            self._found[entry.path] = fingerprint
+        return []
+
+    def save(self) -> None:
+        """Note what is known by now, if that is more or less than before."""
+        if self._uri is not None and self._found != self._known:
+            storage.write_json(self._uri, dict(self._found))
 
 
 class _Hashed:

@@ -23,7 +23,9 @@ class Progress(Protocol):
         """Say that ``num_done`` more are done."""
 
 
-class _Quiet:
+class Silent:
+    """A bar that nobody sees."""
+
     def update(self, done: int, total: int | None = None) -> None:
         pass
 
@@ -96,7 +98,7 @@ def progress(
     """
     out = sys.stderr if out is None else out
     if os.environ.get("ATELIER_QUIET") == "1":
-        yield _Quiet()
+        yield Silent()
     elif out.isatty():
         with _bar(description, total, unit, out) as bar:
             yield bar

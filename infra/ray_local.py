@@ -13,10 +13,12 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -117,7 +119,7 @@ def _local_ray(cluster: ClusterConfig, environment: Mapping[str, str]) -> Iterat
     folder = _private_folder(atelier_home())
     with applied(variables):
         try:
-            with _without_extras():
+            with _own_sigterm(), _without_extras():
                 _start(ray, cluster, folder)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             ray.shutdown()
@@ -173,8 +175,10 @@ def _without_extras() -> Iterator[None]:
     ``ray.init`` has no argument for it. Should Ray have moved these names, it starts everything:
     slower, and otherwise the same.
     """
+    import ray._raylet
     from ray._private import parameter, ray_constants, services
 
+    raylet: Any = ray._raylet
     constants: Any = ray_constants
     constants.ENABLE_RAY_CLUSTER = False  # as LOOPBACK does, when ray was imported before
     lean_parameters = functools.partial(
@@ -185,8 +189,33 @@ def _without_extras() -> Iterator[None]:
     with (
         _replaced(parameter, "RayParams", lean_parameters),
         _replaced(services, "start_api_server", lambda *_, **__: ("", None)),
+        _replaced(raylet, "CoreWorker", _keeping_sigterm(raylet.CoreWorker)),
     ):
         yield
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """``ray.init`` puts a handler of its own in the place of ours: put ours back."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _keeping_sigterm(connect: Callable[..., Any]) -> Callable[..., Any]:
+    """Connecting installs a handler that prints a stack and aborts: what was there is put back."""
+
+    def connected(*arguments: Any, **options: Any) -> Any:
+        before = signal.getsignal(signal.SIGTERM)
+        found = connect(*arguments, **options)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+        return found
+
+    return connected
 
 
 @contextmanager

@@ -7,9 +7,13 @@ defaults, 9 with ours, 4 with the class archive that ``python -m infra.spark_arc
 
 from __future__ import annotations
 
+import atexit
+import os
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +32,10 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 LOG_SETTINGS = Path(__file__).with_name("spark_log4j2.properties")
 JVM_STOP_SECONDS = 20.0
+MAX_SOCKET_FOLDER_CHARS = 60
+SECRET_VARIABLE = "ATELIER_SPARK_SECRET"  # what a cluster's members authenticate with
+# Names of settings whose values no page or log shows.
+REDACTED = "(?i)secret|password|token|access[._]?key|credential"
 
 
 def spark_session(
@@ -106,12 +114,34 @@ def _settings(app_name: str, cluster: ClusterConfig, environment: Mapping[str, s
             "spark.driver.bindAddress": HOST,
             "spark.driver.host": HOST,
             "spark.local.dir": str(scratch),
+            **_private_sockets(),
             "spark.sql.warehouse.dir": (scratch / "warehouse").as_uri(),
         }
+    elif secret := os.environ.get(SECRET_VARIABLE):
+        properties |= {"spark.authenticate": "true", "spark.authenticate.secret": secret}
     properties |= {f"spark.executorEnv.{name}": value for name, value in worker_environment.items()}
-    return SparkConf(loadDefaults=False).setAll(
-        list((properties | cluster.spark_properties).items())
-    )
+    properties["spark.redaction.regex"] = REDACTED
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ
+    settings = SparkConf(loadDefaults=submitted)
+    if submitted:  # what the command line says of the cluster wins over the recipe
+        named = ("spark.master", "spark.app.name")
+        properties = {k: v for k, v in properties.items() if k not in named or not settings.get(k)}
+    return settings.setAll(list((properties | cluster.spark_properties).items()))
+
+
+def _private_sockets() -> dict[str, str]:
+    """JVM and Python workers talk through files that only this user opens.
+
+    Over TCP, a task that returns little waits 40 ms for an acknowledgement.
+    """
+    folder = tempfile.mkdtemp(prefix="atelier-")  # mode 700, and short: a path ends at 107 bytes
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if len(folder) > MAX_SOCKET_FOLDER_CHARS:
+        return {}
+    return {
+        "spark.python.unix.domain.socket.enabled": "true",
+        "spark.python.unix.domain.socket.dir": folder,
+    }
 
 
 def stop_spark(spark: SparkSession, wait_seconds: float = JVM_STOP_SECONDS) -> None:

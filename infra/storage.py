@@ -49,6 +49,7 @@ __all__ = [
     "download_folder",
     "exists",
     "file_uri",
+    "fingerprint",
     "join",
     "list_objects",
     "open_stream",
@@ -63,6 +64,7 @@ __all__ = [
 
 CHUNK_BYTES = 1 << 20
 READ_ATTEMPTS = 3
+LOCAL_CLOCK_NS = 50_000_000  # file systems note times by the kernel's tick
 FOLDER_THREADS = 4
 TEMPORARY_PREFIX = ".atelier-tmp-"
 RESERVED_PREFIXES = (TEMPORARY_PREFIX, ".rclone_temp_", ".rclone_multipart_upload_")
@@ -219,6 +221,24 @@ def stat(uri: str) -> ObjectInfo:
         if not location.path.is_file():
             raise ObjectMissing(uri)
         return ObjectInfo(uri, location.path.stat().st_size)
+
+
+def fingerprint(uri: str) -> str | None:
+    """A text that changes when the object is written again; raises ``ObjectMissing``.
+
+    Of a local file its inode, size and times of change, of an object on S3 its entity tag, size
+    and time. None of what was written so lately that the same time may stand for other bytes.
+    """
+    location = _object_location(uri)
+    if location.path is None:
+        return s3.fingerprint(uri, location.bucket, location.key)
+    with local_errors("look at", uri):
+        if not location.path.is_file():
+            raise ObjectMissing(uri)
+        found = location.path.stat()
+        if time.time_ns() - found.st_ctime_ns < LOCAL_CLOCK_NS:
+            return None
+        return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 def exists(uri: str) -> bool:

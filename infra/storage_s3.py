@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -37,6 +38,7 @@ PART_BYTES = 16 << 20
 MAX_PARTS = 10_000
 PART_THREADS = 4  # memory bound of an upload: (PART_THREADS + 1) * PART_BYTES
 DELETE_BATCH = 1_000
+CLOCK_SECONDS = 2.0
 CONNECT_TIMEOUT_SECONDS = 5
 READ_TIMEOUT_SECONDS = 60
 FULL_DISK_BYTES = 32 << 20
@@ -224,6 +226,22 @@ def head(uri: str, bucket: str, key: str) -> int:
     """The object's size in bytes."""
     with _errors("look at", uri):
         return client().head_object(Bucket=bucket, Key=key)["ContentLength"]
+
+
+def fingerprint(uri: str, bucket: str, key: str) -> str | None:
+    """The object's entity tag, size and time of its last change; None of a change just now.
+
+    Times are whole seconds, and not every server's tags are digests.
+    """
+    with _errors("look at", uri):
+        found = client().head_object(Bucket=bucket, Key=key)
+    told = found["ResponseMetadata"]["HTTPHeaders"].get("date")
+    if told is None:
+        return None
+    age = parsedate_to_datetime(told) - found["LastModified"]
+    if age.total_seconds() < CLOCK_SECONDS:
+        return None
+    return f"{found['ETag']} {found['ContentLength']} {found['LastModified'].timestamp()}"
 
 
 def put(uri: str, bucket: str, key: str, data: bytes) -> None:

@@ -4,12 +4,19 @@ Needs torch, safetensors, tokenizers, numpy and pillow only. Folders are in the 
 layout.
 """
 
+from model.compiled import compile_network
 from model.compression import insert_compression
+from model.edit_operations import OPERATIONS, Operation, operation_of
+from model.edit_words import Instruction, is_instruction, read_instruction
+from model.ema import WeightAverage
 from model.errors import ModelError
+from model.hub import model_folder
+from model.lora import LoRA, LoRAConfig, Merged
 from model.loss import masked_token_loss
 from model.paint_options import PaintOptions
 from model.sampler import Condition, SamplingOptions, unmask
 from model.schedule import cosine_schedule, linear_schedule, sample_mask, training_timestep
+from model.stream import Preview, stream
 from model.text import CLIPTextConfig, CLIPTextEncoder, TextFeatures
 from model.text_to_image import PainterDefaults, TextToImage, write_index
 from model.text_tokenizer import CLIPTokenizer
@@ -17,14 +24,21 @@ from model.transformer import MaskedImageTransformer, TransformerConfig
 from model.vq import Quantized, VQConfig, VQTokenizer
 
 __all__ = [
+    "OPERATIONS",
     "CLIPTextConfig",
     "CLIPTextEncoder",
     "CLIPTokenizer",
     "Condition",
+    "Instruction",
+    "LoRA",
+    "LoRAConfig",
     "MaskedImageTransformer",
+    "Merged",
     "ModelError",
+    "Operation",
     "PaintOptions",
     "PainterDefaults",
+    "Preview",
     "Quantized",
     "SamplingOptions",
     "TextFeatures",
@@ -32,11 +46,18 @@ __all__ = [
     "TransformerConfig",
     "VQConfig",
     "VQTokenizer",
+    "WeightAverage",
+    "compile_network",
     "cosine_schedule",
     "insert_compression",
+    "is_instruction",
     "linear_schedule",
     "masked_token_loss",
+    "model_folder",
+    "operation_of",
+    "read_instruction",
     "sample_mask",
+    "stream",
     "training_timestep",
     "unmask",
     "write_index",

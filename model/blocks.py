@@ -5,7 +5,6 @@ Shape suffixes: B batch, T text tokens, L image tokens, S = T + L, C channels, H
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.layers import (
@@ -13,6 +12,7 @@ from model.layers import (
     Modulation,
     RMSNorm,
     clip_half,
+    gelu_linear,
     modulate,
     softmax_attention,
 )
@@ -121,7 +121,7 @@ class SingleBlock(nn.Module):
 
     def forward(self, x_BSC: Tensor, condition_BC: Tensor, rotary: Rotary) -> Tensor:
         normed_BSC, gate_B1C = self.norm(x_BSC, condition_BC)
-        mlp = F.gelu(self.proj_mlp(normed_BSC), approximate="tanh")
+        mlp = gelu_linear(normed_BSC, self.proj_mlp)
         both = torch.cat((self.attn(normed_BSC, rotary), mlp), dim=2)
         return clip_half(x_BSC + gate_B1C * self.proj_out(both))
 

@@ -6,13 +6,15 @@ Pickled checkpoints are refused: reading them can run code.
 
 import difflib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +26,7 @@ from model.errors import ModelError
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
+_MAPPED_BYTES = 64 << 20
 
 ConfigT = TypeVar("ConfigT")
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -70,8 +73,31 @@ def parse_config(
             problems.append(f"missing key {name!r}")
     if problems:
         raise ModelError(f"{source}: " + "; ".join(problems))
+    hints = get_type_hints(cls)
     lists_as_tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    problems = [
+        f"{key} is {given[key]!r}: expected {_words(hints[key])}"
+        for key, value in lists_as_tuples.items()
+        if not _is_of_kind(value, hints[key])
+    ]
+    if problems:
+        raise ModelError(f"{source}: " + "; ".join(problems))
     return cls(**lists_as_tuples)
+
+
+def _is_of_kind(value: object, hint: Any) -> bool:
+    """Whether a JSON value fits a field's type: a number, text, truth value, None or a tuple."""
+    if isinstance(hint, UnionType):
+        return any(_is_of_kind(value, part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of_kind(v, get_args(hint)[0]) for v in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
+
+
+def _words(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
@@ -80,8 +106,14 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        bad = [name for name in names if Path(name).name != name]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
+            raise ModelError(f"{index} has no weight_map of tensor names to file names")
+        names = sorted(set(weight_map.values()))
+        bad = [name for name in names if Path(name).name != name or not name.isprintable()]
+        names = [name for name in names if name not in bad]
         absent = [name for name in names if not (folder / name).is_file()]
         if bad or absent or not names:
             raise ModelError(
@@ -102,19 +134,21 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
 
 def read_weights(folder: Path, stem: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of the folder by name; floating ones as `dtype`. Refuses NaN and infinity."""
+    """Every tensor of the folder by name; floating ones as `dtype`. Refuses NaN and infinity.
+
+    Tensors that have that type already stay where the file is mapped; for others no more than
+    `_MAPPED_BYTES` of the file are in memory beside what they were turned into.
+    """
     weights: dict[str, Tensor] = {}
     broken = []
     for path in weight_files(folder, stem):
         try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
-                    tensor = file.get_tensor(key)
-                    if tensor.is_floating_point():
-                        if not torch.isfinite(tensor).all():
-                            broken.append(key)
-                        tensor = tensor.to(dtype)
-                    weights[key] = tensor
+            for key, tensor in _tensors(path):
+                if tensor.is_floating_point():
+                    if not _is_finite(tensor):
+                        broken.append(key)
+                    tensor = tensor.to(dtype)
+                weights[key] = tensor
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is damaged ({error}): fetch or export it again") from None
     if broken:
@@ -123,6 +157,28 @@ def read_weights(folder: Path, stem: str, dtype: torch.dtype) -> dict[str, Tenso
             "the run diverged; take an earlier checkpoint"
         )
     return weights
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of all in the file, which is mapped anew after each `_MAPPED_BYTES`."""
+    with safe_open(path, framework="pt") as file:
+        left = list(file.keys())[::-1]
+    while left:
+        num_bytes = 0
+        with safe_open(path, framework="pt") as file:
+            while left and num_bytes < _MAPPED_BYTES:
+                tensor = file.get_tensor(left[-1])
+                num_bytes += tensor.numel() * tensor.element_size()
+                yield left.pop(), tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, without a copy of the tensor."""
+    if not tensor.numel():
+        return True
+    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        tensor = tensor.float()
+    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 def _some(names: Iterable[str], limit: int = 3) -> str:

@@ -13,8 +13,8 @@ from model.layers import widen
 from model.schedule import training_timestep
 from model.transformer import MaskedImageTransformer, TokenHead
 
-# Float32 logits of this many tokens exist at a time: 256 MB with 8192 codes.
-_CHUNK_TOKENS = 8192
+# Float32 logits of this size exist at a time: 2048 tokens with 8192 codes.
+_CHUNK_BYTES = 64 << 20
 
 
 def masked_token_loss(
@@ -39,12 +39,13 @@ def masked_token_loss(
         inputs_BHW, text_states_BTD, pooled_BP, micro_conditions_B5, timestep_B
     )
     features_NC, targets_N = features_BHWC[mask_BHW], tokens_BHW[mask_BHW]
-    if len(targets_N) <= _CHUNK_TOKENS:
+    chunk_tokens = max(1, _CHUNK_BYTES // (4 * transformer.config.codebook_size))
+    if len(targets_N) <= chunk_tokens:
         total = _sum_of_losses(transformer.mlm_layer, features_NC, targets_N)
     else:
         chunks = zip(
-            torch.split(features_NC, _CHUNK_TOKENS),
-            torch.split(targets_N, _CHUNK_TOKENS),
+            torch.split(features_NC, chunk_tokens),
+            torch.split(targets_N, chunk_tokens),
             strict=True,
         )
         losses = [

@@ -20,7 +20,11 @@ class PaintKeywords(TypedDict, total=False):
     guidance_scale: float
     seed: int
     seeds: Sequence[int] | None
-    negative_prompt: str
+    guidance_schedule: str
+    guidance_interval: tuple[float, float]
+    negative_prompt: str | None
+    order: str
+    token_temperature: float
     temperature: float | tuple[float, float]
     preference_score: float | None
     dtype: torch.dtype | None
@@ -36,7 +40,11 @@ class PaintOptions:
     guidance_scale: float = 9.0  # uncond + scale · (cond - uncond); 1 is off
     seed: int = 0  # image i uses seed + i
     seeds: Sequence[int] | None = None  # or its own seed; no image depends on the rest of the batch
-    negative_prompt: str = ""  # what "uncond" is told
+    guidance_schedule: str = "constant"  # or "linear", "cosine": rising from 1 to the scale
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # share of the steps that is guided
+    negative_prompt: str | None = None  # what "uncond" is told; None is the model's default
+    order: str = "confidence"  # which tokens stay: also "margin", "entropy", "random", "halton"
+    token_temperature: float = 1.0  # of the tokens' draw; 0 takes the likeliest
     temperature: float | tuple[float, float] = (2.0, 0.0)  # confidence noise, first and last step
     preference_score: float | None = None  # last micro-condition; None is the model's default
     dtype: torch.dtype | None = None  # compute type of the network (autocast); None is its weights'
@@ -57,6 +65,10 @@ class PaintOptions:
             temperature=(float(first), float(last)),
             schedule=mask_schedule(masking_schedule),
             autocast_dtype=self.dtype,
+            guidance_schedule=self.guidance_schedule,
+            guidance_interval=self.guidance_interval,
+            order=self.order,
+            token_temperature=self.token_temperature,
         )
 
     def image_seeds(self, num_images: int) -> list[int]:

@@ -35,13 +35,13 @@ def rotary_tables(
 
 def rotate(x_BKSA: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> Tensor:
     """Turn each neighbouring pair of channels (2i, 2i+1) by its position's angle i."""
-    if x_BKSA.device.type == "cpu":
+    if x_BKSA.device.type == "cpu" and not torch.compiler.is_compiling():
         return rotate_complex(x_BKSA, cos_SF, sin_SF)
     return rotate_real(x_BKSA, cos_SF, sin_SF)
 
 
 def rotate_real(x_BKSA: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> Tensor:
-    """`rotate` in real arithmetic, which GPU compilers fuse."""
+    """`rotate` in real arithmetic, which compilers fuse."""
     even, odd = x_BKSA.view(*x_BKSA.shape[:-1], -1, 2).unbind(-1)
     turned = torch.stack((even * cos_SF - odd * sin_SF, odd * cos_SF + even * sin_SF), dim=-1)
     return turned.flatten(-2)

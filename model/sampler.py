@@ -5,7 +5,8 @@ Shape suffixes: B images, H token rows, W token columns, L = H·W, N masked toke
 micro-conditions.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.errors import ModelError
+from model.order import CONFIDENCE, FIXED_ORDERS, HALTON, certainty, check_order, halton_ranks
 from model.schedule import MASK_RATIO, Schedule, cosine_schedule
 from model.text import TextFeatures
 from model.transformer import MaskedImageTransformer
@@ -25,31 +27,65 @@ _CHUNK_TOKENS = 4096
 _TINY_PROB = 1e-20
 
 
+GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """How to unmask. Guided logits are uncond + guidance_scale · (cond - uncond); 1 is off."""
 
     steps: int = 48
     guidance_scale: float = 9.0
-    temperature: tuple[float, float] = (
-        2.0,
-        0.0,
-    )  # noise on the confidences, first and last step; 0 is none
+    # Noise on the confidences, first and last step; 0 is none.
+    temperature: tuple[float, float] = (2.0, 0.0)
     schedule: Schedule = cosine_schedule
-    autocast_dtype: torch.dtype | None = (
-        None  # compute type of the network; None is that of its weights
-    )
+    autocast_dtype: torch.dtype | None = None  # compute type; None is that of the weights
+    guidance_schedule: str = "constant"  # or "linear", "cosine": rising from 1 to guidance_scale
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # progress that is guided; the rest is not
+    order: str = CONFIDENCE  # which new tokens stay, one of `model.order.ORDERS`
+    token_temperature: float = 1.0  # logits are divided by it; 0 takes the likeliest token
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ModelError(f"steps is {self.steps}: expected at least 1")
-        if min(self.temperature) < 0:
+        if not min(self.temperature) >= 0:
             raise ModelError(f"temperature is {self.temperature}: expected values of 0 or more")
+        if not self.token_temperature >= 0:
+            raise ModelError(f"token_temperature is {self.token_temperature}: expected 0 or more")
+        if not math.isfinite(self.guidance_scale):
+            raise ModelError(f"guidance_scale is {self.guidance_scale}: expected a finite number")
+        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
+            raise ModelError(
+                f"guidance_schedule is {self.guidance_schedule!r}: expected one of "
+                f"{', '.join(GUIDANCE_SCHEDULES)}"
+            )
+        first, last = self.guidance_interval
+        if not 0 <= first < last <= 1:
+            raise ModelError(
+                f"guidance_interval is {self.guidance_interval}: expected two rising numbers in "
+                "[0, 1]"
+            )
+        check_order(self.order)
 
     @property
     def is_guided(self) -> bool:
-        """Whether the unconditional half is needed."""
-        return self.guidance_scale != 1.0
+        """Whether any step needs the unconditional half."""
+        return any(scale != 1.0 for scale in self.guidance_scales())
+
+    def guidance_scales(self) -> list[float]:
+        """The scale of each step; a step of scale 1 runs without the unconditional half."""
+        first, last = self.guidance_interval
+        scales = []
+        for step in range(self.steps):
+            rising = step / (self.steps - 1) if self.steps > 1 else 1.0
+            share = {
+                "constant": 1.0,
+                "linear": rising,
+                "cosine": (1 - math.cos(math.pi * rising)) / 2,
+            }[self.guidance_schedule]
+            inside = first <= step / self.steps < last
+            scales.append(1.0 + (self.guidance_scale - 1.0) * share if inside else 1.0)
+        return scales
 
 
 @dataclass(frozen=True)
@@ -59,6 +95,16 @@ class Condition:
     text: TextFeatures
     micro_conditions_B5: Tensor
     null: TextFeatures | None = None
+
+
+@dataclass(frozen=True)
+class Unmasked:
+    """The state after a step."""
+
+    step: int  # steps done, 1 …
+    steps: int  # steps in all
+    tokens_BHW: Tensor  # what is decided; the rest holds the mask token
+    guess_BHW: Tensor  # the same with every other place as the network guessed it: no mask token
 
 
 def num_left_masked(
@@ -83,15 +129,30 @@ def first_step_of(strength: float, steps: int) -> int:
     return steps - max(1, round(strength * steps))
 
 
-def draw_tokens(logits_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
-    """A token from each row's softmax by the given uniform number, and its probability."""
+def draw_tokens(
+    logits_NV: Tensor,
+    uniform_N: Tensor,
+    token_temperature: float = 1.0,
+    order: str = CONFIDENCE,
+) -> tuple[Tensor, Tensor]:
+    """A token from each row's softmax by the given uniform number, and how certain it is.
+
+    The certainty, in [0, 1], is the token's probability (or what `order` says instead) at a
+    temperature of 1, whatever the token was drawn at.
+    """
     probs_NV = logits_NV.float().softmax(dim=-1)
-    cumulative_NV = probs_NV.cumsum(dim=-1)
-    threshold_N1 = uniform_N[:, None] * cumulative_NV[:, -1:]
-    tokens_N1 = torch.searchsorted(cumulative_NV, threshold_N1, right=True).clamp(
-        max=logits_NV.shape[-1] - 1
-    )
-    return tokens_N1[:, 0], probs_NV.gather(1, tokens_N1)[:, 0]
+    if token_temperature == 0:
+        tokens_N1 = logits_NV.argmax(dim=-1, keepdim=True)
+    else:
+        drawn_NV = probs_NV
+        if token_temperature != 1:
+            drawn_NV = (logits_NV.float() / token_temperature).softmax(dim=-1)
+        cumulative_NV = drawn_NV.cumsum(dim=-1)
+        threshold_N1 = uniform_N[:, None] * cumulative_NV[:, -1:]
+        tokens_N1 = torch.searchsorted(cumulative_NV, threshold_N1, right=True).clamp(
+            max=logits_NV.shape[-1] - 1
+        )
+    return tokens_N1[:, 0], certainty(probs_NV, probs_NV.gather(1, tokens_N1)[:, 0], order)
 
 
 def remask(
@@ -107,8 +168,20 @@ def remask(
     Confidence is log probability plus noise. Each image keeps num_left_B masks (fewer when
     confidences tie at the border, as published; none where num_left_B is 0).
     """
+    confidence_N = prob_N.clamp(min=_TINY_PROB).log() + noise_N
+    return mask_least(tokens_BHW, mask_BHW, confidence_N, num_left_B, mask_token_id)
+
+
+def mask_least(
+    tokens_BHW: Tensor,
+    mask_BHW: Tensor,
+    confidence_N: Tensor,
+    num_left_B: Tensor,
+    mask_token_id: int,
+) -> Tensor:
+    """Mask the num_left_B places of mask_BHW with the least confidence_N, as `remask` says."""
     confidence_BHW = torch.full(mask_BHW.shape, torch.inf, device=mask_BHW.device)
-    confidence_BHW[mask_BHW] = prob_N.clamp(min=_TINY_PROB).log() + noise_N
+    confidence_BHW[mask_BHW] = confidence_N
     confidence_BL = confidence_BHW.flatten(1)
     border_B1 = num_left_B[:, None].clamp(max=confidence_BL.shape[1] - 1)
     cutoff_B1 = confidence_BL.sort(dim=1).values.gather(1, border_B1)
@@ -134,7 +207,6 @@ class _Noise:
         return -exponential.clamp(min=_TINY_PROB).log()
 
 
-@torch.no_grad()
 def unmask(
     transformer: MaskedImageTransformer,
     tokens_BHW: Tensor,
@@ -146,17 +218,40 @@ def unmask(
 ) -> Tensor:
     """Fill every mask token of tokens_BHW; tokens that are not masked at the start are kept.
 
-    Image b depends on seeds[b] and its own inputs only. Returns tokens_BHW without mask tokens.
-    Steps before `first_step` are skipped: the share masked counts as the schedule's at that point.
-    Raises ModelError when guidance is asked for without a null text.
+    Image b depends on seeds[b] and its own inputs only. On a CPU its bits do too as long as matrix
+    products of other sizes round alike; where they do not, a tie may fall otherwise. Returns
+    tokens_BHW without mask tokens. Steps before `first_step` are skipped: the share masked counts
+    as the schedule's at that point. Raises ModelError when guidance is asked for without a null
+    text.
     """
-    if options.is_guided and condition.null is None:
+    for state in unmask_steps(transformer, tokens_BHW, condition, seeds, options, first_step):
+        tokens_BHW = state.tokens_BHW
+        if progress is not None:
+            progress(state.step, state.steps, tokens_BHW)
+    return tokens_BHW
+
+
+@torch.no_grad()
+def unmask_steps(
+    transformer: MaskedImageTransformer,
+    tokens_BHW: Tensor,
+    condition: Condition,
+    seeds: Sequence[int],
+    options: SamplingOptions,
+    first_step: int = 0,
+) -> Iterator[Unmasked]:
+    """`unmask`, one step at a time."""
+    scales = options.guidance_scales()
+    is_guided = any(scale != 1.0 for scale in scales[first_step:])
+    if is_guided and condition.null is None:
         raise ModelError(
             "guidance needs a null text: give Condition.null or set guidance_scale to 1"
         )
     mask_token_id = transformer.config.mask_token_id
-    inputs = _network_inputs(condition, len(tokens_BHW), options.is_guided)
+    both = _network_inputs(condition, len(tokens_BHW), is_guided)
+    plain = _network_inputs(condition, len(tokens_BHW), False)
     noise = _Noise(seeds, tokens_BHW.device)
+    order = _FixedOrder(options.order, tokens_BHW, noise)
     begun = options.schedule(torch.tensor(first_step / options.steps, device=tokens_BHW.device))
     num_start_B = (tokens_BHW == mask_token_id).flatten(1).sum(dim=1) / begun
     temperatures = torch.linspace(*options.temperature, options.steps).tolist()
@@ -164,34 +259,50 @@ def unmask(
         mask_BHW = tokens_BHW == mask_token_id
         num_masked_B = mask_BHW.flatten(1).sum(dim=1)
         counts = num_masked_B.tolist()
+        guess_BHW = tokens_BHW
         if any(counts):
-            timestep_B = _timestep(
-                transformer, num_masked_B / mask_BHW[0].numel(), step, options.steps
-            )
-            drawn_N, prob_N = _predict(
+            drawn_N, certainty_N = _predict(
                 transformer,
                 tokens_BHW,
                 mask_BHW,
-                inputs,
-                timestep_B,
+                plain if scales[step] == 1.0 else both,
+                _timestep(transformer, num_masked_B / mask_BHW[0].numel(), step, options.steps),
                 noise.uniform(counts),
+                scales[step],
                 options,
             )
-            tokens_BHW = tokens_BHW.masked_scatter(mask_BHW, drawn_N)
+            guess_BHW = tokens_BHW.masked_scatter(mask_BHW, drawn_N)
+            confidence_N = order.confidence(mask_BHW)
+            if confidence_N is None:
+                gumbel_N = temperatures[step] * noise.gumbel(counts)
+                confidence_N = certainty_N.clamp(min=_TINY_PROB).log() + gumbel_N
             num_left_B = num_left_masked(
                 num_start_B, num_masked_B, step, options.steps, options.schedule
             )
-            tokens_BHW = remask(
-                tokens_BHW,
-                mask_BHW,
-                prob_N,
-                temperatures[step] * noise.gumbel(counts),
-                num_left_B,
-                mask_token_id,
-            )
-        if progress is not None:
-            progress(step + 1 - first_step, options.steps - first_step, tokens_BHW)
-    return tokens_BHW
+            tokens_BHW = mask_least(guess_BHW, mask_BHW, confidence_N, num_left_B, mask_token_id)
+        yield Unmasked(step + 1 - first_step, options.steps - first_step, tokens_BHW, guess_BHW)
+
+
+class _FixedOrder:
+    """The orders that are known before the first step; each image has its own, from its seed."""
+
+    def __init__(self, order: str, tokens_BHW: Tensor, noise: _Noise) -> None:
+        self.confidence_BHW: Tensor | None = None
+        if order not in FIXED_ORDERS:
+            return
+        batch, height, width = tokens_BHW.shape
+        num_tokens = height * width
+        if order == HALTON:
+            start_B1 = (noise.uniform([1] * batch) * num_tokens).long()[:, None]
+            ranks_BL = (halton_ranks(height, width).flatten().to(start_B1) + start_B1) % num_tokens
+            # Float32 holds every rank of a grid below 2^24 tokens.
+            self.confidence_BHW = -ranks_BL.float().view_as(tokens_BHW)
+        else:
+            self.confidence_BHW = noise.uniform([num_tokens] * batch).view_as(tokens_BHW)
+
+    def confidence(self, mask_BHW: Tensor) -> Tensor | None:
+        """confidence_N, or None where the network is asked."""
+        return None if self.confidence_BHW is None else self.confidence_BHW[mask_BHW]
 
 
 def _network_inputs(
@@ -226,16 +337,17 @@ def _predict(
     inputs: tuple[Tensor, Tensor, Tensor],
     timestep_B: Tensor,
     uniform_N: Tensor,
+    guidance_scale: float,
     options: SamplingOptions,
 ) -> tuple[Tensor, Tensor]:
-    """A token and its probability for every masked place; the head runs there only."""
+    """A token and its certainty for every masked place; the head runs there only."""
     device_type = tokens_BHW.device.type
     autocast = (
         torch.autocast(device_type, options.autocast_dtype)
         if options.autocast_dtype is not None
         else nullcontext()
     )
-    copies = 2 if options.is_guided else 1
+    copies = 2 if guidance_scale != 1.0 else 1
     with autocast:
         features = transformer.features(
             tokens_BHW.repeat(copies, 1, 1), *inputs, timestep_B.repeat(copies)
@@ -244,10 +356,6 @@ def _predict(
         drawn = []
         for *parts, uniform in zip(*rows, torch.split(uniform_N, _CHUNK_TOKENS), strict=True):
             logits = [transformer.mlm_layer(part).float() for part in parts]
-            guided = (
-                logits[0]
-                if copies == 1
-                else torch.lerp(logits[0], logits[1], options.guidance_scale)
-            )
-            drawn.append(draw_tokens(guided, uniform))
+            guided = logits[0] if copies == 1 else torch.lerp(logits[0], logits[1], guidance_scale)
+            drawn.append(draw_tokens(guided, uniform, options.token_temperature, options.order))
     return torch.cat([tokens for tokens, _ in drawn]), torch.cat([probs for _, probs in drawn])

@@ -39,6 +39,17 @@ from model.schedule import STEP_INDEX, TIMESTEP_CONVENTIONS
 NUM_MICRO_CONDITIONS = 5
 TIMESTEP_SCALE = 1000.0
 _MAX_CACHED_GRIDS = 32
+# Beyond these a config.json is an error, and building what it says would not end.
+_LARGEST = {
+    "num_layers": 1000,
+    "num_single_layers": 1000,
+    "attention_head_dim": 1 << 12,
+    "num_attention_heads": 1 << 12,
+    "joint_attention_dim": 1 << 16,
+    "pooled_projection_dim": 1 << 16,
+    "vocab_size": 1 << 24,
+    "codebook_size": 1 << 24,
+}
 _START_GATE = 0.1  # how far a fresh network's residual branches are open
 
 
@@ -63,7 +74,11 @@ class TransformerConfig:
     timestep_convention: str = STEP_INDEX  # what `timestep` means: "step_index" or "mask_ratio"
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = [
+            f"{name} is {getattr(self, name)}: expected 1 to {most}"
+            for name, most in _LARGEST.items()
+            if not 1 <= getattr(self, name) <= most
+        ]
         if self.guidance_embeds:
             problems.append("guidance_embeds is true: no published weights use it; set it to false")
         if self.downsample != self.upsample:
@@ -251,6 +266,12 @@ class MaskedImageTransformer(nn.Module):
         image_BLC = self.project_from_hidden(self.project_from_hidden_norm(image_BLC))
         features_BHWC: Tensor = self.up_block(image_BLC.view(len(image_BLC), height, width, -1))
         return features_BHWC
+
+    def prepare(self, tokens_BHW: Tensor, text_states_BTD: Tensor) -> None:
+        """Make what depends on the shapes alone, so that no compiled graph has to."""
+        self._check_grid(tokens_BHW)
+        height, width = (size // self.grid_multiple for size in tokens_BHW.shape[1:])
+        self._rotary_tables(text_states_BTD.shape[1], height, width, tokens_BHW.device)
 
     def _run(self, block: nn.Module, *arguments: Any) -> Any:
         if self.gradient_checkpointing and self.training:

@@ -21,6 +21,7 @@ from infra import storage
 from infra.digests import sha256_file
 from infra.manifest import FileEntry, ShardEntry
 from pipelines.config import CurationConfig
+from pipelines.tombstones import Tombstones
 from pipelines.workspace import Workspace
 
 KEY_CHARS = 12
@@ -46,6 +47,7 @@ class PartMarker:
     """A partition is done, up to a round: its shards, and how each of its rows ended.
 
     ``shard_sizes``: width and height of every image of a shard, px, where they are alike.
+    ``captions``: what was done to the captions of its rows -> how many rows.
     """
 
     shards: list[ShardEntry]
@@ -55,6 +57,7 @@ class PartMarker:
     failed: dict[str, int]
     round: int = 0
     shard_sizes: dict[str, list[int]] = field(default_factory=dict)
+    captions: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -72,6 +75,7 @@ class StagedMarker:
     rows: FileEntry
     images: FileEntry
     round: int = 0
+    captions: dict[str, int] = field(default_factory=dict)
     carried: PartMarker | None = None
 
     @property
@@ -91,12 +95,17 @@ _NAMES: dict[type[Any], str] = {
 
 @dataclass(frozen=True)
 class Build(Workspace):
-    """One build; travels to the workers. ``environment`` is set in every task."""
+    """One build; travels to the workers. ``environment`` is set in every task.
+
+    ``base_key`` is the key that it has while nothing is taken down.
+    """
 
     dataset_root: str
     key: str
     config: CurationConfig
     num_partitions: int
+    base_key: str = ""
+    tombstones: Tombstones = field(default_factory=Tombstones)
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -166,7 +175,8 @@ class Build(Workspace):
     def finish(self, version: str) -> None:
         """Say which version came out, and drop the images: the shards have them now."""
         number = _number(self.retry_uri, "round")
-        storage.write_json(self.result_uri, {"version": version, "round": number})
+        result = {"version": version, "round": number, "base_key": self.base_key}
+        storage.write_json(self.result_uri, result)
         self.forget("images")
         self.forget("failures")
 

@@ -12,8 +12,9 @@ import pyarrow as pa
 from infra import storage
 from pipelines.columns import Layout
 from pipelines.config import CurationConfig
-from pipelines.inputs import ROWS_PER_BATCH, check_inputs, open_parquet, read_range
+from pipelines.inputs import check_inputs, read_range
 from pipelines.json_lines import read_lines
+from pipelines.parquet import ROWS_PER_BATCH, open_parquet
 from pipelines.sources import SOURCE_FORMATS
 
 STRETCH_BYTES = 4 << 20

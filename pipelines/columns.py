@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import polars as pl
 import pyarrow as pa
@@ -52,6 +53,8 @@ _TEXT_COLUMNS = frozenset({"url", "caption", "language", "recorded_sha256"})
 _WATERMARK, _NO_WATERMARK = 0, (1, 2)  # PixelProse's classes: watermark, none, other text
 _SHA256 = r"^[0-9a-f]{64}$"
 _NO_LANGUAGE = ("", "xx", "und")  # codes that name none
+
+RawRows: TypeAlias = pa.Table | pl.DataFrame  # columns as a file has them
 
 
 @dataclass(frozen=True)
@@ -226,12 +229,12 @@ def _is_text(kind: pa.DataType) -> bool:
     )
 
 
-def canonical_rows(table: pa.Table, layout: Layout, source: str) -> pl.DataFrame:
+def canonical_rows(table: RawRows, layout: Layout, source: str) -> pl.DataFrame:
     """Rows of ``CANONICAL_SCHEMA`` in the order of ``table``, one view after the other.
 
     Without ``sample_id``: see ``sample_ids``. Memory: about twice the table.
     """
-    raw = pl.DataFrame(pl.from_arrow(table))
+    raw = pl.DataFrame(table)
     views = [raw.select(_expressions(layout, view, source)) for view in layout.views]
     return pl.concat(views) if len(views) > 1 else views[0]
 
@@ -294,13 +297,13 @@ def _expressions(layout: Layout, view: Mapping[str, str], source: str) -> list[p
 
 
 def own_captions(
-    table: pa.Table, urls: pl.Series, layout: Layout, max_chars: int | None
+    table: RawRows, urls: pl.Series, layout: Layout, max_chars: int | None
 ) -> pl.DataFrame:
     """The long captions inside ``table``: ``url, caption, model``; ``urls`` are its rows' URLs.
 
     A row whose URL is null has none. Captions that are empty or longer than the bound are left out.
     """
-    raw = pl.DataFrame(pl.from_arrow(table))
+    raw = pl.DataFrame(table)
     frames = [pl.DataFrame(schema={"url": pl.String, "caption": pl.String, "model": pl.String})]
     for found in layout.synthetic:
         model = pl.lit(found.model)

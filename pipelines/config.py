@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from infra.config import StrictModel, operational, semantic
+from pipelines.caption_config import CaptionConfig
 
 # keep: as if it passed; drop: rejected; later: goes on as unknown, for a scorer after the fetch.
 OnUnknown = Literal["keep", "drop", "later"]
@@ -69,18 +70,6 @@ class FilterConfig(StrictModel):
     min_caption_words: int | None = semantic(None, "fewest words of the caption to train on", ge=1)
     unknown: UnknownPolicy = semantic(
         default_factory=UnknownPolicy, description="what unknown values do"
-    )
-
-
-class CaptionConfig(StrictModel):
-    """Long synthetic captions to join to the rows by URL."""
-
-    files: list[str] = operational(
-        default_factory=list,
-        description="parquet files (url, caption[, model]): URIs, paths or globs",
-    )
-    train_on: Literal["synthetic", "alt"] = semantic(
-        "synthetic", "which origin `.txt` holds when a sample has both"
     )
 
 
@@ -209,11 +198,32 @@ class ShardConfig(StrictModel):
     max_bytes: int = semantic(256_000_000, "image, text and json bytes per shard", ge=1)
 
 
+class PerceptualConfig(StrictModel):
+    """What looks the same. Any size, encoding, brightness and contrast count as the same."""
+
+    min_similarity: float = semantic(
+        0.8,
+        "cosine of the low frequencies, in [0.7, 1], from which two images are the same",
+        ge=0.7,
+        le=1,
+    )
+    max_crop_ratio: float = semantic(
+        0.1,
+        "of each side that may be cut off, in [0, 0.15]; 0 is eight times as fast",
+        ge=0,
+        le=0.15,
+    )
+    mirrored: bool = semantic(False, "an image and its mirror image are the same")
+
+
 class DuplicateConfig(StrictModel):
     """Which samples count as the same. The highest aesthetic score stays, then the smallest id."""
 
     same_url: bool = semantic(True, "rows with the same URL")
     same_bytes: bool = semantic(True, "images with the same sha256 as fetched")
+    perceptual: PerceptualConfig | None = semantic(
+        None, "images that look the same: {} for the defaults, null: not asked"
+    )
 
 
 class PreferenceConfig(StrictModel):

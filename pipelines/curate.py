@@ -77,8 +77,9 @@ def curate(
             companions = companions_of(name, {**(others or {}), name: config})
         with ExitStack() as stack:
             lease = stack.enter_context(Lease(build.lease_uri, f"curation of {name}"))
-            builds = [companion_build(other, their, store_uri, plan)
-                      for other, their in companions.items()]  # fmt: skip
+            found = [companion_build(n, their, store_uri, plan) for n, their in companions.items()]
+            # Other takedowns would leave other rows to fetch.
+            builds = [each for each in found if each.tombstones == build.tombstones]
             for each in builds:
                 stack.enter_context(Lease(each.lease_uri, f"curation of {name}"))
             stack.enter_context(watching(plan, progress))

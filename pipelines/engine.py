@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pipelines.build import Build
+from pipelines.build import Build, StagedMarker
 from pipelines.inputs import Unit
 from pipelines.workspace import one_line_errors
 
@@ -26,7 +26,6 @@ Batches = Iterator["pa.RecordBatch"]
 
 _INDEXED_PER_TASK = 4
 _DONE_SCHEMA = "partition int"
-_IMAGES_SCHEMA = "slot int, sample_id string, aesthetic_score double, sha256 string, round int"
 
 
 def fetch_images(
@@ -50,6 +49,7 @@ def fetch_images(
                 if index == 0:
                     yield task.seeds(slots)
                 yield from task.read_rows(build, pending[index], slots, companions)
+        keep_imports_out_of_gc()
 
     def fetch(slot: int, batches: Batches) -> int:
         partition = slots.partitions[slot]
@@ -84,10 +84,11 @@ def retry_images(spark: SparkSession, build: Build, partitions: Sequence[int], r
 
 def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -> None:
     """Find images that several partitions have, and write the shards of ``partitions``."""
+    import polars as pl
     from pyspark.sql import functions as sf
 
     from pipelines import write_shards as task
-    from pipelines.duplicates import image_duplicates
+    from pipelines.duplicates import IMAGES, duplicates_among
 
     pending = list(partitions)
     one_thread_per_task(spark)
@@ -98,24 +99,26 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
             for partition in batch.column(0).to_pylist():
                 images = task.staged_images(build, partition, slot_of.get(partition, -1))
                 yield from images.to_arrow().to_batches()
+        keep_imports_out_of_gc()
 
     def write(slot: int, batches: Batches) -> int:
-        duplicates = {
-            sample_id for batch in batches for sample_id in batch["sample_id"].to_pylist()
-        }
-        task.write_shards(build, pending[slot], duplicates - {None})
+        named = pl.concat([pl.DataFrame(batch) for batch in batches])
+        task.write_shards(build, pending[slot], named.drop("slot").drop_nulls("sample_id"))
         return pending[slot]
 
     with one_line_errors(build):
         # One row per slot that names no duplicate: every partition's task gets to run.
-        seeds = spark.range(len(pending)).select(
-            sf.col("id").cast("int").alias("slot"), sf.lit(None).cast("string").alias("sample_id")
-        )
-        if build.config.duplicates.same_bytes:
+        slots = spark.range(len(pending)).select(sf.col("id").cast("int").alias("slot"))
+        no_duplicate = [f"cast(null as string) as {n}" for n in ("sample_id", "reason", "detail")]
+        seeds = slots.selectExpr("slot", *no_duplicate)
+        asked = build.config.duplicates
+        if asked.same_bytes or asked.perceptual is not None:
             num_tasks = math.ceil(build.num_partitions / _INDEXED_PER_TASK)
             every = spark.range(0, build.num_partitions, 1, numPartitions=num_tasks)
-            images = every.mapInArrow(index, _IMAGES_SCHEMA)
-            seeds = seeds.union(image_duplicates(images).where("slot >= 0"))
+            images = every.mapInArrow(index, IMAGES)
+            staged = build.read_all(StagedMarker, build.num_partitions).values()
+            num_images = sum(each.rows.num_rows for each in staged)
+            seeds = seeds.union(duplicates_among(images, asked, num_images).where("slot >= 0"))
         _run_by_slot(seeds, len(pending), write)
 
 
@@ -135,7 +138,7 @@ def _run_by_slot(rows: DataFrame, num_slots: int, run: Callable[[int, Batches], 
         if context is None:
             raise RuntimeError("not inside a Spark task")
         partition = run(context.partitionId(), batches)
-        _keep_imports_out_of_gc()
+        keep_imports_out_of_gc()
         yield pa.RecordBatch.from_pydict({"partition": pa.array([partition], pa.int32())})
 
     done = rows.repartitionById(num_slots, "slot").mapInArrow(at_slot, _DONE_SCHEMA).collect()
@@ -144,7 +147,7 @@ def _run_by_slot(rows: DataFrame, num_slots: int, run: Callable[[int, Batches], 
 
 
 @functools.cache
-def _keep_imports_out_of_gc() -> None:
+def keep_imports_out_of_gc() -> None:
     """Spark's Python workers collect garbage after every task, 0.1 s with all we import.
 
     What is alive after the first task stays alive; collections need not look at it again.

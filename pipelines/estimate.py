@@ -183,8 +183,10 @@ def _judged(cluster: Cluster, config: CurationConfig, rng: np.random.Generator) 
     rows = rows.with_columns(first_reason(metadata_filters(config.filters)))
     if not config.captions.files:
         long = own_captions(table, rows["url"], layout, config.filters.max_caption_chars)
-        rows = with_captions(rows, long, config.captions.train_on)
-        asked = first_reason(caption_filters(config.filters)).alias("about_caption")
+        rows = with_captions(rows, long, config.captions)
+        drops = config.captions.personal_data == "drop"
+        asked = first_reason(caption_filters(config.filters, drops_personal=drops))
+        asked = asked.alias("about_caption")
         rows = rows.with_columns(asked).with_columns(pl.coalesce("reason", "about_caption"))
     reasons = Counter(dict(rows["reason"].drop_nulls().value_counts().iter_rows()))
     kept = rows.filter(pl.col("reason").is_null())

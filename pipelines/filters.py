@@ -8,6 +8,8 @@ import polars as pl
 
 from pipelines.config import FilterConfig, OnUnknown
 
+PERSONAL_DATA = "personal_data"
+
 
 @dataclass(frozen=True)
 class Filter:
@@ -19,7 +21,7 @@ class Filter:
 
 def metadata_filters(config: FilterConfig) -> list[Filter]:
     """The filters that are on, in the order in which they are asked."""
-    found = [_reject(pl.col("url").str.strip_chars() == "", "no_url")]
+    found = [_reject(pl.col("url").str.contains(r"^\s*$"), "no_url")]
     found += _size_filters(config)
     found += _threshold(
         "aesthetic_score",
@@ -52,9 +54,13 @@ def metadata_filters(config: FilterConfig) -> list[Filter]:
     return found
 
 
-def caption_filters(config: FilterConfig) -> list[Filter]:
-    """Asked of the caption to train on (column ``train_caption``), so after captions are joined."""
-    found = [_reject(pl.col("train_caption") == "", "no_caption")]
+def caption_filters(config: FilterConfig, *, drops_personal: bool = False) -> list[Filter]:
+    """Asked of the caption to train on (column ``train_caption``), so after captions are joined.
+
+    ``drops_personal``: rows with ``has_personal_data`` are rejected.
+    """
+    found = [_reject(pl.col("has_personal_data"), PERSONAL_DATA)] if drops_personal else []
+    found.append(_reject(pl.col("train_caption") == "", "no_caption"))
     if config.min_caption_words is not None:
         num_words = pl.col("train_caption").str.split(" ").list.len()
         found.append(_reject(num_words < config.min_caption_words, "short_caption"))
@@ -86,10 +92,13 @@ def unknown_kept(config: FilterConfig) -> dict[OnUnknown, dict[str, pl.Expr]]:
 
 def first_reason(filters: list[Filter]) -> pl.Expr:
     """The reason of the first filter that rejects, or null."""
-    chain: pl.Expr = pl.lit(None, dtype=pl.String)
+    # A chain of numbers, named at its end: text would be copied at every link.
+    names = list(dict.fromkeys(found.reason for found in filters))
+    chain: pl.Expr = pl.lit(None, dtype=pl.UInt8)
     for found in reversed(filters):
-        chain = pl.when(found.rejects).then(pl.lit(found.reason)).otherwise(chain)
-    return chain.alias("reason")
+        number = pl.lit(names.index(found.reason), dtype=pl.UInt8)
+        chain = pl.when(found.rejects).then(number).otherwise(chain)
+    return chain.cat.to(pl.Enum(names)).cast(pl.String).alias("reason")
 
 
 def _reject(when: pl.Expr, reason: str) -> Filter:

@@ -14,13 +14,14 @@ import struct
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageCms
 
 from pipelines.config import ResizeConfig
 from pipelines.guard import Rejected
+from pipelines.perceptual import signature
 from pipelines.resize import (
     Pixels,
     bucket_for,
@@ -81,6 +82,7 @@ class StoredImage:
     crop_left_px: int
     crop_top_px: int
     sha256: str
+    signature: bytes | None = None
 
 
 def sniff_format(body: bytes) -> str:
@@ -112,9 +114,9 @@ class Bounds:
 
 
 def store_images(
-    body: bytes, configs: Sequence[ResizeConfig], bounds: Bounds
+    body: bytes, configs: Sequence[ResizeConfig], bounds: Bounds, *, signs: bool = False
 ) -> list[StoredImage | Rejected]:
-    """Check and decode one body, and store it as each of ``configs`` says.
+    """Check and decode one body, and store it as each of ``configs`` says; ``signs`` it, too.
 
     What a configuration gets does not depend on the others: ``Rejected`` is returned where one
     refuses the image (``image_too_small``, ``decode``), and raised for what ``bounds`` or the
@@ -142,8 +144,11 @@ def store_images(
             except Rejected as rejection:
                 found.update(dict.fromkeys(numbers, rejection))
                 continue
+            mark = signature(pixels) if signs else None
             for number in numbers:
-                found[number] = _stored(pixels, configs[number], size, sha256)
+                found[number] = replace(
+                    _stored(pixels, configs[number], size, sha256), signature=mark
+                )
     return [found[number] for number in range(len(configs))]
 
 

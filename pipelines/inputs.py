@@ -10,32 +10,38 @@ import glob
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
 from infra import storage
+from infra.digests import sha256_bytes
 from infra.errors import UserError
+from infra.progress import Progress, Silent, progress
 from pipelines.captions import CAPTION_COLUMNS, canonical_captions, check_caption_schema
-from pipelines.columns import Layout, layout_of
+from pipelines.columns import Layout, RawRows, layout_of
 from pipelines.config import CurationConfig
 from pipelines.json_lines import MAX_LINE_BYTES, BlockCutter, columns_of, read_lines
+from pipelines.parquet import open_parquet, parquet_batches
 from pipelines.sources import SOURCE_FORMATS
 
 Kind = Literal["metadata", "captions"]
 
-# Row groups are read by one Spark task up to this many rows, so many at a time.
+# Row groups are read by one Spark task up to this many rows.
 ROWS_PER_UNIT = 500_000
-ROWS_PER_BATCH = 1 << 16
 _THREADS = 8
 _GLOB = frozenset("*?[")
 _READ_BYTES = 1 << 20
+_MB = 1_000_000
+_SHOWN_FROM_BYTES = 1_000 * _MB
+# Less than this is always read again: that costs seconds, and what is behind a server's back, it
+# finds too.
+READ_AGAIN_BYTES = 2_000 * _MB
 
 
 @dataclass(frozen=True)
@@ -74,22 +80,72 @@ class Unit:
     row_groups: tuple[int, ...]
 
 
-def find_inputs(config: CurationConfig) -> list[InputFile]:
+def find_inputs(config: CurationConfig, memory_uri: str | None = None) -> list[InputFile]:
     """Every metadata and caption file, in an order that names and places do not influence.
 
     Checks every schema first, from the files' footers, in seconds; then reads each file once for
-    its digest. Raises ``UserError`` in one line for a pattern that matches nothing, a file that is
-    not whole, a schema that does not fit, or aesthetic scores on two scales.
+    its digest. Of many gigabytes, what was read is noted in the folder ``memory_uri``, and a file
+    that has not been written since is not read again. Raises ``UserError`` in one line for a
+    pattern that matches nothing, a file that is not whole, a schema that does not fit, or aesthetic
+    scores on two scales.
     """
     found = check_inputs(config)
+    total = sum(storage.stat(uri).num_bytes for _, uri, _ in found)
+    with ExitStack() as stack:
+        bar: Progress = Silent()
+        if total > _SHOWN_FROM_BYTES:
+            bar = stack.enter_context(progress("reading the inputs", total // _MB, "MB"))
 
-    def digest(item: tuple[Kind, str, Layout | None]) -> InputFile:
-        kind, uri, layout = item
-        return _digested(kind, uri, layout)
+        def digest(item: tuple[Kind, str, Layout | None]) -> InputFile:
+            kind, uri, layout = item
+            rows_per_record = 1 if layout is None else SOURCE_FORMATS[layout.format].rows_per_record
+            is_small = total < READ_AGAIN_BYTES
+            memory = None if memory_uri is None or is_small else _Memory(memory_uri, uri)
+            known = None if memory is None else memory.recall()
+            if known is not None and (known.kind, known.rows_per_record) == (kind, rows_per_record):
+                bar.advance(known.num_bytes // _MB)
+                return known
+            file = _digested(kind, uri, rows_per_record, bar)
+            if memory is not None:
+                memory.note(file)
+            return file
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+        pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
         files = list(pool.map(digest, found))
     return sorted(files, key=lambda file: (file.kind, file.sha256, file.uri))
+
+
+@dataclass(frozen=True)
+class _Note:
+    """A file as it was read, and what said then that it is the same."""
+
+    fingerprint: str
+    file: InputFile
+
+
+class _Memory:
+    """What is known of one file, on storage, as long as the file has not been written again."""
+
+    def __init__(self, folder_uri: str, uri: str) -> None:
+        name = sha256_bytes(uri.encode())[:32]
+        self._note_uri = storage.join(folder_uri, f"{name}.json")
+        self._uri = uri
+        self._fingerprint = storage.fingerprint(uri)
+
+    def recall(self) -> InputFile | None:
+        """The file as it was read, or None when it was not, or is another by now."""
+        try:
+            noted = TypeAdapter(_Note).validate_json(storage.read_bytes(self._note_uri))
+        except (storage.ObjectMissing, ValidationError):  # a note that cannot be read is none
+            return None
+        is_this = self._fingerprint == noted.fingerprint and noted.file.uri == self._uri
+        return noted.file if is_this else None
+
+    def note(self, file: InputFile) -> None:
+        """Remember; nothing is noted of a file that was written while it was read."""
+        known = self._fingerprint
+        if known is not None and storage.fingerprint(self._uri) == known:
+            storage.write_json(self._note_uri, asdict(_Note(known, file)))
 
 
 def check_inputs(config: CurationConfig) -> list[tuple[Kind, str, Layout | None]]:
@@ -165,7 +221,7 @@ def units_of(files: Sequence[InputFile]) -> list[Unit]:
     return units
 
 
-def metadata_batches(unit: Unit, config: CurationConfig) -> Iterator[tuple[pa.Table, Layout]]:
+def metadata_batches(unit: Unit, config: CurationConfig) -> Iterator[tuple[RawRows, Layout]]:
     """The unit's records, ``ROWS_PER_BATCH`` at a time, with the layout to read them by."""
     layout = read_layout(unit.file.uri, config)
     if unit.file.offsets:
@@ -174,7 +230,7 @@ def metadata_batches(unit: Unit, config: CurationConfig) -> Iterator[tuple[pa.Ta
             lines = read_range(unit.file.uri, start, end)
             yield read_lines(lines, layout.columns), layout
         return
-    for table in _parquet_batches(unit, layout.columns):
+    for table in parquet_batches(unit.file.uri, unit.row_groups, layout.columns):
         yield table, layout
 
 
@@ -182,19 +238,8 @@ def read_captions(unit: Unit, config: CurationConfig) -> Iterator[pl.DataFrame]:
     """The unit's long captions: ``url, caption, model``, ``ROWS_PER_BATCH`` at a time."""
     with open_parquet(unit.file.uri) as parquet:
         present = [name for name in CAPTION_COLUMNS if name in parquet.schema_arrow.names]
-    for table in _parquet_batches(unit, present):
+    for table in parquet_batches(unit.file.uri, unit.row_groups, present):
         yield canonical_captions(table, config.filters.max_caption_chars)
-
-
-def _parquet_batches(unit: Unit, columns: list[str]) -> Iterator[pa.Table]:
-    """The unit's row groups in pieces; text that is not UTF-8 is an Arrow error like any."""
-    with open_parquet(unit.file.uri) as parquet:
-        batches = parquet.iter_batches(
-            ROWS_PER_BATCH, list(unit.row_groups), columns=columns, use_threads=False
-        )
-        for batch in batches:
-            batch.validate(full=True)
-            yield pa.Table.from_batches([batch])
 
 
 def read_range(uri: str, start: int, end: int) -> bytes:
@@ -208,7 +253,7 @@ def _is_jsonl(uri: str) -> bool:
     return uri.endswith((".jsonl", ".ndjson", ".json"))
 
 
-def _digested(kind: Kind, uri: str, layout: Layout | None) -> InputFile:
+def _digested(kind: Kind, uri: str, rows_per_record: int, bar: Progress) -> InputFile:
     is_jsonl = kind == "metadata" and _is_jsonl(uri)
     cutter = BlockCutter()
     digest = hashlib.sha256()
@@ -216,6 +261,7 @@ def _digested(kind: Kind, uri: str, layout: Layout | None) -> InputFile:
     with storage.open_stream(uri) as stream:
         while chunk := stream.read(_READ_BYTES):
             digest.update(chunk)
+            bar.advance((num_bytes + len(chunk)) // _MB - num_bytes // _MB)
             num_bytes += len(chunk)
             if is_jsonl:
                 _feed(cutter, chunk, uri)
@@ -227,7 +273,6 @@ def _digested(kind: Kind, uri: str, layout: Layout | None) -> InputFile:
             counts = range(metadata.num_row_groups)
             row_groups = tuple(metadata.row_group(index).num_rows for index in counts)
         offsets = ()
-    rows_per_record = 1 if layout is None else SOURCE_FORMATS[layout.format].rows_per_record
     return InputFile(kind, uri, num_bytes, digest.hexdigest(), row_groups, rows_per_record, offsets)
 
 
@@ -237,22 +282,6 @@ def _feed(cutter: BlockCutter, chunk: bytes, uri: str) -> None:
     except ValueError as error:
         raise UserError(
             expected=f"one JSON record a line in {uri}", got=str(error), remedy="split its records"
-        ) from error
-
-
-@contextmanager
-def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    """The open file; whatever Arrow finds wrong with it becomes one line naming it."""
-    storage.stat(uri)
-    filesystem, path = storage.arrow_filesystem(uri)
-    try:
-        with filesystem.open_input_file(path) as file, pq.ParquetFile(file) as parquet:
-            yield parquet
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            expected=f"a whole parquet file at {uri}",
-            got=str(error)[:200],
-            remedy="copy it again, or take it out of the recipe",
         ) from error
 
 

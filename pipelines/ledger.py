@@ -18,8 +18,10 @@ from infra import storage
 from infra.digests import sha256_file
 from infra.manifest import FileEntry, ledger_path
 from pipelines.columns import CANONICAL_SCHEMA
+from pipelines.tombstones import TAKEDOWN, digest_of
 
 COMMITTED, REJECTED, FAILED = "committed", "rejected", "failed"
+REMOVED = "removed:"  # what an address begins with that was taken down
 
 LEDGER_SCHEMA = pa.schema(
     [field for field in CANONICAL_SCHEMA if field.name != "caption"]
@@ -35,6 +37,7 @@ LEDGER_SCHEMA = pa.schema(
 
 # The order in which rows are asked, for reports. Causes of failures follow, by name.
 REASONS = (
+    TAKEDOWN,
     "no_url",
     "unknown_size",
     "too_small",
@@ -50,6 +53,7 @@ REASONS = (
     "unknown_language",
     "other_language",
     "caption_too_long",
+    "personal_data",
     "no_caption",
     "short_caption",
     "duplicate_row",
@@ -116,6 +120,17 @@ def is_worth_a_retry() -> pl.Expr:
     return ((pl.col("disposition") == FAILED) & pl.col("retryable")).fill_null(False)
 
 
+def without_addresses(rows: pl.DataFrame) -> pl.DataFrame:
+    """Of rows that are taken down, ``removed:`` and a digest in place of the address."""
+    is_plain = (pl.col("reason") == TAKEDOWN) & ~pl.col("url").str.starts_with(REMOVED)
+    if not rows.select(is_plain.any()).item():
+        return rows
+    plain = rows.filter(is_plain)["url"].unique()
+    digests = [REMOVED + digest_of(url) for url in plain]
+    replaced = pl.col("url").replace_strict(plain, digests, default=None)
+    return rows.with_columns(pl.when(is_plain).then(replaced).otherwise("url").alias("url"))
+
+
 class LedgerFile:
     """A ledger file in the making, on local disk: add frames, then publish it under its digest.
 
@@ -140,13 +155,13 @@ class LedgerFile:
         self._writer.close()
 
     def add(self, rows: pl.DataFrame) -> None:
-        """Append rows; columns that are missing are null."""
+        """Append rows; columns that are missing are null, addresses taken down are digests."""
         missing = [
             pl.lit(None, dtype=pl.Boolean if name == "retryable" else pl.String).alias(name)
             for name in LEDGER_SCHEMA.names
             if name not in rows.columns
         ]
-        frame = rows.with_columns(*missing).select(LEDGER_SCHEMA.names)
+        frame = without_addresses(rows.with_columns(*missing).select(LEDGER_SCHEMA.names))
         self._writer.write_table(frame.to_arrow().cast(self._writer.schema))
         self._num_rows += rows.height
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from infra import storage
 from infra.config import semantic_part
 from infra.digests import canonical_json, code_digest, sha256_bytes
 from infra.errors import UserError
-from infra.manifest import FileEntry, ShardEntry, verify_dataset
+from infra.manifest import FileEntry, ShardEntry, load_manifest, verify_dataset
 from pipelines.build import Build, PartMarker, ReadMarker, StagedMarker
+from pipelines.caption_tokens import tokenizer_part
 from pipelines.config import CurationConfig
-from pipelines.inputs import InputFile, Unit, find_inputs, units_of
+from pipelines.inputs import READ_AGAIN_BYTES, InputFile, Unit, find_inputs, units_of
+from pipelines.tombstones import Tombstones, load_tombstones
+from pipelines.workspace import noted_version
 
 ROWS_PER_PARTITION = 5_000
 MIN_PARTITIONS = 8
@@ -62,23 +65,25 @@ class CurationPlan:
 def plan_curation(name: str, config: CurationConfig, store_uri: str) -> CurationPlan:
     """Look at the inputs and at what is stored, and decide.
 
-    Reads every input and, when a version is there, every stored byte: a version whose files are
-    damaged is no reason to skip. Raises ``UserError`` for inputs that cannot be curated.
+    Reads every input and, when a version is there, every stored byte, unless they were read before
+    and not written since: a version whose files are damaged is no reason to skip. Raises
+    ``UserError`` for inputs that cannot be curated.
     """
     if not _NAME.fullmatch(name):
         raise UserError(
             expected="a dataset name of a-z, 0-9, '.', '_' and '-', at most 64 long", got=repr(name)
         )
-    inputs = find_inputs(config)
+    root = storage.join(store_uri, "datasets", name)
+    inputs = find_inputs(config, storage.join(root, "work", "inputs"))
     build = _build(name, config, store_uri, inputs)
     version = _finished_version(build)
     problems: list[str] = []
     if version is not None:
-        problems = verify_dataset(storage.join(build.dataset_root, version, "manifest.json"))
+        problems = verify_unless_unchanged(build.dataset_root, version)
         if not problems:
             return CurationPlan(
                 "SKIP",
-                f"version {version[:12]} is there and every byte of it was verified",
+                f"version {version[:12]} is there and verified",
                 build,
                 tuple(inputs),
                 (),
@@ -87,6 +92,22 @@ def plan_curation(name: str, config: CurationConfig, store_uri: str) -> Curation
                 version,
             )
     return _unfinished(build, inputs, problems)
+
+
+def verify_unless_unchanged(dataset_root: str, version: str) -> list[str]:
+    """A version's problems. Of a large one, files found right before are read again only when they
+    were written since: else its plan would take hours. ``atelier verify`` reads all of any.
+    """
+    uri = storage.join(dataset_root, version, "manifest.json")
+    try:
+        manifest = load_manifest(uri)
+    except (storage.ObjectMissing, storage.DigestMismatch) as error:
+        return [str(error)]
+    num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+    if num_bytes < READ_AGAIN_BYTES:
+        return verify_dataset(uri)
+    note = storage.join(dataset_root, "work", "verified", f"{version}.json")
+    return verify_dataset(uri, memory_uri=note)
 
 
 def companion_build(name: str, config: CurationConfig, store_uri: str, plan: CurationPlan) -> Build:
@@ -107,26 +128,34 @@ def _build(
         "recipe": semantic_part(config),
         "inputs": [file.identity() for file in inputs],
         "code": code_digest("pipelines"),
+        **tokenizer_part(config),
     }
+    base_key = sha256_bytes(canonical_json(identity))
+    dataset_root = storage.join(store_uri, "datasets", name)
+    tombstones = load_tombstones(dataset_root)
     automatic = math.ceil(rows_in / ROWS_PER_PARTITION)
     automatic = min(max(automatic, MIN_PARTITIONS), MAX_PARTITIONS)
     return Build(
-        dataset_root=storage.join(store_uri, "datasets", name),
-        key=sha256_bytes(canonical_json(identity)),
+        dataset_root=dataset_root,
+        key=build_key(base_key, tombstones),
         config=config,
         num_partitions=config.partitions or automatic,
+        base_key=base_key,
+        tombstones=tombstones,
     )
+
+
+def build_key(base_key: str, tombstones: Tombstones) -> str:
+    """The key of a build that leaves out what was taken down."""
+    if not tombstones:
+        return base_key
+    return sha256_bytes(canonical_json({"build": base_key, "tombstones": tombstones.digest}))
 
 
 def _finished_version(build: Build) -> str | None:
     if build.open_round() is not None:
         return None
-    try:
-        result: Any = storage.read_json(build.result_uri)
-    except storage.ObjectMissing:
-        return None
-    version = result.get("version") if isinstance(result, dict) else None
-    return version if isinstance(version, str) else None
+    return noted_version(build.result_uri)
 
 
 def _unfinished(build: Build, inputs: list[InputFile], problems: list[str]) -> CurationPlan:

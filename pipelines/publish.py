@@ -9,6 +9,7 @@ from infra.digests import canonical_json, sha256_bytes
 from infra.manifest import DatasetManifest
 from pipelines.buckets import SHARD_SIZES
 from pipelines.build import PartMarker, ReadMarker
+from pipelines.caption_tokens import tokenizer_part
 from pipelines.inputs import units_of
 from pipelines.ledger import COMMITTED, FAILED, REASONS, REJECTED
 from pipelines.plan import CurationPlan
@@ -34,7 +35,9 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
         rejected.update(read.rejected)
         for policy, values in read.unknown.items():
             unknown.setdefault(policy, Counter()).update(values)
+    captions: Counter[str] = Counter()
     for part in parts:
+        captions.update(part.captions)
         rejected.update(part.rejected)
         failed.update(part.failed)
     files = [read.ledger for read in reads] + [part.ledger for part in parts]
@@ -70,6 +73,9 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
             "aesthetic_scale": build.config.filters.aesthetic_scale,
             # policy -> value -> rows that went on without it while a filter asks for it
             "unknown": {policy: dict(values) for policy, values in sorted(unknown.items())},
+            # what was done to captions of the rows that metadata filters left -> rows
+            "captions": dict(sorted(captions.items())),
+            **tokenizer_part(build.config),
             "recipe": recipe,
             **({SHARD_SIZES: sizes} if build.config.resize.crop == "bucket" else {}),
         },

@@ -18,11 +18,19 @@ import pyarrow as pa
 
 from infra.manifest import FileEntry
 from pipelines.build import Build, ReadMarker
-from pipelines.columns import CANONICAL_SCHEMA, Layout, canonical_rows, own_captions, sample_ids
+from pipelines.columns import (
+    CANONICAL_SCHEMA,
+    Layout,
+    RawRows,
+    canonical_rows,
+    own_captions,
+    sample_ids,
+)
 from pipelines.config import CurationConfig
 from pipelines.filters import first_reason, metadata_filters, unknown_kept
 from pipelines.inputs import Unit, metadata_batches, read_captions
 from pipelines.ledger import REJECTED, LedgerFile
+from pipelines.tombstones import TAKEDOWN, Tombstones
 
 # What travels: rows, long captions (``is_caption``) and one empty seed per slot (no ``url``).
 TRAVEL_SCHEMA = pa.schema(
@@ -84,7 +92,8 @@ def read_rows(
         is_new = build.read(ReadMarker, unit.index) is None
         tally = _Tally(build.config)
         with LedgerFile(folder, f"read-{unit.index:05d}") as ledger:
-            for table, layout, rows in judged_batches(unit, build.config):
+            for table, layout, judged in judged_batches(unit, build.config):
+                rows = without_removed(judged, build.tombstones)
                 is_kept = rows["reason"].is_null()
                 kept = rows.filter(is_kept)
                 if is_new:
@@ -105,11 +114,19 @@ def read_rows(
 
 def judged_batches(
     unit: Unit, config: CurationConfig
-) -> Iterator[tuple[pa.Table, Layout, pl.DataFrame]]:
+) -> Iterator[tuple[RawRows, Layout, pl.DataFrame]]:
     """Per batch the table read, its layout, and its canonical rows with a ``reason`` or null."""
     reason = first_reason(metadata_filters(config.filters))
     for table, layout in metadata_batches(unit, config):
         yield table, layout, canonical_rows(table, layout, config.source).with_columns(reason)
+
+
+def without_removed(rows: pl.DataFrame, tombstones: Tombstones) -> pl.DataFrame:
+    """The rows, those that are taken down with that ``reason``."""
+    if not tombstones:
+        return rows
+    reason = pl.when(tombstones.covers(rows)).then(pl.lit(TAKEDOWN)).otherwise("reason")
+    return rows.with_columns(reason.alias("reason"))
 
 
 class _Tally:

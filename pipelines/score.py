@@ -14,7 +14,7 @@ from pipelines.embeddings import EmbeddingsResult, embed_dataset
 from pipelines.heads import load_head
 from pipelines.near_duplicates import near_duplicates, publish_near_duplicates
 from pipelines.scores import ScoresResult, score_dataset
-from pipelines.scoring_config import ScoringConfig
+from pipelines.scoring_config import RefilterConfig, ScoringConfig
 from pipelines.search import point_to_latest
 from pipelines.vector_index import open_index
 from pipelines.verdicts import RefilterJob, job_of, preview
@@ -66,13 +66,14 @@ def _size_of(manifest_uri: str) -> tuple[str, int]:
 def selection(
     scoring: Scoring,
     config: ScoringConfig,
+    keep: RefilterConfig,
     bars: Bars,
     environment: Mapping[str, str] | None = None,
 ) -> RefilterJob:
-    """The job that applies ``config.refilter``, its near-duplicates found already."""
+    """The job that applies the thresholds of ``keep``, its near-duplicates found already."""
     embeddings, scores = scoring.embeddings.manifest, scoring.scores.manifest
-    job = job_of(scoring.manifest_uri, embeddings, scores, config.refilter, environment)
-    min_cosine = config.refilter.near_duplicate_cosine
+    job = job_of(scoring.manifest_uri, embeddings, scores, keep, environment)
+    min_cosine = keep.near_duplicate_cosine
     if min_cosine is None:
         return job
     with bars("indexing", embeddings.counts["embedded"], "images") as bar:

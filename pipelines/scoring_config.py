@@ -117,16 +117,13 @@ class RefilterConfig(StrictModel):
 
 
 class ScoringConfig(StrictModel):
-    """Embeddings and scores of curated datasets, and what is selected by them."""
+    """Embeddings and scores of curated datasets."""
 
     clip: ClipConfig = semantic(description="the model that embeds images and captions")
     heads: dict[str, HeadConfig] = semantic(
         default_factory=dict, description="scores to compute from image embeddings, by name"
     )
     index: IndexConfig = operational(default_factory=IndexConfig, description="search")
-    refilter: RefilterConfig = semantic(
-        default_factory=RefilterConfig, description="what `atelier refilter` keeps"
-    )
 
     @model_validator(mode="after")
     def _one_head_per_column(self) -> ScoringConfig:
@@ -135,4 +132,26 @@ class ScoringConfig(StrictModel):
             if head.score in filled:
                 raise ValueError(f"heads {filled[head.score]} and {name} both give {head.score}")
             filled[head.score] = name
+        return self
+
+
+class DerivedConfig(StrictModel):
+    """A version of a curated dataset by other thresholds, or with captions; stages take it like a
+    dataset.
+
+    Several may come from one dataset: it is fetched and scored once.
+    """
+
+    dataset: str = semantic(description="the curated dataset it is made from")
+    keep: RefilterConfig | None = semantic(
+        None, "thresholds on stored and computed scores (section `scoring`); null: all stay"
+    )
+    caption: bool = semantic(
+        False, "whether its images, those that stay, get captions (section `captioning`)"
+    )
+
+    @model_validator(mode="after")
+    def _derives(self) -> DerivedConfig:
+        if self.keep is None and not self.caption:
+            raise ValueError("expected `keep`, `caption: true`, or both; got neither")
         return self

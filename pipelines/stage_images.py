@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from infra.errors import UserError
 from pipelines.build import Build, PartMarker, StagedMarker
-from pipelines.captions import CAPTION_COLUMNS, with_captions
+from pipelines.captions import CAPTION_COLUMNS, caption_counts, with_captions
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import CurationConfig
 from pipelines.connection import Failed
@@ -33,7 +33,8 @@ from pipelines.filters import caption_filters, first_reason
 from pipelines.guard import Rejected
 from pipelines.images import Bounds, StoredImage, store_images
 from pipelines.ledger import FAILED, REJECTED, is_worth_a_retry
-from pipelines.read_rows import TRAVEL_SCHEMA
+from pipelines.read_rows import TRAVEL_SCHEMA, without_removed
+from pipelines.tombstones import TAKEDOWN, Tombstones
 
 # Fewer downloads than this say nothing about the network.
 MIN_ATTEMPTS_TO_JUDGE = 20
@@ -69,6 +70,7 @@ OUTCOME_SCHEMA: dict[str, pl.DataType] = {
     "crop_top_px": pl.Int32(),
     "offset": pl.Int64(),
     "num_bytes": pl.Int64(),
+    "signature": pl.Binary(),
 }
 
 
@@ -86,12 +88,14 @@ def stage_images(
         lacking = [each for each in companions if each.read(StagedMarker, partition) is None]
         builds = [build, *lacking]
         rows = prepared_rows(pa.Table.from_batches(batches, TRAVEL_SCHEMA), build.config)
+        rows = without_removed(rows, build.tombstones)
         fetcher = shared_fetcher(build.config.fetch)
         fetched = fetch_rows(rows, [each.config for each in builds], fetcher, folder)
         _check_network(fetched[0], build.config, partition)
         # The one whose partition this is comes last: until it is marked, all is done again.
         for number, each in reversed(list(enumerate(builds))):
-            staged = fetched[number].with_columns(_round(0))
+            staged = without_removed_images(fetched[number], build.tombstones)
+            staged = staged.with_columns(_round(0))
             _leave(each, partition, staged, folder, images_path(folder, number), round=0)
 
 
@@ -115,6 +119,7 @@ def retry_images(build: Build, partition: int, round: int) -> None:
         )
         fetcher = shared_fetcher(build.config.fetch)
         (again,) = fetch_rows(todo, [build.config], fetcher, folder)
+        again = without_removed_images(again, build.tombstones)
         again = again.with_columns(_round(round)).select(rows.columns)
         rows = pl.concat([rows.filter(~is_worth_a_retry()), again])
         images = images_path(folder, 0)
@@ -142,6 +147,7 @@ def _leave(
     marker = StagedMarker(
         rows=build.stage(rows_path, "rows", rows.height),
         images=build.stage(images, "images", num_images),
+        captions=caption_counts(rows),
         round=round,
         carried=carried,
     )
@@ -154,10 +160,28 @@ def prepared_rows(table: pa.Table, config: CurationConfig) -> pl.DataFrame:
     is_caption = pl.col("is_caption")
     rows = everything.filter(~is_caption).select(CANONICAL_SCHEMA.names)
     long = everything.filter(is_caption).select(CAPTION_COLUMNS)
-    rows = with_captions(rows.sort(CANONICAL_SCHEMA.names), long, config.captions.train_on)
-    rows = rows.with_columns(first_reason(caption_filters(config.filters)))
+    rows = with_captions(rows.sort(CANONICAL_SCHEMA.names), long, config.captions)
+    drops = config.captions.personal_data == "drop"
+    asked = caption_filters(config.filters, drops_personal=drops)
+    rows = rows.with_columns(first_reason(asked))
     duplicates = row_duplicates(rows, same_url=config.duplicates.same_url)
     return rows.with_columns(pl.coalesce("reason", duplicates.alias("reason")))
+
+
+def without_removed_images(rows: pl.DataFrame, tombstones: Tombstones) -> pl.DataFrame:
+    """The fetched rows, those whose image is taken down rejected; nothing points at its bytes."""
+    if not tombstones:
+        return rows
+    gone = tombstones.covers(rows.select("sha256"))
+    nothing = [pl.lit(None, dtype=kind).alias(name) for name, kind in OUTCOME_SCHEMA.items()]
+    blank = [
+        pl.when(gone).then(each).otherwise(pl.col(each.meta.output_name())) for each in nothing
+    ]
+    return rows.with_columns(blank).with_columns(
+        pl.when(gone).then(pl.lit(REJECTED)).otherwise("disposition").alias("disposition"),
+        pl.when(gone).then(pl.lit(TAKEDOWN)).otherwise("reason").alias("reason"),
+        pl.when(gone).then(pl.lit(False)).otherwise("retryable").alias("retryable"),
+    )
 
 
 def images_path(folder: Path, number: int) -> Path:
@@ -210,6 +234,7 @@ def _columns(outcome: StoredImage | NotStored | None, offset: int = 0) -> dict[s
         "crop_top_px": outcome.crop_top_px,
         "offset": offset,
         "num_bytes": len(outcome.data),
+        "signature": outcome.signature,
     }
 
 
@@ -274,7 +299,8 @@ def images_of(body: bytes, configs: Sequence[CurationConfig]) -> Sequence[Stored
         max_aspect_ratio=first.filters.max_aspect_ratio,
     )
     try:
-        found = store_images(body, [config.resize for config in configs], bounds)
+        signs = first.duplicates.perceptual is not None
+        found = store_images(body, [each.resize for each in configs], bounds, signs=signs)
     except Exception as error:
         return [_not_stored(error)] * len(configs)
     return [each if isinstance(each, StoredImage) else _not_stored(each) for each in found]

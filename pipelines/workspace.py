@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from infra import storage
 from infra.errors import UserError
@@ -45,6 +46,16 @@ class Workspace:
     def forget(self, folder: str) -> None:
         """Remove a folder of working files."""
         storage.delete_prefix(storage.join(self.folder, folder))
+
+
+def noted_version(result_uri: str) -> str | None:
+    """The dataset version that a finished job's ``result.json`` names; None without one."""
+    try:
+        result: Any = storage.read_json(result_uri)
+    except storage.ObjectMissing:
+        return None
+    version = result.get("version") if isinstance(result, dict) else None
+    return version if isinstance(version, str) else None
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from infra import storage
 from infra.manifest import ShardEntry
 from pipelines.build import Build, PartMarker, StagedMarker
 from pipelines.config import CurationConfig
-from pipelines.duplicates import DUPLICATE_IMAGE
+from pipelines.duplicates import rank_of
 from pipelines.ledger import (
     COMMITTED,
     LEDGER_SCHEMA,
@@ -28,16 +28,21 @@ _ROWS_AT_ONCE = 1000
 
 
 def staged_images(build: Build, partition: int, slot: int) -> pl.DataFrame:
-    """``slot, sample_id, aesthetic_score, sha256, round`` of the partition's images."""
+    """The ``IMAGES`` of the partition, for its task's ``slot``."""
     with build.task(f"index-{partition:05d}") as folder:
         rows_path = build.fetch_staged(_staged(build, partition).rows, folder)
-        columns = ["sample_id", "aesthetic_score", "sha256", "round"]
+        columns = ["sample_id", "aesthetic_score", "sha256", "round", "signature"]
         rows = pl.read_parquet(rows_path, columns=columns).drop_nulls("sha256")
-        return rows.select(pl.lit(slot, dtype=pl.Int32).alias("slot"), *columns)
+        ranked = rows.select("round", "aesthetic_score", "sample_id").iter_rows()
+        ranks = pl.Series("rank", [rank_of(*row) for row in ranked], dtype=pl.String)
+        place = pl.lit(slot, dtype=pl.Int32).alias("slot")
+        return rows.select(place, ranks, "sha256", "signature")
 
 
-def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> None:
-    """Publish the partition's shards without ``duplicates``, its ledger, and its ``PartMarker``.
+def write_shards(build: Build, partition: int, duplicates: pl.DataFrame) -> None:
+    """Publish the partition's shards, its ledger, and its ``PartMarker``.
+
+    ``duplicates`` has ``sample_id, reason, detail`` of the images that stay out.
 
     After a retry, only what that round brought is written; the shards before it stay, and the
     ledger is theirs with the retried rows replaced.
@@ -46,14 +51,23 @@ def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> N
         staged = _staged(build, partition)
         rows = pl.read_parquet(build.fetch_staged(staged.rows, folder)).sort("sample_id")
         rows = rows.filter(pl.col("round") == staged.round)
-        is_duplicate = pl.col("sample_id").is_in(list(duplicates)) & pl.col("offset").is_not_null()
+        rows = rows.join(duplicates, on="sample_id", how="left", suffix="_duplicate")
+        is_duplicate = pl.col("reason_duplicate").is_not_null() & pl.col("offset").is_not_null()
+        told = pl.lit("caption: ") + pl.col("caption_notes").list.join(", ")
+        is_told = (pl.col("caption_notes").list.len() > 0) & (pl.col("detail").fill_null("") == "")
         rows = rows.with_columns(
+            pl.when(is_duplicate & pl.col("detail_duplicate").is_not_null())
+            .then("detail_duplicate")
+            .when(is_told)
+            .then(told)
+            .otherwise("detail")
+            .alias("detail"),
             pl.when(is_duplicate)
             .then(pl.lit(REJECTED))
             .otherwise(pl.col("disposition").fill_null(COMMITTED))
             .alias("disposition"),
-            pl.when(is_duplicate).then(pl.lit(DUPLICATE_IMAGE)).otherwise("reason").alias("reason"),
-        )
+            pl.when(is_duplicate).then("reason_duplicate").otherwise("reason").alias("reason"),
+        ).drop("reason_duplicate", "detail_duplicate")
         images_path = build.fetch_staged(staged.images, folder)
         kept = rows.filter(pl.col("disposition") == COMMITTED)
         shards: list[ShardEntry] = []
@@ -86,6 +100,7 @@ def write_shards(build: Build, partition: int, duplicates: Collection[str]) -> N
             failed=counts.failed,
             round=staged.round,
             shard_sizes=sizes,
+            captions=staged.captions,
         )
         build.write(marker, partition)
 

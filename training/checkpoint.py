@@ -1,9 +1,9 @@
 """A run's checkpoint: a folder from which training goes on to the bit.
 
 ``weights.safetensors`` and ``optimizer.safetensors`` hold tensors by name, ``state.json`` the rest,
-``export/`` (in the last one) the model as it is published, and ``CHECKPOINT.json``, written last,
-every file's size and sha256. Nothing is pickled, and nothing that the list does not name or that
-differs from it is read.
+``export/`` and ``result.json`` (in the last one) the model as it is published and what was
+measured, and ``CHECKPOINT.json``, written last, every file's size and sha256. Nothing is pickled,
+and nothing that the list does not name or that differs from it is read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from infra.digests import canonical_json, sha256_file
 from infra.errors import UserError
+from training.checkpoint_store import CheckpointDamaged
 from training.publish import LISTING_NAME, CheckpointFile, describe_folder
+from training.sharding import like
 
 CHECKPOINT_SCHEMA = 1
 WEIGHTS_NAME = "weights.safetensors"
@@ -30,25 +32,23 @@ STATE_NAME = "state.json"
 EXPORT_FOLDER = "export"
 
 
-class CheckpointDamaged(UserError):
-    """A checkpoint's bytes are not those that were written."""
-
-
 @dataclass(frozen=True)
 class TrainingState:
     """What a run has come to, besides tensors.
 
-    ``step`` counts finished optimizer steps; together with the configuration, which
-    ``config_sha256`` pins, it is also the loader's position and the place in all randomness.
-    ``values`` are other numbers by name, ``losses`` the last steps' losses, and ``init`` says
-    where the weights came from.
+    ``step`` counts finished optimizer steps, ``batch`` the global batches used or passed by;
+    together with the configuration, which ``config_sha256`` pins, that is the loader's position
+    and the place in all randomness. ``losses`` are the last steps' losses, ``init`` says where the
+    weights came from, ``guard`` what went wrong, and ``coverage`` which samples were seen.
     """
 
     step: int
     config_sha256: str
+    batch: int = 0
     losses: list[float] = field(default_factory=list)
-    values: dict[str, float] = field(default_factory=dict)
     init: dict[str, Any] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
+    coverage: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         if not state or not shapes_fit:
             raise CheckpointDamaged(f"the run's checkpoint has no fitting moments of {name}")
         optimizer.state[parameter] = {
-            moment: value.to(parameter.device, copy=True) for moment, value in state.items()
+            moment: like(value, parameter) if value.ndim else value.to(parameter.device, copy=True)
+            for moment, value in state.items()
         }
     if left:
         raise CheckpointDamaged(

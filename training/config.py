@@ -80,6 +80,50 @@ class OptimizerConfig(StrictModel):
     max_grad_norm: float | None = semantic(1.0, "longer gradients are shortened; None is off")
 
 
+class GuardConfig(StrictModel):
+    """What is done about a step whose loss is not finite, or jumps."""
+
+    max_bad_batches: int = semantic(
+        8, "batches with a loss or gradient that is not finite to pass by; then it ends", ge=0
+    )
+    max_bad_in_a_row: int = semantic(
+        3, "such batches in a row after which training goes back instead", ge=1
+    )
+    rewind_steps: int | None = semantic(
+        None, "steps between checkpoints to go back to, kept for that; None never goes back", ge=1
+    )
+    max_times_back: int = semantic(3, "times that training goes back; then it ends", ge=0)
+    window_steps: int = semantic(50, "last steps whose median loss is the usual one", ge=2)
+    max_loss_ratio: float | None = semantic(
+        None, "a loss above this times the usual one is a spike, which goes back; None is off",
+        gt=1.0,
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_loss_ratio is not None and self.rewind_steps is None:
+            raise ValueError("max_loss_ratio needs rewind_steps, to have somewhere to go back to")
+        return self
+
+
+class SavingConfig(StrictModel):
+    """When a run saves, and how much it keeps."""
+
+    checkpoint_interval_seconds: float = operational(45.0, "time between checkpoints", gt=0.0)
+    checkpoint_interval_steps: int | None = operational(
+        None, "steps between checkpoints, besides the time; None is off", ge=1
+    )
+    checkpoints_kept: int = operational(2, "newest checkpoints of a run that stay", ge=1)
+    checkpoint_patience_seconds: float = operational(
+        120.0, "how long storage may refuse a checkpoint while training goes on", ge=0.0
+    )
+    max_step_minutes: float | None = operational(
+        20.0, "a worker that makes no step for so long is ended and starts again; None is off",
+        gt=0.0,
+    )  # fmt: skip
+    log_interval_steps: int = operational(10, "steps averaged into one logged point", ge=1)
+
+
 class TokenizerTrainingConfig(StrictModel):
     """How the image tokenizer is trained from scratch on curated images."""
 
@@ -121,7 +165,7 @@ class TokenizerTrainingConfig(StrictModel):
     )
 
 
-class TokenizerConfig(StrictModel):
+class TokenizerConfig(SavingConfig):
     """Stage 0: the image tokenizer (VQ) and the caption vocabulary (BPE)."""
 
     dataset: str = semantic("", "curated dataset to train on; unused when both are pretrained")
@@ -145,8 +189,6 @@ class TokenizerConfig(StrictModel):
     )
     seed: int = semantic(0, "start of all randomness", ge=0)
     precision: Precision = semantic("bf16", "compute type of the convolutions")
-    checkpoint_interval_seconds: float = operational(45.0, "time between checkpoints", gt=0.0)
-    log_interval_steps: int = operational(10, "steps averaged into one logged point", ge=1)
 
 
 class InitConfig(StrictModel):
@@ -170,7 +212,7 @@ class SampleGridConfig(StrictModel):
     seed: int = operational(0, "seed of the first image", ge=0)
 
 
-class StageConfig(StrictModel):
+class StageConfig(SavingConfig):
     """One masked-token stage."""
 
     dataset: str = semantic(description="curated dataset to train on")
@@ -200,6 +242,9 @@ class StageConfig(StrictModel):
     )
     crop: CropPolicy = semantic("center", "where the square is cut from the image")
     shuffle_window_shards: int = semantic(8, "shards whose samples are shuffled together", ge=1)
+    guard: GuardConfig = semantic(
+        default_factory=GuardConfig, description="what is done about a loss that is not finite"
+    )
     compress: bool = semantic(False, "whether the blocks see a grid of half the height and width")
     init: InitConfig = semantic(default_factory=InitConfig, description="where the weights start")
     ema_decay: float | None = semantic(
@@ -214,12 +259,14 @@ class StageConfig(StrictModel):
         None, "gate: largest mean loss of the last 50 steps, nats; None is off"
     )
     num_workers: int = operational(1, "worker processes", ge=1)
+    strategy: Literal["ddp", "fsdp"] = operational(
+        "ddp",
+        "whether each of several workers holds all weights and moments (ddp) or a part (fsdp)",
+    )
     max_microbatch_size: int | None = operational(
         None, "samples a worker holds at a time; None is its whole share of the batch", ge=1
     )
     gradient_checkpointing: bool = operational(False, "recompute blocks on the way back")
-    checkpoint_interval_seconds: float = operational(45.0, "time between checkpoints", gt=0.0)
-    log_interval_steps: int = operational(10, "steps averaged into one logged point", ge=1)
     max_resident_bytes: int = operational(1 << 30, "token shards kept in memory, bytes", ge=1)
     sample_grid: SampleGridConfig = operational(
         default_factory=SampleGridConfig, description="painted at the end"
@@ -234,6 +281,10 @@ class StageConfig(StrictModel):
             problems.append("caption_mix needs one weight above 0")
         if self.compress and self.init.source == "fresh" and self.init.new_parameters:
             problems.append("init.new_parameters means nothing when init.source is 'fresh'")
+        if self.strategy == "fsdp" and self.optimizer.name == "muon":
+            problems.append(
+                "strategy fsdp has parts of matrices and optimizer muon needs whole ones"
+            )
         if self.optimizer.warmup_steps >= self.steps and self.optimizer.warmup_steps:
             problems.append(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}: "

@@ -1,6 +1,6 @@
 """One training stage from plan to `ready`: lease, run, train, gate, publish, score, hand over.
 
-Each step leaves something that the next try finds: Ray's snapshot, ``published.json``, the
+Each step leaves something that the next try finds: checkpoints, ``published.json``, the
 registered version, the alias, the tag ``handoff``. A driver killed anywhere and started again with
 the same inputs goes on from there. Nothing that others see is written without the lease.
 """
@@ -14,20 +14,23 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
 from infra.cluster import ClusterConfig
+from infra.digests import canonical_json
 from infra.errors import UserError
 from infra.lease import Lease, LeaseHeld
+from infra.storage import ObjectMissing
 from infra.tracking_server import TrackedRun, TrackingServer
-from training import handoff, publish, stage_run
+from training import handoff, publish, stage_run, waste
 from training.handoff import Outcome
 from training.plan import PUBLISHED_NAME, Pin, PlanContext, StagePlan, published_uri
-from training.progress import OnProgress, following_progress
+from training.progress import OnProgress, following_progress, read_progress_json
 from training.publish import PublishedCheckpoint
+from training.stop import ask_to_stop
 from training.versions import RegisteredVersion
 
 if TYPE_CHECKING:
@@ -77,6 +80,7 @@ class StageResult:
     metrics: Mapping[str, float]
     scores: Mapping[str, float]
     seconds: Mapping[str, float]
+    waste: Mapping[str, Mapping[str, float]]
 
 
 def default_owner() -> str:
@@ -138,6 +142,7 @@ def run_stage(
         metrics=metrics,
         scores=scores,
         seconds=clock.seconds,
+        waste=publish.read_provenance(published.uri).get("waste", {}),
     )
 
 
@@ -230,6 +235,16 @@ class _Stage:
             except launch.TrainingFailed:
                 self.lease.check()
                 raise
+            except KeyboardInterrupt:
+                self._save_and_stop()
+                raise
+
+    def _save_and_stop(self) -> None:
+        """Let the workers, which nobody interrupted, save their last step; a second interrupt
+        ends the wait. Those that have not begun have nothing to save."""
+        raw = read_progress_json(storage.join(self.run_uri, "progress.json"))
+        if raw.get("attempt") == self.lease.attempt and raw.get("step", 0) > 0:
+            ask_to_stop(self.run_uri, self.lease.attempt)
 
     def _publish(self, trained: Trained) -> str:
         """Gate the exported model, then make it visible, then remember where."""
@@ -241,17 +256,38 @@ class _Stage:
             self.clock.lap("gate")
             metrics = _finite(trained.metrics)
             step = int(metrics.pop("step", spec.steps))
+            facts = self._facts(trained.checkpoint_uri)
             self.lease.check()
             published = publish.publish_folder(
                 folder,
                 store_uri,
                 spec.stage,
-                handoff.provenance(self.plan, self.run, step, metrics),
+                {**handoff.provenance(self.plan, self.run, step, metrics), **facts},
                 before_listing=self.lease.check,
             )
         marker = {"stage_key": self.plan.key, "uri": published.uri, "sha256": published.sha256}
         storage.write_json(storage.join(self.run_uri, PUBLISHED_NAME), marker)
         return published.uri
+
+    def _facts(self, checkpoint_uri: str) -> dict[str, Any]:
+        """What the weights began with, how often, what was passed by, and what it all cost."""
+        try:
+            state = storage.read_json(storage.join(checkpoint_uri, "state.json"))
+        except ObjectMissing:
+            state = {}
+        starts = waste.read_starts(self.run_uri)
+        events = (state.get("guard") or {}).get("events", [])
+        lost = waste.waste_by_cause(starts, events)
+        if lost:
+            tags = {"waste": canonical_json(lost).decode()}
+            self.context.server.log_batch(self.run.run_id, tags=tags)
+        return {
+            "init": state.get("init", {}),
+            "starts": [asdict(each) for each in starts],
+            "bad_steps": events,
+            "waste": lost,
+            "coverage": state.get("coverage", {}),
+        }
 
     def _gate(self, folder: Path) -> None:
         from training.gate import gate
@@ -319,6 +355,8 @@ def worker_job(
         "attempt": attempt,
         "configs": dict(plan.spec.configs),
         "store_uri": context.store_uri,
+        "run_uri": storage.join(context.store_uri, "runs", plan.run_name or ""),
+        "resume_step": plan.step if plan.decision == "RESUME" else None,
         "manifest_uri": None if dataset is None else dataset.manifest_uri,
         "manifest_sha256": None if dataset is None else dataset.version,
         "init_uri": None if parent is None else parent.uri,

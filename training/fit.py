@@ -1,9 +1,8 @@
 """Running a stage's steps under Lightning, on one worker or several.
 
 A ``StageRun`` knows its networks and what a step does; ``fit`` gives it devices, gradient
-averaging over workers, a thread that prepares the next step, checkpoints by the clock, and a
-log. Steps are counted by the run itself, so that going on from a checkpoint is the same as never
-having stopped.
+averaging over workers, a thread that prepares the next step, and somebody who watches. Steps are
+counted by the run itself, so that going on from a checkpoint is the same as never having stopped.
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from infra.errors import UserError
 from training.lean_imports import import_lightning
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 else:
     pl = import_lightning()
-
-COORDINATION_STEPS = 10  # steps between talks of several workers, or with Ray, about saving
 
 # What Lightning says of torch's newer pytrees, a loader that is no DataLoader, a frozen encoder.
 UNHELPFUL_WARNINGS = (
@@ -61,6 +59,18 @@ class StageRun(Protocol):
         """Finished steps."""
 
     @property
+    def batch(self) -> int:
+        """The number of the next global batch: finished steps, and batches passed by."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each worker holds a part of the networks."""
+
+    @property
+    def max_passed_by(self) -> int:
+        """Batches that may yet be passed by."""
+
+    @property
     def network(self) -> nn.Module:
         """What Lightning moves to a device and, with several workers, keeps equal."""
 
@@ -68,8 +78,8 @@ class StageRun(Protocol):
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that steps are made with."""
 
-    def prepare(self, step: int) -> Any:
-        """A step's inputs, made on another thread from what no step changes; has ``.to``."""
+    def prepare(self, number: int) -> Any:
+        """Global batch ``number``, made on another thread from what no step changes."""
 
     def to(self, device: torch.device) -> None:
         """Move what is not in ``network``."""
@@ -79,27 +89,23 @@ class StageRun(Protocol):
         inputs: Any,
         run_backward: Callable[[Tensor], None],
         without_sync: Callable[[], AbstractContextManager[object]],
-    ) -> Measured:
-        """One optimizer step."""
+    ) -> Measured | None:
+        """One optimizer step; None when its batch was passed by instead."""
 
 
 class Watcher(Protocol):
-    """Sees every finished step; says whether to save now, and saves."""
+    """Sees every finished step, saves, and may end the training."""
 
-    def stepped(self, measured: Measured, seconds: float) -> None:
-        """A step took ``seconds``."""
+    stop: threading.Event
 
-    def wants_checkpoint(self) -> bool:
-        """Whether this worker finds it is time; the first worker's answer holds."""
+    def stepped(self, measured: Measured, seconds: float, data_seconds: float) -> None:
+        """A step took ``seconds``, of which it waited ``data_seconds`` for its inputs."""
 
-    def is_preempted(self) -> bool:
-        """Whether a machine is about to go; all workers ask together and get the same answer."""
-
-    def save(self) -> None:
-        """Save a checkpoint; all workers call it together."""
+    def between_steps(self) -> None:
+        """No step is going on: the time to save, and to raise ``Stopped`` if ``stop`` is set."""
 
 
-class Stopped(Exception):
+class Stopped(UserError):
     """The process was told to end; a checkpoint of the last finished step is saved."""
 
 
@@ -108,14 +114,13 @@ class StageModule(pl.LightningModule):
 
     automatic_optimization: bool = False
 
-    def __init__(self, run: StageRun, watcher: Watcher, stop: threading.Event) -> None:
+    def __init__(self, run: StageRun, watcher: Watcher) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.network = run.network
         self._run = run
         self._watcher = watcher
-        self._stop = stop
-        self._stepped_at = 0.0
+        self._stepped_at = self._begun_at = 0.0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self._run.optimizer
@@ -129,26 +134,18 @@ class StageModule(pl.LightningModule):
     ) -> Any:
         return batch.to(device)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._begun_at = time.monotonic()
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         measured = self._run.train(batch, self.manual_backward, self._without_sync)
-        now = time.monotonic()
-        self._watcher.stepped(measured, now - self._stepped_at)
-        self._stepped_at = now
+        if measured is not None:
+            seconds = time.monotonic() - self._stepped_at
+            self._watcher.stepped(measured, seconds, self._begun_at - self._stepped_at)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._run.step < self._run.num_steps and self._must_save():
-            self._watcher.save()
-            self._stepped_at = time.monotonic()
-        if self._stop.is_set():
-            raise Stopped(f"stopped after step {self._run.step}")
-
-    def _must_save(self) -> bool:
-        """All workers come to the same answer."""
-        is_meeting = self._run.step % COORDINATION_STEPS == 0
-        mine = self._stop.is_set() or self._watcher.wants_checkpoint()
-        if self.trainer.world_size > 1:
-            mine = is_meeting and bool(self.trainer.strategy.broadcast(mine, src=0))
-        return mine or (is_meeting and self._watcher.is_preempted())
+        self._watcher.between_steps()
+        self._stepped_at = time.monotonic()
 
     def _without_sync(self) -> AbstractContextManager[object]:
         wrapped: Any = self.trainer.strategy.model
@@ -162,17 +159,18 @@ class _Steps:
         self._run = run
 
     def __len__(self) -> int:
-        return self._run.num_steps - self._run.step
+        """At most so many."""
+        return self._run.num_steps - self._run.step + self._run.max_passed_by
 
     def __iter__(self) -> Iterator[Any]:
-        first, last = self._run.step, self._run.num_steps
+        run, number = self._run, self._run.batch
         with ThreadPoolExecutor(1, "prepare", initializer=_use_one_thread) as pool:
-            upcoming = pool.submit(self._run.prepare, first) if first < last else None
-            for step in range(first, last):
-                if upcoming is None:
-                    return
-                inputs = upcoming.result()
-                upcoming = pool.submit(self._run.prepare, step + 1) if step + 1 < last else None
+            upcoming = None
+            while run.step < run.num_steps:
+                inputs = (upcoming or pool.submit(run.prepare, number)).result()
+                number += 1
+                is_last = run.step + 1 == run.num_steps
+                upcoming = None if is_last else pool.submit(run.prepare, number)
                 yield inputs
 
 
@@ -188,15 +186,14 @@ def _use_one_thread() -> None:
 def fit(run: StageRun, watcher: Watcher, world_size: int = 1, in_ray: bool = False) -> None:
     """Train until ``run.num_steps``. Raises ``Stopped`` after SIGTERM, with a checkpoint saved."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    stop = threading.Event()
-    module = StageModule(run, watcher, stop)
-    with _on_sigterm(stop), warnings.catch_warnings():
+    module = StageModule(run, watcher)
+    with _on_sigterm(watcher.stop), warnings.catch_warnings():
         for message in UNHELPFUL_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        _trainer(world_size, in_ray).fit(module, train_dataloaders=_Steps(run))
+        _trainer(world_size, in_ray, run.is_sharded).fit(module, train_dataloaders=_Steps(run))
 
 
-def _trainer(world_size: int, in_ray: bool) -> pl.Trainer:
+def _trainer(world_size: int, in_ray: bool, is_sharded: bool) -> pl.Trainer:
     options: dict[str, Any] = {}
     if in_ray:
         import ray.train.lightning
@@ -206,7 +203,7 @@ def _trainer(world_size: int, in_ray: bool) -> pl.Trainer:
         if world_size > 1:
             import ray.train.torch  # the strategy asks it for the device
 
-            options["strategy"] = for_ray.RayDDPStrategy(gradient_as_bucket_view=True)
+            options["strategy"] = _strategy(for_ray, is_sharded)
     return pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices="auto" if world_size > 1 else 1,
@@ -221,10 +218,23 @@ def _trainer(world_size: int, in_ray: bool) -> pl.Trainer:
     )
 
 
+def _strategy(for_ray: Any, is_sharded: bool) -> Any:
+    """Lightning's part in several workers: equal gradients, or nothing for networks in parts, which
+    see to their gradients themselves."""
+    if not is_sharded:
+        return for_ray.RayDDPStrategy(gradient_as_bucket_view=True)
+
+    class RayShardedStrategy(for_ray.RayDDPStrategy):  # type: ignore[misc]
+        def configure_ddp(self) -> None:
+            """Leave the model as it is."""
+
+    return RayShardedStrategy()
+
+
 @contextmanager
 def _on_sigterm(stop: threading.Event) -> Iterator[None]:
     """Set ``stop`` on SIGTERM. Only a main thread can; Ray runs workers on another one, and tells
-    of the machine's end by ``get_preemption_info``."""
+    of the machine's end by ``get_preemption_info``, the driver of its own by ``training.stop``."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

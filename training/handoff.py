@@ -23,6 +23,7 @@ from training.plan import (
     TAG_METRICS,
     TAG_MODEL_ID,
     TAG_PARENT,
+    TAG_RESOLUTION,
     TAG_SCORES,
     TAG_STEP,
     TAG_TOKENIZER,
@@ -94,6 +95,7 @@ def register(
         TAG_METRICS: _numbers(outcome.metrics),
         "init_policy": plan.spec.init_policy,
         "run_name": plan.run_name or "",
+        TAG_RESOLUTION: str(plan.spec.configs.get("stage", {}).get("resolution_px", UNKNOWN)),
     }
     model_id = versions.logged_model(
         server,

@@ -12,8 +12,10 @@ class Job:
     """One stage, as JSON values. ``configs`` holds the resolved configurations by part:
     ``tokenizer`` and ``text_encoder``, or ``stage`` and ``network``.
 
-    ``manifest_*`` pin the dataset and ``init_*`` the published checkpoint to start from. ``cpus``
-    is how many threads to use (None: as many as the environment gives) and ``local_dir`` where
+    ``manifest_*`` pin the dataset and ``init_*`` the published checkpoint to start from.
+    ``run_uri`` is where the run keeps its checkpoints, ``attempt`` which try of a driver this is
+    and ``resume_step`` the step of the checkpoint that the plan saw (None: none). ``cpus`` is how
+    many threads to use (None: as many as the environment gives) and ``local_dir`` where
     temporary files lie (None: the system's place).
     """
 
@@ -21,6 +23,9 @@ class Job:
     stage: str
     stage_key: str
     configs: Mapping[str, Any]
+    run_uri: str
+    attempt: int = 1
+    resume_step: int | None = None
     manifest_uri: str | None = None
     manifest_sha256: str | None = None
     init_uri: str | None = None

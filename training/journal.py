@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,10 +15,12 @@ from typing import Any, Protocol
 
 from infra import storage
 from infra.errors import UserError
+from training.utilisation import HostUse
 
 FINAL_LOSSES = 50
 PROGRESS_SECONDS = 1.0
 RECENT_STEPS = 50
+FLUSH_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +31,14 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Points at a step."""
 
+    def set_tag(self, key: str, value: str) -> None:
+        """A fact about the run."""
+
     def log_artifact(self, data: bytes, path: str) -> None:
         """A small file."""
+
+    def flush(self, timeout_seconds: float = 5.0) -> bool:
+        """Send what is left, for so long."""
 
     def close(self, timeout_seconds: float = 30.0) -> int:
         """Send what is left."""
@@ -38,9 +47,9 @@ class Tracker(Protocol):
 class ProgressFile:
     """Writes the latest progress about once a second, from a thread."""
 
-    def __init__(self, uri: str | None, steps: int) -> None:
+    def __init__(self, uri: str | None, steps: int, attempt: int = 1) -> None:
         self._uri = uri
-        self._latest: dict[str, Any] = {"step": 0, "steps": steps}
+        self._latest: dict[str, Any] = {"step": 0, "steps": steps, "attempt": attempt}
         self._written: dict[str, Any] | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="progress-file", daemon=True)
@@ -76,15 +85,23 @@ class ProgressFile:
 
 @dataclass
 class Journal:
-    """The log of one worker; those after the first have no tracker and no progress file."""
+    """The log of one worker; those after the first have no tracker and no progress file.
+
+    ``flops_per_image`` is the model's own work for an image, ``peak_teraflops`` what all workers'
+    devices together could do (None: not known); they give ``mfu``.
+    """
 
     num_steps: int
     log_interval_steps: int
     tracker: Tracker | None = None
     progress: ProgressFile | None = None
+    flops_per_image: float = 0.0
+    peak_teraflops: float | None = None
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=FINAL_LOSSES))
     _window: list[tuple[float, float, int, int]] = field(default_factory=list)
     _recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    _waits: dict[str, float] = field(default_factory=dict)
+    _host: HostUse = field(default_factory=HostUse)
     _images: int = 0
     _seconds: float = 0.0
     _num_timed: int = 0
@@ -116,7 +133,19 @@ class Journal:
                 loss=loss,
                 images_per_second=self.recent_images_per_second,
                 eta_seconds=left * per_step,
+                step_seconds=per_step,
+                at=time.time(),
             )
+
+    def waited(self, name: str, seconds: float) -> None:
+        """Training waited ``seconds`` between steps, for ``name``."""
+        self._waits[name] = self._waits.get(name, 0.0) + seconds
+
+    def note(self, name: str, text: str) -> None:
+        """Something worth knowing happened, once or several times."""
+        logger.info("%s: %s", name, text)
+        if self.tracker is not None:
+            self.tracker.set_tag(name.replace(" ", "_"), text)
 
     def _log(self, step: int, values: Mapping[str, float]) -> None:
         losses, seconds, images, tokens = (
@@ -124,6 +153,9 @@ class Journal:
         )
         num_steps = len(self._window)
         self._window.clear()
+        use = self._use(images / max(seconds, 1e-9))
+        if self.progress is not None:
+            self.progress.update(**use)
         if self.tracker is None:
             return
         points = {
@@ -131,9 +163,21 @@ class Journal:
             "step_seconds": seconds / num_steps,
             "images_per_second": images / max(seconds, 1e-9),
             "tokens_per_second": tokens / max(seconds, 1e-9),
+            **use,
             **values,
+            **{name: waited / num_steps for name, waited in self._waits.items()},
         }
+        self._waits.clear()
         self.tracker.log_metrics(points, step)
+
+    def _use(self, images_per_second: float) -> dict[str, float]:
+        """What the machine does. Utilisation is of all workers' devices together."""
+        found = self._host.measure()
+        if self.flops_per_image:
+            found["model_teraflops"] = images_per_second * self.flops_per_image / 1e12
+            if self.peak_teraflops:
+                found["mfu"] = found["model_teraflops"] / self.peak_teraflops
+        return found
 
     @property
     def recent_images_per_second(self) -> float:
@@ -150,6 +194,11 @@ class Journal:
     def final_loss(self) -> float | None:
         """The mean of the last 50 losses; None before the first."""
         return sum(self.losses) / len(self.losses) if self.losses else None
+
+    def flush(self) -> None:
+        """Wait a moment for everything to be sent."""
+        if self.tracker is not None:
+            self.tracker.flush(FLUSH_SECONDS)
 
     def close(self) -> None:
         """Send and write what is left."""

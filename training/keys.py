@@ -24,17 +24,25 @@ _RECIPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # Planning, launching and publishing decide where a result goes, not what it is.
 DRIVER_MODULES = frozenset(
     {
+        "checkpoint_store",
         "driver",
         "gate",
         "handoff",
+        "image_data",
         "keys",
         "launch",
+        "lineage",
         "plan",
         "progress",
         "publish",
         "registry",
+        "saver",
         "stages",
+        "stall",
+        "stop",
+        "utilisation",
         "versions",
+        "waste",
     }
 )
 

@@ -6,7 +6,9 @@ helper that reports need: 9 CPU seconds. On a shared cluster the helpers that cl
 dead controller and watch for preemption stay.
 
 Retries: a lost worker, storage that was away and unknown errors are tried again from the last
-checkpoint; a ``UserError`` (a diverged loss, a bad configuration) is final at once.
+checkpoint, ``MAX_FAILURES`` times without a newer one in between; a ``UserError`` (a diverged
+loss, a bad configuration) is final at once. Checkpoints are the run's own
+(``training.checkpoint_store``); Ray keeps none.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ from ray.train.v2._internal.execution.failure_handling import (
     FailureDecision,
 )
 from ray.train.v2.api.config import (
-    CheckpointConfig,
     FailureConfig,
     RunConfig,
     ScalingConfig,
@@ -44,18 +45,20 @@ from infra.errors import UserError
 from infra.run_filesystem import run_filesystem
 from infra.storage import StorageUnavailable
 from infra.tracking_server import TrackingUnavailable
+from training.checkpoint_store import CheckpointStore
 
 MAX_FAILURES = 3
 MAX_CONTROLLER_FAILURES = 3
 MAX_PREEMPTIONS = 20
-CHECKPOINTS_KEPT = 2
 POLL_SECONDS = 0.25  # Ray's default of 2 s delays every report and the end by as much
-SNAPSHOT_NAME = "checkpoint_manager_snapshot.json"
 TRANSIENT_ERRORS = (StorageUnavailable, TrackingUnavailable)
 LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+# How long a cluster has to bring the machines, each of ``MAX_CONTROLLER_FAILURES`` + 1 times: Ray's
+# minute is less than a new machine takes.
+CLUSTER_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
 
 WorkerFunction = Callable[[dict[str, Any]], object]
 OnStart = Callable[[Callable[[], None]], None]
@@ -75,7 +78,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Trained:
-    """The last checkpoint that was reported, and what was reported with it."""
+    """The run's last checkpoint, and what was measured."""
 
     checkpoint_uri: str
     metrics: Mapping[str, float]
@@ -92,8 +95,13 @@ class TrainingFailed(UserError):
 # --- what runs in Ray's controller ---------------------------------------------------------------
 
 
-class FinalUserErrors(DefaultFailurePolicy):
-    """Ray's retry budgets, except that a user's mistake is not repeated."""
+class RetryWhileItAdvances(DefaultFailurePolicy):
+    """Ray's retry budgets, anew after every checkpoint; a user's mistake is not repeated."""
+
+    def __init__(self, failure_config: FailureConfig, run_uri: str) -> None:
+        super().__init__(failure_config)
+        self._run_uri = run_uri
+        self._newest = (-1, -1)
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """RAISE for a ``UserError`` in any worker, else what Ray decides."""
@@ -101,7 +109,18 @@ class FinalUserErrors(DefaultFailurePolicy):
             failures = training_failed_error.worker_failures.values()
             if any(is_final(failure) for failure in failures):
                 return FailureDecision.RAISE
+        if self._has_advanced():
+            self._worker_group_failures = self._preemption_failures = 0
         return super().make_decision(training_failed_error)
+
+    def _has_advanced(self) -> bool:
+        try:
+            found = CheckpointStore(self._run_uri).complete()
+        except UserError:
+            return False
+        newest = (found[0].generation, found[0].step) if found else (-1, -1)
+        has_advanced, self._newest = newest > self._newest, newest
+        return has_advanced
 
 
 def is_final(failure: BaseException) -> bool:
@@ -181,8 +200,14 @@ class StageTrainer(DataParallelTrainer):
     """Ray's trainer with fewer helpers, final user errors, and Ctrl-C left to the driver."""
 
     def __init__(
-        self, *arguments: Any, is_local: bool, on_start: OnStart | None, **options: Any
+        self,
+        *arguments: Any,
+        run_uri: str,
+        is_local: bool,
+        on_start: OnStart | None,
+        **options: Any,
     ) -> None:
+        self._run_uri = run_uri
         self._is_local = is_local
         self._on_start = on_start
         super().__init__(*arguments, backend_config=TorchGroupConfig(), **options)
@@ -196,7 +221,7 @@ class StageTrainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         config: Any = self.run_config.failure_config
-        options["failure_policy"] = FinalUserErrors(config)
+        options["failure_policy"] = RetryWhileItAdvances(config, self._run_uri)
         return super()._initialize_and_run_controller(**options)
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -223,14 +248,14 @@ def train(
     runs_uri = storage.join(launch.store_uri, "runs")
     filesystem, path = run_filesystem(runs_uri)
     settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_SECONDS)}
-    if launch.is_local:
-        settings |= LOCAL_SETTINGS
+    settings |= LOCAL_SETTINGS if launch.is_local else CLUSTER_SETTINGS
     unset = {name: value for name, value in settings.items() if name not in os.environ}
     # Ray tells of a lost worker on stdout, ten lines each time; `explain` does it in one.
     stdout_deduplicator.skip_re = re.compile("")
     with applied(unset):
         trainer = StageTrainer(
             function,
+            run_uri=storage.join(runs_uri, launch.name),
             is_local=launch.is_local,
             on_start=on_start,
             train_loop_config=dict(job),
@@ -248,17 +273,16 @@ def train(
                     controller_failure_limit=MAX_CONTROLLER_FAILURES,
                     max_preemption_failures=MAX_PREEMPTIONS,
                 ),
-                checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             ),
         )
         try:
-            result = trainer.fit()
+            trainer.fit()
         except (TrainingFailedError, ray.exceptions.RayError) as error:
             raise explain(error, launch) from error
-    if result.checkpoint is None:
-        raise TrainingFailed(f"training {launch.name} ended without a checkpoint; this is a bug")
-    folder = result.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
-    return Trained(storage.join(runs_uri, launch.name, folder), dict(result.metrics or {}))
+    found = CheckpointStore(storage.join(runs_uri, launch.name)).result()
+    if found is None:
+        raise TrainingFailed(f"training {launch.name} ended without a result; this is a bug")
+    return Trained(*found)
 
 
 def explain(error: BaseException, launch: Launch) -> TrainingFailed:
@@ -270,8 +294,9 @@ def explain(error: BaseException, launch: Launch) -> TrainingFailed:
             return TrainingFailed(f"training {launch.name} stopped: {failure}", str(error))
         if _is_lost_worker(failure):
             return TrainingFailed(
-                f"training {launch.name} lost a worker {MAX_FAILURES + 1} times (killed, or out of "
-                f"memory); lower max_microbatch_size or free memory, then {again}",
+                f"training {launch.name} lost a worker {MAX_FAILURES + 1} times in a row without a "
+                "new checkpoint (killed, or out of memory); lower max_microbatch_size or free "
+                f"memory, then {again}",
                 str(error),
             )
         return TrainingFailed(
@@ -281,13 +306,6 @@ def explain(error: BaseException, launch: Launch) -> TrainingFailed:
         )
     cause = error.controller_failure if isinstance(error, ControllerError) else error
     text = _last_words(cause)
-    if "CheckpointManagerInitializationError" in f"{type(cause).__name__} {cause}":
-        folder = storage.join(launch.store_uri, "runs", launch.name)
-        return TrainingFailed(
-            f"the checkpoints under {folder} are not the ones its {SNAPSHOT_NAME} lists; "
-            "restore them, or delete that folder to train the stage from its start",
-            str(error),
-        )
     if type(cause).__name__ == "InsufficientClusterResourcesError":
         return TrainingFailed(
             f"Ray has too few resources for {launch.num_workers} workers of "

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 from PIL import Image
 from torch import Tensor, nn
 
 from infra.errors import UserError
 from model import PainterDefaults, TextToImage
 from training import token_cache
-from training.checkpoint import CheckpointDamaged, optimizer_tensors, restore_optimizer
+from training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from training.checkpoint_store import CheckpointDamaged
 from training.config import NetworkConfig, StageConfig
+from training.coverage import Coverage, Tally, signed, unsigned
 from training.data import TokenDataset
 from training.fit import Measured
+from training.guard import Guard, WentBack
 from training.initial import Networks, initial_networks
 from training.job import Job
 from training.masked_stage import (
+    TEXT_PREFIX,
+    TRANSFORMER_PREFIX,
     StepInputs,
+    StepResult,
     apply_update,
     backward,
+    diverged,
+    gradient_norm,
     named_trained,
     start_stage,
     step_inputs,
@@ -34,6 +44,8 @@ from training.masked_stage import (
 from training.order import rank_slice
 from training.publish import fetch_checkpoint
 from training.session import Session
+from training.sharding import check_shardable, like, shard_networks, whole_on_cpu
+from training.utilisation import training_flops_per_image
 
 EMA_PREFIX = "ema/"
 SCORED_SHARDS = 8  # shards whose preference scores decide the painter's default
@@ -51,6 +63,11 @@ class MaskedRun:
         self.networks = networks
         self.dataset = dataset
         self.num_steps = config.steps
+        self.is_sharded = config.strategy == "fsdp" and session.world_size > 1
+        if self.is_sharded:
+            check_shardable(config.global_batch_size, session.world_size)
+            text_encoder = networks.text_encoder if config.train_text_encoder else None
+            shard_networks(networks.transformer, text_encoder, session.world_size)
         self.stage = start_stage(
             config, networks.transformer, networks.text_encoder, networks.tokenizer
         )
@@ -59,6 +76,9 @@ class MaskedRun:
         )
         self.optimizer = self.stage.optimizer
         self.init_record = networks.record()
+        self.guard = Guard(config.guard)
+        self.coverage = Coverage(len(dataset), config.seed)
+        self.batch = 0
         self._rows = rank_slice(config.global_batch_size, session.rank, session.world_size)
         self._world_size = session.world_size
 
@@ -80,31 +100,85 @@ class MaskedRun:
         """Finished optimizer steps."""
         return self.stage.step
 
-    def prepare(self, step: int) -> StepInputs:
-        """This worker's part of a step."""
-        batch = self.dataset.batch_at(step, self._rows)
-        return step_inputs(batch, self.config, self.stage.tokenizer, step, self._rows)
+    @property
+    def max_passed_by(self) -> int:
+        """Batches that may yet be passed by."""
+        return self.config.guard.max_bad_batches - self.guard.num_passed_by
+
+    def flops_per_image(self) -> float:
+        """The work of training on one image."""
+        side = self.config.resolution_px // self.networks.vq.downsample_factor
+        return training_flops_per_image(
+            self.networks.transformer, side * side, self.config.text_tokens
+        )
+
+    def prepare(self, number: int) -> StepInputs:
+        """This worker's part of a global batch."""
+        batch = self.dataset.batch_at(number, self._rows)
+        return step_inputs(batch, self.config, self.stage.tokenizer, number, self._rows)
 
     def to(self, device: torch.device) -> None:
         """Move the averaged weights; the network itself is moved by Lightning."""
         if self.stage.ema is not None:
-            self.stage.ema = {name: value.to(device) for name, value in self.stage.ema.items()}
+            self.stage.ema.to(device)
 
     def train(
         self,
         inputs: StepInputs,
         run_backward: Callable[[Tensor], None],
         without_sync: Callable[[], AbstractContextManager[object]],
-    ) -> Measured:
-        """One optimizer step. With several workers the loss is this worker's estimate of it."""
-        loss = backward(self.stage, inputs, self._world_size, run_backward, without_sync)
-        result = apply_update(self.stage, loss, inputs.sample_ids)
+    ) -> Measured | None:
+        """One optimizer step, or a batch passed by; the same verdict on every worker.
+
+        Raises ``TrainingDiverged``, or ``WentBack`` when an earlier checkpoint is to be loaded.
+        """
+        if self.is_sharded:  # parts of gradients add up; whole ones would not fit
+            without_sync = nullcontext
+        local = backward(self.stage, inputs, self._world_size, run_backward, without_sync)
+        norm = gradient_norm(self.stage)
+        tallies = self.coverage.tallies(inputs.visit)
+        if self._world_size > 1:
+            local, tallies = self._add_up(local, tallies)
+        loss, grad_norm = torch.stack((local, norm.to(local.dtype))).tolist()
+        verdict = self.guard.judge(self.step, self.batch, loss, grad_norm, inputs.sample_ids)
+        if verdict == "good":
+            self.coverage.add(tallies)
+            self.batch += 1
+            return self._measured(apply_update(self.stage, loss, grad_norm), inputs)
+        self.optimizer.zero_grad(set_to_none=True)
+        if verdict == "give up":
+            raise diverged(self.step, loss, grad_norm, inputs.sample_ids)
+        if verdict == "go back":
+            raise WentBack(int(self.guard.events[-1]["back_to"]), self.batch + 1)
+        self.coverage.add(tallies, passed_by=True)
+        self.batch += 1
+        return None
+
+    def _add_up(self, loss: Tensor, tallies: dict[int, Tally]) -> tuple[Tensor, dict[int, Tally]]:
+        """The loss of the global batch and the samples of all workers."""
+        size, num_samples = self.config.global_batch_size, len(self.dataset)
+        first, last = (self.batch * size + at for at in (0, size - 1))
+        epochs = range(first // num_samples, last // num_samples + 1)
+        parts = [tallies.get(epoch, Tally()) for epoch in epochs]
+        numbers = [[part.count, signed(part.bits)] for part in parts]
+        sums = torch.tensor(numbers, dtype=torch.int64, device=loss.device)
+        mean = loss.double()
+        torch.distributed.all_reduce(sums)
+        torch.distributed.all_reduce(mean)
+        found = [Tally(int(count), unsigned(int(bits))) for count, bits in sums.tolist()]
+        return mean / self._world_size, dict(zip(epochs, found, strict=True))
+
+    def _measured(self, result: StepResult, inputs: StepInputs) -> Measured:
         num_images = self.config.global_batch_size
         return Measured(
             loss=result.loss,
             num_images=num_images,
             num_tokens=num_images * inputs.tokens_BHW[0].numel(),
-            values={"learning_rate": result.learning_rate, "grad_norm": result.grad_norm},
+            values={
+                "learning_rate": result.learning_rate,
+                "grad_norm": result.grad_norm,
+                "epoch": self.batch * num_images / len(self.dataset),
+            },
         )
 
     def weights(self) -> dict[str, Tensor]:
@@ -117,22 +191,74 @@ class MaskedRun:
         """The optimizer's moments by name."""
         return optimizer_tensors(self.optimizer)
 
-    @torch.no_grad()
-    def restore(
-        self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
-    ) -> None:
+    def state(self) -> dict[str, Any]:
+        """What else ``restore`` needs, as JSON values."""
+        return {
+            "batch": self.batch,
+            "guard": self.guard.to_json(),
+            "coverage": self.coverage.to_json(),
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was taken."""
-        expected = self.weights()
+        self._restore_tensors(checkpoint)
+        self.batch = checkpoint.state.batch
+        self.init_record = checkpoint.state.init
+        self.guard.restore(checkpoint.state.guard)
+        self.coverage.restore(checkpoint.state.coverage)
+
+    def go_back(self, checkpoint: Checkpoint, to_batch: int) -> None:
+        """Take up an earlier checkpoint, and pass by all batches before ``to_batch``."""
+        self._restore_tensors(checkpoint)
+        self.guard.rewound(checkpoint.state.guard)
+        self.coverage.restore(checkpoint.state.coverage)
+        size = self.config.global_batch_size
+        for number in range(checkpoint.state.batch, to_batch):
+            visit = self.dataset.order.visit(number * size, (number + 1) * size)
+            self.coverage.add(self.coverage.tallies(visit), passed_by=True)
+        self.batch = to_batch
+
+    @torch.no_grad()
+    def _restore_tensors(self, checkpoint: Checkpoint) -> None:
+        expected, weights = self.weights(), checkpoint.weights
         if set(expected) != set(weights):
             odd = sorted(set(expected) ^ set(weights))
             raise CheckpointDamaged(f"the run's checkpoint differs in {len(odd)} weights: {odd[0]}")
         for name, parameter in named_trained(self.optimizer):
-            parameter.copy_(weights[name])
+            parameter.copy_(like(weights[name], parameter))
         if self.stage.ema is not None:
-            for name in self.stage.ema:
-                self.stage.ema[name].copy_(weights[EMA_PREFIX + name])
-        restore_optimizer(self.optimizer, optimizer)
-        self.stage.step = step
+            for name, average in self.stage.ema.items():
+                average.copy_(like(weights[EMA_PREFIX + name], average))
+        if checkpoint.state.step:
+            restore_optimizer(self.optimizer, checkpoint.optimizer)
+        else:
+            self.optimizer.state.clear()
+        self.stage.step = checkpoint.state.step
+
+    @torch.no_grad()
+    def put_together(self, keeps: bool) -> None:
+        """Give a worker that ``keeps`` them whole networks, averaged if they are; ends the
+        training. All workers call it together."""
+        if not self.is_sharded:
+            return
+        exported = self.stage.ema or {name: p for name, p in named_trained(self.optimizer)}
+        found = whole_on_cpu(exported, keeps)
+        if not keeps:
+            return
+        parts = {
+            TRANSFORMER_PREFIX: self.networks.transformer,
+            TEXT_PREFIX: self.networks.text_encoder,
+        }
+        made: dict[str, Any] = {}
+        for prefix, module in parts.items():
+            made[prefix] = type(module)(module.config).to(torch.float32)
+            rest = {k: v for k, v in module.state_dict().items() if prefix + k not in found}
+            ours = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+            made[prefix].load_state_dict({**rest, **ours}, strict=True)
+        self.networks = replace(
+            self.networks, transformer=made[TRANSFORMER_PREFIX], text_encoder=made[TEXT_PREFIX]
+        )
+        self.stage.ema = None
 
     def export(self, folder: Path) -> dict[str, float]:
         """Write the model as it is published, with averaged weights if they are kept; ends the

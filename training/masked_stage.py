@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import UserError
-from model import CLIPTextEncoder, CLIPTokenizer, MaskedImageTransformer, masked_token_loss
+from model import (
+    CLIPTextEncoder,
+    CLIPTokenizer,
+    MaskedImageTransformer,
+    WeightAverage,
+    masked_token_loss,
+)
 from training.config import StageConfig
 from training.data import Batch
 from training.masking import draw_dropped, draw_masks, drop_prompts
@@ -26,6 +32,8 @@ from training.optim import (
     set_learning_rate,
     trained_parameters,
 )
+from training.order import Visit
+from training.sharding import whole
 
 TRANSFORMER_PREFIX = "transformer."
 TEXT_PREFIX = "text_encoder."
@@ -45,7 +53,7 @@ class MaskedStage:
     text_encoder: CLIPTextEncoder
     tokenizer: CLIPTokenizer
     optimizer: torch.optim.AdamW
-    ema: dict[str, Tensor] | None
+    ema: WeightAverage | None
     step: int = 0
 
 
@@ -60,6 +68,8 @@ class StepInputs:
     micro_conditions_B5: Tensor
     num_masked_globally: int
     sample_ids: list[str]
+    visit: Visit
+    number: int
 
     def to(self, device: torch.device | str) -> StepInputs:
         """The same on ``device``."""
@@ -100,7 +110,7 @@ def start_stage(
     optimizer = build_optimizer(groups, config.optimizer)
     ema = None
     if config.ema_decay is not None:
-        ema = {name: p.detach().clone() for name, p in named_trained(optimizer)}
+        ema = WeightAverage(dict(named_trained(optimizer)), config.ema_decay)
     return MaskedStage(config, transformer, text_encoder, tokenizer, optimizer, ema)
 
 
@@ -111,13 +121,13 @@ def named_trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Pa
 
 
 def step_inputs(
-    batch: Batch, config: StageConfig, tokenizer: CLIPTokenizer, step: int, rows: slice
+    batch: Batch, config: StageConfig, tokenizer: CLIPTokenizer, number: int, rows: slice
 ) -> StepInputs:
-    """Draw a step's masks and dropped prompts; ``batch`` holds ``rows`` of the global batch."""
+    """Draw masks and dropped prompts; ``batch`` holds ``rows`` of global batch ``number``."""
     height, width = batch.tokens_BHW.shape[1:]
     size = config.global_batch_size
-    mask_BHW, ratio_B = draw_masks(size, height, width, config.seed, step)
-    dropped_B = draw_dropped(size, config.prompt_dropout_prob, config.seed, step)
+    mask_BHW, ratio_B = draw_masks(size, height, width, config.seed, number)
+    dropped_B = draw_dropped(size, config.prompt_dropout_prob, config.seed, number)
     prompts = drop_prompts(batch.captions, dropped_B[rows])
     return StepInputs(
         tokens_BHW=batch.tokens_BHW,
@@ -127,6 +137,8 @@ def step_inputs(
         micro_conditions_B5=batch.micro_conditions_B5,
         num_masked_globally=int(mask_BHW.sum()),
         sample_ids=batch.sample_ids,
+        visit=batch.visit,
+        number=number,
     )
 
 
@@ -179,51 +191,49 @@ def backward(
     return total
 
 
-def apply_update(stage: MaskedStage, loss: Tensor, sample_ids: list[str]) -> StepResult:
-    """Clip, check, step, average. Raises ``TrainingDiverged`` before a bad update is made."""
+def gradient_norm(stage: MaskedStage) -> Tensor:
+    """The length of all gradients (0-d), which are shortened to ``max_grad_norm``."""
+    limit = stage.config.optimizer.max_grad_norm
+    return whole(clip_gradients(trained_parameters(stage.optimizer), limit))
+
+
+def apply_update(stage: MaskedStage, loss: float, grad_norm: float) -> StepResult:
+    """Step and average, with gradients that ``gradient_norm`` has shortened."""
     config = stage.config
     scale = learning_rate_scale(
         stage.step, config.steps, config.optimizer.warmup_steps, config.optimizer.schedule
     )
-    norm = clip_gradients(trained_parameters(stage.optimizer), config.optimizer.max_grad_norm)
-    loss_value, norm_value = torch.stack((loss, norm)).tolist()
-    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-        named = ", ".join(sample_ids[:_NAMED_SAMPLES])
-        more = f" and {len(sample_ids) - _NAMED_SAMPLES} more" * (len(sample_ids) > _NAMED_SAMPLES)
-        raise TrainingDiverged(
-            f"step {stage.step} has loss {loss_value} and gradient norm {norm_value}; the last "
-            f"finite weights are kept; lower optimizer.learning_rate, or look at the samples "
-            f"{named}{more}"
-        )
     set_learning_rate(stage.optimizer, scale)
     stage.optimizer.step()
     stage.optimizer.zero_grad(set_to_none=True)
     stage.step += 1
-    update_ema(stage)
-    return StepResult(loss_value, norm_value, config.optimizer.learning_rate * scale)
+    if stage.ema is not None:
+        stage.ema.update(stage.step)
+    return StepResult(loss, grad_norm, config.optimizer.learning_rate * scale)
 
 
-@torch.no_grad()
-def update_ema(stage: MaskedStage) -> None:
-    """Move the averaged weights towards the current ones; the first steps move them faster."""
-    if stage.ema is None or stage.config.ema_decay is None:
-        return
-    decay = min(stage.config.ema_decay, (1 + stage.step) / (10 + stage.step))
-    for name, parameter in named_trained(stage.optimizer):
-        stage.ema[name].lerp_(parameter, 1.0 - decay)
+def diverged(step: int, loss: float, grad_norm: float, sample_ids: list[str]) -> TrainingDiverged:
+    """The error for a step that cannot be taken, naming its first samples."""
+    named = ", ".join(sample_ids[:_NAMED_SAMPLES])
+    more = f" and {len(sample_ids) - _NAMED_SAMPLES} more" * (len(sample_ids) > _NAMED_SAMPLES)
+    return TrainingDiverged(
+        f"step {step} has loss {loss} and gradient norm {grad_norm}; the last "
+        f"finite weights are kept; lower optimizer.learning_rate, or look at the samples "
+        f"{named}{more}"
+    )
 
 
 def train_step(stage: MaskedStage, batch: Batch, device: torch.device | str = "cpu") -> StepResult:
     """One optimizer step of a single worker, on a whole global batch."""
     inputs = step_inputs(batch, stage.config, stage.tokenizer, stage.step, slice(None))
-    loss = backward(stage, inputs.to(device))
-    return apply_update(stage, loss, batch.sample_ids)
+    loss = backward(stage, inputs.to(device)).item()
+    norm = gradient_norm(stage).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise diverged(stage.step, loss, norm, batch.sample_ids)
+    return apply_update(stage, loss, norm)
 
 
-@torch.no_grad()
 def use_averaged_weights(stage: MaskedStage) -> None:
     """Replace the trained weights by their average, if one is kept (for export only)."""
-    if stage.ema is None:
-        return
-    for name, parameter in named_trained(stage.optimizer):
-        parameter.copy_(stage.ema[name])
+    if stage.ema is not None:
+        stage.ema.copy_to_weights()

@@ -17,12 +17,13 @@ from infra.errors import UserError
 from infra.storage import ObjectMissing
 from infra.tracking_server import TrackingServer
 from training import keys, publish, registry, versions
+from training.checkpoint_store import newest_step
+from training.progress import read_progress_json
 from training.stages import TOKENIZER_STAGE, DatasetPin, StageSpec
 from training.versions import RegisteredVersion
 
 Decision = Literal["SKIP", "RESUME", "INIT", "RUN"]
 
-SNAPSHOT_NAME = "checkpoint_manager_snapshot.json"
 PUBLISHED_NAME = "published.json"
 TAG_STEP = "step"
 TAG_METRICS = "metrics"
@@ -32,6 +33,8 @@ TAG_TOKENIZER = "tokenizer_sha256"
 TAG_DATASET = "dataset_sha256"
 TAG_PARENT = "parent_version"
 TAG_MODEL_ID = "logged_model_id"
+TAG_RESOLUTION = "resolution_px"
+PROGRESS_NAME = "progress.json"
 SHOWN_CHANGES = 3
 
 
@@ -109,6 +112,35 @@ class PlanContext:
     verify: bool = True
 
 
+@dataclass(frozen=True)
+class Expected:
+    """How long what is left of a stage will take at the speed that it was last trained at."""
+
+    hours: float
+    images_per_second: float
+    known_from: str
+
+
+def expected_time(plan: StagePlan, context: PlanContext) -> Expected | None:
+    """From the newest version of the same stage with the same image size, or from the run's own
+    progress; None when neither is known."""
+    stage = plan.spec.configs.get("stage")
+    if stage is None or not plan.needs_training:
+        return None
+    left = (plan.spec.steps - plan.step) * int(stage["global_batch_size"])
+    if plan.step and plan.run_name:
+        uri = storage.join(context.store_uri, "runs", plan.run_name, PROGRESS_NAME)
+        rate = read_progress_json(uri).get("images_per_second")
+        if isinstance(rate, int | float) and rate > 0:
+            return Expected(left / rate / 3600, float(rate), "its own last steps")
+    model = keys.model_name(plan.spec.recipe, plan.spec.stage)
+    for version in reversed(versions.all_versions(context.server, model)):
+        rate = json_tag(version, TAG_METRICS).get("images_per_second", 0.0)
+        if rate > 0 and version.tags.get(TAG_RESOLUTION) == str(stage["resolution_px"]):
+            return Expected(left / rate / 3600, rate, f"version {version.version} of {model}")
+    return None
+
+
 def plan_chain(specs: Sequence[StageSpec], context: PlanContext) -> list[StagePlan]:
     """Every stage of a recipe; what follows an unfinished stage is planned on its word."""
     plans: list[StagePlan] = []
@@ -182,8 +214,7 @@ def _decide(plan: StagePlan, context: PlanContext, key: str, run_name: str) -> S
         reason = "trained and published, not registered yet"
         return replace(plan, decision="RESUME", reason=reason, published=published)
     gone = "" if existing is None else f"the files of version {existing.version} are gone; "
-    snapshot = _read_if_there(storage.join(run_uri, SNAPSHOT_NAME))
-    step = _snapshot_step(snapshot)
+    step = newest_step(run_uri)
     if step is not None:
         reason = f"{gone}a checkpoint at step {step} of {plan.spec.steps}"
         return replace(plan, decision="RESUME", reason=reason, step=step)
@@ -240,14 +271,6 @@ def _left_to_do(spec: StageSpec, existing: RegisteredVersion, evaluation_key: st
     if gate != versions.PASSED:
         return "the gate is to be asked again"
     return "" if existing.is_handed_over else "it is not handed over yet"
-
-
-def _snapshot_step(snapshot: Any) -> int | None:
-    """The step of Ray's latest checkpoint; None without one."""
-    try:
-        return int(snapshot["latest_checkpoint_result"]["metrics"]["step"])
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def _why_anew(plan: StagePlan, context: PlanContext, model: str) -> str:

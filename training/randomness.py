@@ -37,11 +37,16 @@ def permutation(num_items: int, seed: int, purpose: str, *counters: int) -> NDAr
 def uniforms(
     items: NDArray[np.int64], seed: int, purpose: str, *counters: int
 ) -> NDArray[np.float64]:
-    """One number in [0, 1) for each item, which depends on that item alone (splitmix64)."""
+    """One number in [0, 1) for each item, which depends on that item alone."""
+    return (hashes(items, seed, purpose, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def hashes(items: NDArray[np.int64], seed: int, purpose: str, *counters: int) -> NDArray[np.uint64]:
+    """64 bits for each item, which depend on that item alone (splitmix64)."""
     start = np.uint64(derive(seed, purpose, *counters))
     with np.errstate(over="ignore"):
         state = start + (items.astype(np.uint64) + np.uint64(1)) * _GOLDEN
         state = (state ^ (state >> np.uint64(30))) * _MIX_1
         state = (state ^ (state >> np.uint64(27))) * _MIX_2
         state ^= state >> np.uint64(31)
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return state

@@ -112,6 +112,19 @@ def promote(
         return move
 
 
+def promote_verified(
+    server: TrackingServer, store_uri: str, version: RegisteredVersion, *, why: str
+) -> AliasMove | None:
+    """``promote`` to ready, of a version that lies in this store and whose every byte is right."""
+    home = storage.join(store_uri, "models")
+    if not version.uri.startswith(f"{home}/"):
+        raise UserError(expected=f"a version with its files under {home}", got=version.uri)
+    problems = verify_checkpoint(version.uri)
+    if problems:
+        raise UserError(damage_message(version.uri, problems))
+    return promote(server, store_uri, version, READY, why=why)
+
+
 def _set_alias(server: TrackingServer, version: RegisteredVersion, alias: str) -> None:
     body = {"name": version.name, "alias": alias, "version": str(version.version)}
     server.call("POST", "mlflow/registered-models/alias", body)

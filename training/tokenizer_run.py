@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,15 @@ from infra import storage
 from infra.errors import UserError
 from infra.manifest import dataset_root, load_manifest
 from model import CLIPTextEncoder, CLIPTokenizer, VQTokenizer
-from training.checkpoint import CheckpointDamaged, optimizer_tensors, restore_optimizer
+from training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from training.checkpoint_store import CheckpointDamaged
 from training.config import TextEncoderConfig, TokenizerConfig
 from training.fit import Measured
 from training.images import decode_image, shrink, square_crop
 from training.job import Job
 from training.networks import new_text_encoder
 from training.randomness import permutation
-from training.token_cache import read_samples
+from training.shards import read_samples
 from training.tokenizer_stage import (
     KMEANS_BATCHES,
     StoredImage,
@@ -114,10 +115,29 @@ class TokenizerRun:
         """Finished optimizer steps."""
         return self.stage.step
 
-    def prepare(self, step: int) -> ImageBatches:
+    @property
+    def batch(self) -> int:
+        """The next batch: one for each step."""
+        return self.stage.step
+
+    @property
+    def is_sharded(self) -> bool:
+        """Never: it trains on one worker."""
+        return False
+
+    @property
+    def max_passed_by(self) -> int:
+        """None: a bad step ends it."""
+        return 0
+
+    def flops_per_image(self) -> float:
+        """Not known: its work is in convolutions."""
+        return 0.0
+
+    def prepare(self, number: int) -> ImageBatches:
         """A step's images."""
-        num_batches = KMEANS_BATCHES if step == self.stage.codebook_step else 1
-        steps = range(step, step + num_batches)
+        num_batches = KMEANS_BATCHES if number == self.stage.codebook_step else 1
+        steps = range(number, number + num_batches)
         return ImageBatches([tokenizer_batch(self._images, self.config, s) for s in steps])
 
     def to(self, device: torch.device) -> None:
@@ -161,11 +181,13 @@ class TokenizerRun:
         """The optimizer's moments by name."""
         return optimizer_tensors(self.optimizer)
 
-    def restore(
-        self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
-    ) -> None:
+    def state(self) -> dict[str, Any]:
+        """What else ``restore`` needs: nothing."""
+        return {"batch": self.batch}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was taken."""
-        expected = self.weights()
+        expected, weights = self.weights(), checkpoint.weights
         if {n: v.shape for n, v in expected.items()} != {n: v.shape for n, v in weights.items()}:
             raise CheckpointDamaged("the run's checkpoint holds other weights than the tokenizer's")
         named = {
@@ -174,9 +196,13 @@ class TokenizerRun:
         self.stage.vq.load_state_dict(named, strict=True)
         self.stage.code_uses_K = weights[CODE_USES].clone()
         self.stage.code_sums_KC = weights[CODE_SUMS].clone()
-        if step:
-            restore_optimizer(self.optimizer, optimizer)
-        self.stage.step = step
+        if checkpoint.state.step:
+            restore_optimizer(self.optimizer, checkpoint.optimizer)
+        self.stage.step = checkpoint.state.step
+        self.init_record = checkpoint.state.init
+
+    def put_together(self, keeps: bool) -> None:
+        """Nothing to do: its networks are whole."""
 
     def export(self, folder: Path) -> dict[str, float]:
         """Write ``vqvae/``, ``tokenizer/`` and ``text_encoder/``; returns what was measured."""

@@ -77,6 +77,12 @@ def all_versions(server: TrackingServer, name: str) -> list[RegisteredVersion]:
     return sorted(found, key=lambda version: version.version)
 
 
+def versions_with_tag(server: TrackingServer, tag: str, value: str) -> list[RegisteredVersion]:
+    """Every version of any registered model that has this tag, by model and number."""
+    found = _search(server, f"tags.`{tag}` = '{_plain(value)}'")
+    return sorted(found, key=lambda version: (version.name, version.version))
+
+
 def get_version(server: TrackingServer, name: str, version: int) -> RegisteredVersion:
     """A version by number; ``UserError`` when there is none."""
     query = {"name": name, "version": str(version)}

@@ -7,10 +7,6 @@ else fresh ones.
 from __future__ import annotations
 
 import os
-import tempfile
-import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,22 +14,18 @@ import torch
 from infra.errors import UserError
 from infra.tracking import RestTracker
 from model import ModelError
-from training.checkpoint import (
-    EXPORT_FOLDER,
-    Checkpoint,
-    TrainingState,
-    load_checkpoint,
-    save_checkpoint,
-    seal_folder,
-)
-from training.fit import Measured, fit
+from training.checkpoint_store import CheckpointDamaged, CheckpointStore, Loaded
+from training.fit import fit
+from training.guard import WentBack
 from training.job import Job
 from training.journal import Journal, ProgressFile, Tracker
+from training.keeper import Keeper
 from training.masked_run import MaskedRun
 from training.session import RaySession, Session
+from training.stall import StallWatch, keep_report
 from training.tokenizer_run import TokenizerRun
-
-SAMPLES_NAME = "samples.png"
+from training.utilisation import peak_teraflops
+from training.waste import Start, record_start
 
 
 def train_worker(raw: dict[str, Any]) -> None:
@@ -46,24 +38,63 @@ def train_worker(raw: dict[str, Any]) -> None:
 
 
 def train(job: Job, session: Session, tracker: Tracker | None = None) -> None:
-    """Run a stage to its end in this session and report its last checkpoint, with ``export/``."""
+    """Run a stage to its end in this session; its last checkpoint holds ``export/``."""
     use_threads(job.cpus)
     try:
         run = build_run(job, session)
-        losses, is_done = restore(run, job, session)
-        if is_done:
-            return
+        store = CheckpointStore(job.run_uri)
+        found = find_checkpoint(job, session, store)
+        if found is not None:
+            run.restore(found.checkpoint)
+            if found.is_finished:
+                return
+        limit = run.config.max_step_minutes
+        stall = StallWatch(
+            job.run_uri, session.rank, None if limit is None else 60.0 * limit, job.local_dir
+        )
+        start = _record_start(job, run, found, bool(stall.found)) if session.rank == 0 else None
         journal = _journal(job, run, session, tracker)
-        journal.losses.extend(losses)
-        keeper = Keeper(job, session, run, journal)
+        keeper = Keeper(job, session, run, journal, store, stall)
         try:
-            if run.step < run.num_steps:
-                fit(run, keeper, session.world_size, session.in_ray)
-            keeper.finish()
+            if stall.found:
+                uri = keep_report(job.run_uri, job.attempt, session.rank, run.step, stall.found)
+                journal.note("hung", f"no step for {limit:g} minutes; its threads: {uri}")
+            if start is not None:
+                journal.note("started", f"attempt {start.attempt}: {start.how}")
+            if found is not None:
+                keeper.restored(found)
+            _train(run, keeper, session)
         finally:
+            keeper.close()
             journal.close()
     except ModelError as error:
         raise UserError(str(error)) from error
+
+
+def _train(run: MaskedRun | TokenizerRun, keeper: Keeper, session: Session) -> None:
+    """All steps, from earlier ones again when the guard says so."""
+    keeper.start()
+    while run.step < run.num_steps:
+        try:
+            fit(run, keeper, session.world_size, session.in_ray)
+        except WentBack as why:
+            keeper.go_back(why)
+    keeper.finish()
+
+
+def _record_start(
+    job: Job, run: MaskedRun | TokenizerRun, found: Loaded | None, was_hung: bool
+) -> Start:
+    """Whether this goes on or begins, and with what, as a fact of the run."""
+    init = run.init_record
+    if found is not None:
+        how = f"RESUME from the checkpoint of step {found.stored.step}"
+    elif init.get("source") == "parent":
+        num_new = len(init.get("new_keys", ()))
+        how = f"INIT with {init.get('num_inherited')} parameters of the parent and {num_new} new"
+    else:
+        how = f"INIT with {init.get('source')} weights"
+    return record_start(job.run_uri, job.attempt, how, run.step, was_hung)
 
 
 def use_threads(cpus: int | None) -> None:
@@ -82,20 +113,28 @@ def build_run(job: Job, session: Session) -> MaskedRun | TokenizerRun:
     return TokenizerRun.build(job)
 
 
-def restore(run: MaskedRun | TokenizerRun, job: Job, session: Session) -> tuple[list[float], bool]:
-    """Go back to the run's own checkpoint, if there is one.
+def find_checkpoint(job: Job, session: Session, store: CheckpointStore) -> Loaded | None:
+    """The run's own newest checkpoint whose bytes are right: the same one for every worker.
 
-    Returns the last losses, and whether the run had already handed over its result.
+    Raises ``UserError`` when the plan saw one and none is there: a run that is to go on never
+    begins anew without a word.
     """
-    with session.last_checkpoint() as folder:
-        if folder is None:
-            return [], False
-        checkpoint = load_checkpoint(folder, job.stage_key)
-        state = checkpoint.state
-        is_done = state.step == run.num_steps and (folder / EXPORT_FOLDER).is_dir()
-        run.restore(state.step, checkpoint.weights, checkpoint.optimizer)
-        run.init_record = state.init
-        return state.losses, is_done
+    found = store.load(job.stage_key) if session.rank == 0 else None
+    uri = session.from_first(None if found is None else found.stored.uri)
+    if uri is None:
+        if job.resume_step is not None:
+            raise UserError(
+                expected=f"the checkpoint of step {job.resume_step} under {store.uri}",
+                got="none",
+                remedy="restore it, or run the same command again to train the stage anew",
+            )
+        return None
+    if found is None:
+        stored = next((each for each in store.complete() if each.uri == uri), None)
+        if stored is None:
+            raise CheckpointDamaged(f"the checkpoint {uri} is gone")
+        found = store.load_one(stored, job.stage_key)
+    return found
 
 
 def _journal(
@@ -106,91 +145,13 @@ def _journal(
         return Journal(run.num_steps, interval)
     if tracker is None and job.tracking_uri is not None and job.mlflow_run_id is not None:
         tracker = RestTracker(job.tracking_uri, job.mlflow_run_id)
-    return Journal(run.num_steps, interval, tracker, ProgressFile(job.progress_uri, run.num_steps))
-
-
-class Keeper:
-    """Watches the steps, keeps the journal and saves by the clock."""
-
-    def __init__(
-        self, job: Job, session: Session, run: MaskedRun | TokenizerRun, journal: Journal
-    ) -> None:
-        self._job, self._session, self._run, self._journal = job, session, run, journal
-        self._interval_seconds = run.config.checkpoint_interval_seconds
-        self._started_at = self._saved_at = time.monotonic()
-        self._saved_for_preemption = False
-
-    def stepped(self, measured: Measured, seconds: float) -> None:
-        """Put a finished step into the journal."""
-        self._journal.stepped(
-            self._run.step,
-            measured.loss,
-            measured.num_images,
-            measured.num_tokens,
-            seconds,
-            measured.values,
-        )
-
-    def wants_checkpoint(self) -> bool:
-        """Whether the interval since the last checkpoint is over."""
-        return time.monotonic() - self._saved_at >= self._interval_seconds
-
-    def is_preempted(self) -> bool:
-        """True once, when a machine under the run is about to go."""
-        if self._saved_for_preemption or not self._session.in_ray:
-            return False
-        self._saved_for_preemption = self._session.is_preempted()
-        return self._saved_for_preemption
-
-    def save(self) -> None:
-        """Report a checkpoint to go on from."""
-        with tempfile.TemporaryDirectory(dir=self._job.local_dir) as scratch:
-            folder = Path(scratch)
-            if self._session.rank == 0:
-                self._write(folder)
-                seal_folder(folder)
-            self._report(folder, {})
-        self._saved_at = time.monotonic()
-
-    def finish(self) -> None:
-        """Report the last checkpoint, with the exported model and all metrics."""
-        with tempfile.TemporaryDirectory(dir=self._job.local_dir) as scratch:
-            folder = Path(scratch)
-            found: dict[str, float] = {}
-            if self._session.rank == 0:
-                self._write(folder)
-                found = self._run.export(folder / EXPORT_FOLDER)
-                seal_folder(folder)
-                self._log_end(folder / EXPORT_FOLDER, found)
-            self._report(folder, found)
-
-    def _log_end(self, export: Path, found: Mapping[str, float]) -> None:
-        tracker = self._journal.tracker
-        if tracker is None:
-            return
-        if found:
-            tracker.log_metrics(found, self._run.step)
-        picture = self._run.sample_grid(export)
-        if picture is not None:
-            tracker.log_artifact(picture, SAMPLES_NAME)
-
-    def _write(self, folder: Path) -> None:
-        run = self._run
-        state = TrainingState(
-            step=run.step,
-            config_sha256=self._job.stage_key,
-            losses=list(self._journal.losses),
-            init=run.init_record,
-        )
-        save_checkpoint(folder, Checkpoint(run.weights(), run.optimizer_state(), state))
-
-    def _report(self, folder: Path, found: Mapping[str, float]) -> None:
-        metrics = {
-            "step": float(self._run.step),
-            "images_per_second": self._journal.images_per_second,
-            "train_seconds": time.monotonic() - self._started_at,
-            **found,
-        }
-        if self._journal.final_loss is not None:
-            metrics["final_loss"] = self._journal.final_loss
-        self._session.report(metrics, folder if self._session.rank == 0 else None)
+    progress = ProgressFile(job.progress_uri, run.num_steps, job.attempt)
+    peak = peak_teraflops()
+    return Journal(
+        run.num_steps,
+        interval,
+        tracker,
+        progress,
+        run.flops_per_image(),
+        None if peak is None else peak * session.world_size,
+    )

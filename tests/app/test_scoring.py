@@ -65,6 +65,7 @@ def test_score_refilter_and_search(tmp_path: Path) -> None:
                     }
                 },
                 "scoring": make_models(tmp_path / "models"),
+                "derived": {"best": {"dataset": "painted", "keep": {"min_aesthetic_score": 5}}},
             }
         )
     )
@@ -89,14 +90,21 @@ def test_score_refilter_and_search(tmp_path: Path) -> None:
         assert set(scored["models"]) == {"aesthetic_score", "clip_similarity"}
         assert atelier("score", str(recipe))["datasets"][0]["shards_embedded_now"] == 0
 
-        higher = ["--set", "scoring.refilter.min_aesthetic_score=6"]
+        higher = ["--set", "derived.best.keep.min_aesthetic_score=6"]
         (counted,) = atelier("refilter", str(recipe), "--dry-run", *higher)["datasets"]
         assert counted["version"] is None
         assert 0 < counted["funnel"]["committed"] < committed
         (published,) = atelier("refilter", str(recipe), *higher)["datasets"]
-        assert published["funnel"] == counted["funnel"]
+        assert published["funnel"]["committed"] == counted["funnel"]["committed"]
+        assert published["funnel"]["low_aesthetic_score"] > 0
         (again,) = atelier("refilter", str(recipe), *higher)["datasets"]
         assert again == published
+        steps = {step["name"]: step for step in atelier("plan", str(recipe), *higher)["steps"]}
+        assert steps["derive:best"]["decision"] == "SKIP"
+        assert steps["derive:best"]["inputs"] == {"dataset painted": scored["version"]}
+        run = atelier("run", str(recipe), *higher)
+        assert [step["decision"] for step in run["steps"]] == ["SKIP"] * 3
+        assert run["steps"][2]["dataset_version"] == published["version"]
 
         found = atelier("search", "a red circle", "-k", "5", "--export", "circles")
         assert len(found["hits"]) == 5
@@ -104,6 +112,23 @@ def test_score_refilter_and_search(tmp_path: Path) -> None:
         assert cosines == sorted(cosines, reverse=True)
         missing = atelier("search", "a red circle", "--dataset", "other", returns=1)
         assert "run `atelier score RECIPE` first" in missing["error"][0]
+
+        url = found["hits"][0]["url"]
+        odd = atelier("takedown", "--domain", "http://a.example/", returns=1)
+        assert "a host like a.example" in odd["error"][0]
+        dry = atelier("takedown", "--url", url, "--dry-run")["datasets"]
+        assert {each["dataset"]: each["samples"] for each in dry} == {"painted": 1, "circles": 1}
+        gone = atelier("takedown", "--url", url)
+        assert {each["dataset"]: each["samples"] for each in gone["datasets"]} == {
+            "painted": 1, "circles": 1,
+        }  # fmt: skip
+        (rescored,) = atelier("score", str(recipe))["datasets"]
+        assert rescored["counts"]["samples"] == committed - 1
+        assert rescored["shards_embedded_now"] == 1
+        (published,) = atelier("refilter", str(recipe), *higher)["datasets"]
+        left = atelier("search", "a red circle", "--dataset", "painted", "-k", "5")["hits"]
+        assert url not in {hit["url"] for hit in left}
+        assert {hit["sample_id"] for hit in found["hits"][1:]} < {hit["sample_id"] for hit in left}
     finally:
         atelier("down")
 

@@ -108,7 +108,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
 
 def ours(spark: SparkSession, *, account: bool) -> Job:
     from pipelines.config import CurationConfig
-    from pipelines.engine import one_thread_per_task
+    from pipelines.engine import keep_imports_out_of_gc, one_thread_per_task
     from pipelines.plan import plan_curation
     from pipelines.read_rows import Slots, judged_batches, read_rows
 
@@ -148,6 +148,7 @@ def ours(spark: SparkSession, *, account: bool) -> Job:
                     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                     columns = {"unit": pa.array([index], pa.int32()), "peak": pa.array([peak])}
                     yield pa.RecordBatch.from_pydict(columns)
+            keep_imports_out_of_gc()
 
         numbers = spark.range(0, len(units), 1, numPartitions=len(units))
         done = numbers.mapInArrow(write, "unit int, peak bigint").collect()

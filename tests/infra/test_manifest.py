@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import random
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,33 @@ def test_a_thousand_flips_and_cuts_are_all_found(tmp_path: Path) -> None:
         assert any(path.name in problem for problem in problems)
         path.write_bytes(data)
     assert verify_dataset(uri) == []
+
+
+def test_what_was_found_right_is_read_again_when_it_was_written(root: str) -> None:
+    uri, note = publish_manifest(root, store(root)), f"{root}/work/note.json"
+    manifest = load_manifest(uri)
+    path = f"{root}/{manifest.shards[0].path}"
+    data = storage.read_bytes(path)
+    assert verify_dataset(uri, memory_uri=note) == []  # too fresh to note
+    for damage in (bytes(len(data)), data[:-1]):
+        storage.write_bytes(path, damage)
+        (problem,) = verify_dataset(uri, memory_uri=note)
+        assert problem.startswith(manifest.shards[0].path)
+    storage.write_bytes(path, data)
+    time.sleep(2.5 if root.startswith("s3:") else 0.1)
+    assert verify_dataset(uri, memory_uri=note) == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("infra.manifest_verify._check_shard", None)  # not called
+        patch.setattr("infra.manifest_verify._check_ledger", None)
+        assert verify_dataset(uri, memory_uri=note) == []
+    storage.write_bytes(path, bytes(len(data)))
+    (problem,) = verify_dataset(uri, memory_uri=note)
+    assert verify_dataset(uri, memory_uri=note) == [problem]
+    storage.delete(path)
+    assert verify_dataset(uri, memory_uri=note) == [f"{manifest.shards[0].path}: missing"]
+    storage.write_bytes(path, data)
+    storage.write_bytes(note, b"{")
+    assert verify_dataset(uri, memory_uri=note) == []
 
 
 def publish_unchecked(root: str, manifest: DatasetManifest) -> str:

@@ -171,3 +171,36 @@ def test_a_stage_paints_and_the_image_knows_where_it_comes_from(home: Home) -> N
     assert checkpoints["alignment"] == step["checkpoint_sha256"]
     assert list(checkpoints) == ["tokenizer", "concepts", "alignment"]
     assert datasets["captioned"] == home.steps()["curate:captioned"]["dataset_version"]
+
+
+def test_lineage_walks_from_the_pixel_to_the_metadata(home: Home) -> None:
+    out = home.path / "fox.png"
+    assert home.atelier("sample", "a star", "--out", str(out)).returncode == 0
+    found = json.loads(home.atelier("lineage", str(out), "--verify", "--json").stdout)
+    stages = [stage["stage"] for stage in found["stages"]]
+    assert stages == [*reversed(STAGES), "tokenizer"]
+    assert found["problems"] == []
+    init = {stage["stage"]: stage["init"] for stage in found["stages"]}
+    assert init["concepts"]["source"] == "fresh"
+    assert all(n.startswith(("down_", "up_")) for n in init["compression"]["new_keys"])
+    files = found["stages"][0]["dataset"]["files"]
+    assert {file["kind"] for file in files} == {"metadata", "captions"}
+    assert all(len(file["sha256"]) == 64 for file in files)
+    before = flip(home.stored("models/concepts/*/transformer/*.safetensors"))
+    done = home.atelier("lineage", str(out), "--verify")
+    home.stored("models/concepts/*/transformer/*.safetensors").write_bytes(before)
+    assert done.returncode == 1
+    assert "problem: s3://atelier/models/concepts/" in done.stdout
+
+
+def test_promote_shows_the_history_and_rollback_needs_one(home: Home) -> None:
+    shown = json.loads(home.atelier("promote", "concepts", "--json").stdout)
+    assert shown["ready"] == 1
+    assert [(m["alias"], m["new"]) for m in shown["history"]][:2] == [
+        ("candidate", 1),
+        ("ready", 1),
+    ]
+    assert "is ready already" in home.atelier("promote", "concepts", "1").stdout
+    home.refuses(["promote", "concepts", "9"], "got version 9; there are 1")
+    home.refuses(["rollback", "concepts"], "expected an earlier ready version of tiny-concepts")
+    home.refuses(["promote", "nothing"], "'nothing'", "trained here: tokenizer, concepts")

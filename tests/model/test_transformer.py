@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import loss as loss_module
 from model.errors import ModelError
@@ -149,12 +150,43 @@ def test_loss_in_chunks_is_the_same(
     torch.autograd.backward(whole)
     gradients = [p.grad.clone() for p in transformer.parameters() if p.grad is not None]
     transformer.zero_grad()
-    monkeypatch.setattr(loss_module, "_CHUNK_TOKENS", 7)
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 7 * 4 * 32)
     chunked = masked_token_loss(transformer, **inputs)
     torch.autograd.backward(chunked)
     assert torch.allclose(whole, chunked, atol=1e-6)
     again = [p.grad for p in transformer.parameters() if p.grad is not None]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, again, strict=True))
+
+
+class LargestTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+    """Notes the bytes of the largest float32 tensor that any operation makes."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(part, Tensor) and part.dtype == torch.float32:
+                self.num_bytes = max(self.num_bytes, part.numel() * part.element_size())
+        return result
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_float32_logits_of_a_whole_image_never_exist(
+    make_transformer: MakeTransformer, weights: torch.dtype
+) -> None:
+    """4096 masked tokens and 8192 codes are 128 MB in float32; half of that is the bound."""
+    transformer = make_transformer(
+        downsample=True, upsample=True, vocab_size=8256, codebook_size=8192
+    ).to(weights)
+    inputs = some_inputs(64, 64, batch=1, dtype=weights)
+    everything = dict(inputs, mask_BHW=torch.ones_like(inputs["mask_BHW"]))
+    with LargestTensors() as largest:  # type: ignore[no-untyped-call]  # torch has no types here
+        torch.autograd.backward(masked_token_loss(transformer, **everything))
+    assert 32 << 20 <= largest.num_bytes <= 64 << 20
+    head = transformer.mlm_layer.conv2.weight.grad
+    assert head is not None
+    assert bool(head.abs().sum() > 0)
 
 
 def test_loss_without_masked_tokens_is_zero(make_transformer: MakeTransformer) -> None:

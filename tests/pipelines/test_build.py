@@ -46,17 +46,15 @@ def run(plan: CurationPlan, backwards: bool = False) -> DatasetManifest:
         stage_images(build, partition, at_slot[slot][::direction])
     if plan.parts:
         found = pl.concat(staged_images(build, n, n) for n in range(build.num_partitions))
-        best = found.sort(
-            "round",
-            "aesthetic_score",
-            "sample_id",
-            descending=[False, True, False],
-            nulls_last=True,
-        ).filter(pl.col("sha256").is_first_distinct())
-        copies = found.join(best, on="sample_id", how="anti")
+        best = found.sort("rank").filter(pl.col("sha256").is_first_distinct())
+        copies = found.join(best, on="rank", how="anti").select(
+            "slot",
+            pl.col("rank").str.split("-").list.last().alias("sample_id"),
+            pl.lit("duplicate_image").alias("reason"),
+            pl.lit(None, pl.String).alias("detail"),
+        )
         for partition in plan.parts[::direction]:
-            losers = copies.filter(pl.col("slot") == partition)["sample_id"].to_list()
-            write_shards(build, partition, losers)
+            write_shards(build, partition, copies.filter(pl.col("slot") == partition).drop("slot"))
     manifest = assemble_manifest("traps", plan)
     write_report(publish_manifest(build.dataset_root, manifest), manifest)
     build.finish(manifest.version)
@@ -163,7 +161,7 @@ def test_a_finished_dataset_is_skipped_and_a_damaged_one_repaired(
     manifest = run(plan_curation("traps", config, store_uri))
     plan = plan_curation("traps", config, store_uri)
     assert (plan.decision, plan.version) == ("SKIP", manifest.version)
-    assert "every byte of it was verified" in plan.reason
+    assert "is there and verified" in plan.reason
     root = plan.build.dataset_root
     work = {info.uri.rsplit("/", 2)[-2] for info in storage.list_objects(plan.build.folder)}
     assert "images" not in work
@@ -339,7 +337,8 @@ def test_the_report_shows_the_funnel_and_runs_nothing(trap_world: Any, tmp_path:
     trap_world.captions.clear()
     trap_world.captions.append({"url": "u", "caption": "c", "model": "m"})
     trap_world.write()
-    plan = plan_curation("traps", trap_world.config(), tmp_path.as_uri())
+    config = trap_world.config(captions={"clean": {"markup": False}})
+    plan = plan_curation("traps", config, tmp_path.as_uri())
     manifest = run(plan)
     uri = storage.join(plan.build.dataset_root, manifest.version, "report.html")
     page = storage.read_bytes(uri).decode()

@@ -181,7 +181,7 @@ def test_a_pair_is_two_rows(tmp_path: Path) -> None:
     assert file.num_rows == 2
     ((raw, layout),) = metadata_batches(units_of([file])[0], asked)
     assert layout.format == "pick-a-pic"
-    assert not {"jpg_0", "jpg_1"} & set(raw.column_names)
+    assert not {"jpg_0", "jpg_1"} & set(raw.columns)
     assert canonical_rows(raw, layout, "laion").rows(named=True) == [
         canonical(human_preference=0.0),
         canonical(url=U + "2", human_preference=1.0),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,8 +25,8 @@ def config(*metadata: str, captions: tuple[str, ...] = ()) -> CurationConfig:
     )
 
 
-def read_metadata(unit: Unit, config: CurationConfig) -> pa.Table:
-    return pa.concat_tables(table for table, _ in metadata_batches(unit, config))
+def read_metadata(unit: Unit, config: CurationConfig) -> pl.DataFrame:
+    return pl.concat(pl.DataFrame(table) for table, _ in metadata_batches(unit, config))
 
 
 def parquet(path: Path, num_rows: int = 10, **options: Any) -> Path:
@@ -65,7 +67,7 @@ def test_s3_addresses_folders_and_globs(tmp_path: Path, s3_server: Any) -> None:
     files = find_inputs(config(f"{root}/part/a.parquet"))
     local = find_inputs(config(str(tmp_path / "a.parquet")))
     assert [file.identity() for file in files] == [file.identity() for file in local]
-    assert read_metadata(units_of(files)[0], config("x")).num_rows == 10
+    assert read_metadata(units_of(files)[0], config("x")).height == 10
 
 
 @pytest.mark.parametrize("pattern", ["{}/nothing", "{}/*.parquet", "file://{}/x.parquet"])
@@ -115,7 +117,7 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     bad = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"URL": ["u"], "TEXT": bad}), path)
     files = find_inputs(config(str(path)))
-    with pytest.raises(UserError, match=r"latin\.parquet; got .*UTF8"):
+    with pytest.raises(UserError, match=r"latin\.parquet; got .*UTF-8"):
         read_metadata(units_of(files)[0], config("x"))
 
 
@@ -129,7 +131,7 @@ def test_every_row_group_is_in_exactly_one_unit(
     units = units_of(files)
     assert [unit.index for unit in units] == list(range(len(units)))
     assert len(units) > 5
-    rows = [url for unit in units for url in read_metadata(unit, config("x"))["URL"].to_pylist()]
+    rows = [url for unit in units for url in read_metadata(unit, config("x"))["URL"]]
     assert len(rows) == len(set(rows)) == 130
 
 
@@ -149,3 +151,25 @@ def test_metadata_without_rows_is_no_dataset(tmp_path: Path) -> None:
     parquet(tmp_path / "empty.parquet", 0)
     with pytest.raises(UserError, match="holds no rows"):
         plan_curation("x", config(str(tmp_path / "empty.parquet")), tmp_path.as_uri())
+
+
+def test_a_file_is_read_again_only_when_it_was_written(
+    store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipelines.inputs, "READ_AGAIN_BYTES", 0)
+    uri, memory = f"{store_uri}/in/a.parquet", f"{store_uri}/work/inputs"
+    storage.upload(parquet(tmp_path / "a.parquet", 10), uri)
+    find_inputs(config(uri), memory)
+    assert not list(storage.list_objects(memory))  # too fresh to note
+    time.sleep(2.5 if uri.startswith("s3:") else 0.1)
+    first = find_inputs(config(uri), memory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines.inputs, "_digested", None)  # not called
+        assert find_inputs(config(uri), memory) == first
+    storage.upload(parquet(tmp_path / "b" / "a.parquet", 12), uri)
+    (second,) = find_inputs(config(uri), memory)
+    assert second.num_rows == 12
+    assert second.sha256 != first[0].sha256
+    (note,) = storage.list_objects(memory)
+    storage.write_bytes(note.uri, b"{")
+    assert find_inputs(config(uri), memory) == [second]

@@ -50,7 +50,7 @@ def travelled(folder: Path, slots: Slots | None = None, **changes: Any) -> tuple
 def test_rows_captions_ledger_and_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_batch: int
 ) -> None:
-    monkeypatch.setattr("pipelines.inputs.ROWS_PER_BATCH", rows_per_batch)
+    monkeypatch.setattr("pipelines.parquet.ROWS_PER_BATCH", rows_per_batch)
     pq.write_table(COCO, tmp_path / "coco.parquet")
     build, found = travelled(tmp_path)
     rows = found.filter(~pl.col("is_caption")).sort("url")

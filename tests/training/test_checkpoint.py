@@ -10,7 +10,6 @@ import torch
 from infra.errors import UserError
 from training.checkpoint import (
     Checkpoint,
-    CheckpointDamaged,
     TrainingState,
     load_checkpoint,
     optimizer_tensors,
@@ -19,6 +18,7 @@ from training.checkpoint import (
     seal_folder,
     verify_folder,
 )
+from training.checkpoint_store import CheckpointDamaged
 from training.config import StageConfig
 from training.data import TokenShard, in_memory
 from training.masked_stage import MaskedStage, named_trained, train_step
@@ -30,7 +30,7 @@ def _checkpoint() -> Checkpoint:
     return Checkpoint(
         weights={"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5])},
         optimizer={"a.weight/exp_avg": torch.ones(2, 3), "a.weight/step": torch.tensor(7.0)},
-        state=TrainingState(7, "c" * 64, [1.0, 0.5], {"seconds": 3.0}, {"source": "fresh"}),
+        state=TrainingState(7, "c" * 64, 9, [1.0, 0.5], {"source": "fresh"}, {"events": []}),
     )
 
 
@@ -123,7 +123,7 @@ def test_training_goes_on_to_the_bit(
         for name, parameter in named_trained(second.optimizer):
             parameter.copy_(loaded.weights[name])
     assert second.ema is not None
-    second.ema = {name: loaded.weights[f"ema/{name}"] for name in second.ema}
+    second.ema.load_state_dict({name: loaded.weights[f"ema/{name}"] for name in second.ema})
     restore_optimizer(second.optimizer, loaded.optimizer)
     second.step = loaded.state.step
     for step in range(second.step, 6):

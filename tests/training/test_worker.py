@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from infra import storage
 from infra.errors import UserError
 from model import MaskedImageTransformer, TextToImage
-from training import worker
 from training.checkpoint import verify_folder
+from training.checkpoint_store import CheckpointStore
 from training.config import (
     InitConfig,
     SampleGridConfig,
@@ -28,8 +28,10 @@ from training.config import (
 )
 from training.fit import Stopped
 from training.job import Job
+from training.keeper import Keeper
 from training.publish import publish_folder
-from training.session import FolderSession
+from training.session import LocalSession
+from training.waste import read_starts
 from training.worker import train
 
 Curated = Callable[..., str]
@@ -40,18 +42,41 @@ class Notes:
 
     def __init__(self) -> None:
         self.points: list[tuple[int, dict[str, float]]] = []
+        self.tags: dict[str, str] = {}
         self.artifacts: dict[str, bytes] = {}
         self.is_closed = False
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         self.points.append((step, dict(metrics)))
 
+    def set_tag(self, key: str, value: str) -> None:
+        self.tags[key] = value
+
     def log_artifact(self, data: bytes, path: str) -> None:
         self.artifacts[path] = data
+
+    def flush(self, timeout_seconds: float = 5.0) -> bool:
+        return True
 
     def close(self, timeout_seconds: float = 30.0) -> int:
         self.is_closed = True
         return 0
+
+
+@dataclass
+class Runs:
+    """Runs by name; calling it gives the folder of a run's newest checkpoint."""
+
+    root: Path
+
+    def uri(self, name: str) -> str:
+        return storage.file_uri(self.root / name)
+
+    def __call__(self, name: str) -> Path:
+        return Path(CheckpointStore(self.uri(name)).complete()[0].uri.removeprefix("file://"))
+
+    def train(self, job: Job, name: str, tracker: Notes | None = None) -> None:
+        train(replace(job, run_uri=self.uri(name)), LocalSession(), tracker)
 
 
 def _tokenizer_job(manifest_uri: str, text: Any) -> Job:
@@ -74,6 +99,7 @@ def _tokenizer_job(manifest_uri: str, text: Any) -> Job:
             "tokenizer": config.model_dump(mode="json"),
             "text_encoder": text.model_dump(mode="json"),
         },
+        run_uri="file:///chosen/by/Runs",
         manifest_uri=manifest_uri,
         cpus=1,
     )
@@ -90,6 +116,7 @@ def _masked_job(
             "stage": config.model_dump(mode="json"),
             "network": network.model_dump(mode="json"),
         },
+        run_uri="file:///chosen/by/Runs",
         manifest_uri=manifest_uri,
         init_uri=init_uri,
         cpus=1,
@@ -103,9 +130,9 @@ def manifest_uri(curated: Curated) -> str:
 
 
 @pytest.fixture
-def run_of(tmp_path: Path) -> Callable[[str], Path]:
-    """Where a stage's checkpoint lies."""
-    return lambda stage: tmp_path / "runs" / stage
+def run_of(tmp_path: Path) -> Runs:
+    """The runs of this test."""
+    return Runs(tmp_path / "runs")
 
 
 @pytest.fixture
@@ -113,12 +140,12 @@ def published(
     tmp_path: Path,
     manifest_uri: str,
     text_encoder_config: Any,
-    run_of: Callable[[str], Path],
+    run_of: Runs,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[str], str]:
     """Publishes a stage's export; the tokenizer is trained first."""
     monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
-    train(_tokenizer_job(manifest_uri, text_encoder_config), FolderSession(run_of("tokenizer")))
+    run_of.train(_tokenizer_job(manifest_uri, text_encoder_config), "tokenizer")
 
     def publish(stage: str) -> str:
         store_uri = (tmp_path / "store").as_uri()
@@ -128,7 +155,7 @@ def published(
 
 
 def test_the_tokenizer_stage_hands_over_three_parts(
-    published: Callable[[str], str], run_of: Callable[[str], Path]
+    published: Callable[[str], str], run_of: Runs
 ) -> None:
     folder = run_of("tokenizer")
     assert verify_folder(folder) == []
@@ -142,32 +169,40 @@ def test_the_tokenizer_stage_hands_over_three_parts(
 
 def test_stages_start_from_each_other_and_the_last_one_paints(
     published: Callable[[str], str],
-    run_of: Callable[[str], Path],
+    run_of: Runs,
     manifest_uri: str,
     network_config: Any,
     small_config: Callable[..., StageConfig],
 ) -> None:
-    notes, session = Notes(), FolderSession(run_of("concepts"))
+    notes = Notes()
     config = small_config(
         log_interval_steps=2,
         ema_decay=0.5,
         sample_grid=SampleGridConfig(prompts=("a rectangle",) * 5, steps=2),
     )
     job = _masked_job("concepts", config, network_config, manifest_uri, published("tokenizer"))
-    train(job, session, notes)
+    run_of.train(job, "concepts", notes)
 
     assert [step for step, _ in notes.points][:3] == [2, 4, 6]
     assert set(notes.points[0][1]) == {
         "loss",
         "learning_rate",
         "grad_norm",
+        "epoch",
+        "checkpoint_seconds",
+        "data_seconds",
         "step_seconds",
         "images_per_second",
         "tokens_per_second",
+        "model_teraflops",
+        "host/cores",
+        "host/cpu_share",
+        "host/memory_mb",
+        "host/memory_share",
     }
     assert notes.artifacts["samples.png"].startswith(b"\x89PNG")
     assert notes.is_closed
-    metrics = session.reported[-1]
+    metrics = storage.read_json((run_of("concepts") / "result.json").as_uri())
     assert metrics["step"] == 6
     assert metrics["final_loss"] == pytest.approx(3.46, abs=0.2)
     assert all(type(value) is float for value in metrics.values())
@@ -187,7 +222,7 @@ def test_stages_start_from_each_other_and_the_last_one_paints(
         init=InitConfig(new_parameters=("down_block.", "up_block.")),
     )
     job = _masked_job("compression", bigger, network_config, manifest_uri, published("concepts"))
-    train(job, FolderSession(run_of("compression")))
+    run_of.train(job, "compression")
     start = _init(run_of("compression"))
     assert start["source"] == "parent"
     assert start["new_keys"]
@@ -206,7 +241,7 @@ def _init(folder: Path) -> dict[str, Any]:
 
 def test_new_parameters_must_be_named(
     published: Callable[[str], str],
-    run_of: Callable[[str], Path],
+    run_of: Runs,
     manifest_uri: str,
     network_config: Any,
     small_config: Callable[..., StageConfig],
@@ -214,25 +249,16 @@ def test_new_parameters_must_be_named(
     job = _masked_job(
         "concepts", small_config(steps=3), network_config, manifest_uri, published("tokenizer")
     )
-    train(job, FolderSession(run_of("concepts")))
+    run_of.train(job, "concepts")
     config = small_config(resolution_px=32, compress=True)
     job = _masked_job("compression", config, network_config, manifest_uri, published("concepts"))
     with pytest.raises(UserError, match=r"down_block\.downsample"):
-        train(job, FolderSession(run_of("compression")))
-
-
-class _Interrupted(FolderSession):
-    """Dies at its second report, as a killed worker does."""
-
-    def report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
-        if self.reported:
-            raise RuntimeError("killed")
-        super().report(metrics, folder)
+        run_of.train(job, "compression")
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(
     published: Callable[[str], str],
-    run_of: Callable[[str], Path],
+    run_of: Runs,
     manifest_uri: str,
     network_config: Any,
     small_config: Callable[..., StageConfig],
@@ -240,14 +266,21 @@ def test_a_killed_run_goes_on_to_the_same_weights(
 ) -> None:
     config = small_config(ema_decay=0.9)
     job = _masked_job("concepts", config, network_config, manifest_uri, published("tokenizer"))
-    train(job, FolderSession(run_of("straight")))
+    run_of.train(job, "straight")
 
-    monkeypatch.setattr(worker.Keeper, "wants_checkpoint", lambda keeper: keeper._run.step == 3)
-    with pytest.raises(RuntimeError, match="killed"):
-        train(job, _Interrupted(run_of("killed")))
+    every = small_config(ema_decay=0.9, checkpoint_interval_steps=3)
+    job = replace(job, configs={**job.configs, "stage": every.model_dump(mode="json")})
+
+    def die(keeper: Keeper) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "finish", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_of.train(job, "killed")
     assert json.loads((run_of("killed") / "state.json").read_bytes())["step"] == 3
     notes = Notes()
-    train(job, FolderSession(run_of("killed")), notes)
+    run_of.train(job, "killed", notes)
     for name in ("weights.safetensors", "optimizer.safetensors"):
         straight, resumed = (load_file(run_of(run) / name) for run in ("straight", "killed"))
         assert all(torch.equal(straight[key], resumed[key]) for key in straight)
@@ -257,20 +290,55 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert states[0] == states[1]
 
 
+def test_a_run_that_is_to_go_on_never_begins_anew_without_a_word(
+    published: Callable[[str], str],
+    run_of: Runs,
+    manifest_uri: str,
+    network_config: Any,
+    small_config: Callable[..., StageConfig],
+) -> None:
+    job = _masked_job(
+        "concepts", small_config(), network_config, manifest_uri, published("tokenizer")
+    )
+    with pytest.raises(UserError, match=r"expected the checkpoint of step 4 .* got none"):
+        run_of.train(replace(job, resume_step=4), "concepts")
+    run_of.train(job, "concepts")
+    assert run_of("concepts").name.startswith("000-00000006-")
+
+
+def test_how_it_began_is_a_fact_of_the_run(
+    published: Callable[[str], str],
+    run_of: Runs,
+    manifest_uri: str,
+    network_config: Any,
+    small_config: Callable[..., StageConfig],
+) -> None:
+    notes, config = Notes(), small_config(steps=3)
+    job = _masked_job("concepts", config, network_config, manifest_uri, published("tokenizer"))
+    run_of.train(job, "concepts", notes)
+    assert notes.tags["started"] == "attempt 1: INIT with fresh weights"
+    job = _masked_job("more", config, network_config, manifest_uri, published("concepts"))
+    run_of.train(job, "more", notes)
+    assert notes.tags["started"].startswith("attempt 1: INIT with ")
+    assert notes.tags["started"].endswith(" parameters of the parent and 0 new")
+    (start,) = read_starts(run_of.uri("more"))
+    assert (start.step, start.cause, start.lost_steps) == (0, "", 0)
+
+
 def test_a_finished_run_does_nothing(
     published: Callable[[str], str],
-    run_of: Callable[[str], Path],
+    run_of: Runs,
     manifest_uri: str,
     text_encoder_config: Any,
 ) -> None:
-    session = FolderSession(run_of("tokenizer"))
-    train(_tokenizer_job(manifest_uri, text_encoder_config), session)
-    assert session.reported == []
+    before = run_of("tokenizer")
+    run_of.train(_tokenizer_job(manifest_uri, text_encoder_config), "tokenizer")
+    assert run_of("tokenizer") == before
 
 
 def test_sigterm_saves_the_last_step(
     published: Callable[[str], str],
-    run_of: Callable[[str], Path],
+    run_of: Runs,
     manifest_uri: str,
     network_config: Any,
     small_config: Callable[..., StageConfig],
@@ -280,20 +348,18 @@ def test_sigterm_saves_the_last_step(
     timer = threading.Timer(2.0, signal.raise_signal, [signal.SIGTERM])
     before = signal.getsignal(signal.SIGTERM)
     timer.start()
-    session = FolderSession(run_of("concepts"))
     with pytest.raises(Stopped):
-        train(job, session)
+        run_of.train(job, "concepts")
     timer.join()
     assert signal.getsignal(signal.SIGTERM) is before
     step = json.loads((run_of("concepts") / "state.json").read_bytes())["step"]
     assert 0 < step < 5000
-    assert session.reported[-1]["step"] == step
     assert verify_folder(run_of("concepts")) == []
 
 
 def test_progress_is_written(
     published: Callable[[str], str],
-    run_of: Callable[[str], Path],
+    run_of: Runs,
     manifest_uri: str,
     network_config: Any,
     small_config: Callable[..., StageConfig],
@@ -302,7 +368,7 @@ def test_progress_is_written(
     uri = storage.file_uri(tmp_path / "progress.json")
     config = small_config()
     job = _masked_job("concepts", config, network_config, manifest_uri, published("tokenizer"))
-    train(replace(job, progress_uri=uri), FolderSession(run_of("concepts")))
+    run_of.train(replace(job, progress_uri=uri), "concepts")
     progress = storage.read_json(uri)
     assert (progress["step"], progress["steps"], progress["eta_seconds"]) == (6, 6, 0.0)
     assert progress["loss"] > 0
@@ -311,37 +377,15 @@ def test_progress_is_written(
 
 def test_a_parent_of_another_width_is_one_line(
     published: Callable[[str], str],
-    run_of: Callable[[str], Path],
+    run_of: Runs,
     manifest_uri: str,
     network_config: Any,
     small_config: Callable[..., StageConfig],
 ) -> None:
     config = small_config(steps=3)
     job = _masked_job("concepts", config, network_config, manifest_uri, published("tokenizer"))
-    train(job, FolderSession(run_of("concepts")))
+    run_of.train(job, "concepts")
     wide = network_config.model_copy(update={"num_attention_heads": 4})
     job = _masked_job("alignment", config, wide, manifest_uri, published("concepts"))
     with pytest.raises(UserError, match="num_attention_heads is 2, expected 4"):
-        train(job, FolderSession(run_of("alignment")))
-
-
-def test_the_drivers_dictionary_is_understood() -> None:
-    raw = {
-        "recipe": "demo",
-        "stage": "concepts",
-        "kind": "masked",
-        "stage_key": "k",
-        "run_name": "concepts-k",
-        "attempt": 2,
-        "configs": {},
-        "store_uri": "file:///store",
-        "manifest_uri": "file:///m",
-        "manifest_sha256": "s",
-        "init_uri": None,
-        "init_sha256": None,
-        "progress_uri": "file:///p",
-        "tracking_uri": "http://localhost:1",
-        "mlflow_run_id": "r",
-    }
-    job = Job.parse(raw)
-    assert (job.kind, job.manifest_sha256, job.cpus) == ("masked", "s", None)
+        run_of.train(job, "alignment")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,14 @@ from infra.cluster import ClusterConfig
 from infra.errors import UserError
 from infra.sessions import ray_session
 from training.checkpoint import verify_folder
+from training.checkpoint_store import CheckpointStore, newest_step
 from training.config import OptimizerConfig, StageConfig
-from training.launch import Launch, Trained
+from training.launch import Launch, Trained, TrainingFailed
 from training.launch import train as launch_train
-from training.networks import new_text_encoder
-from training.publish import publish_folder
-from training.session import FolderSession
+from training.progress import read_progress_json
+from training.session import LocalSession
+from training.stop import ask_to_stop
+from training.waste import read_starts
 from training.worker import train, train_worker
 
 pytestmark = [
@@ -32,51 +36,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def _ray() -> Iterator[None]:
-    with ray_session(ClusterConfig(cpus_per_worker=1), {}):
+    with ray_session(ClusterConfig(cpus_per_worker=1, num_workers=2), {}):
         yield
-
-
-@pytest.fixture
-def raw_job(
-    tmp_path: Path,
-    curated: Callable[..., str],
-    vq_folder: Path,
-    tokenizer: Any,
-    text_encoder_config: Any,
-    network_config: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[StageConfig], dict[str, Any]]:
-    """What the driver would send for a stage that starts from a published tokenizer."""
-    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
-    tokenizer.save_pretrained(vq_folder / "tokenizer")
-    encoder = new_text_encoder(text_encoder_config, tokenizer, seed=1)
-    encoder.save_pretrained(vq_folder / "text_encoder")
-    store_uri = (tmp_path / "store").as_uri()
-    init_uri = publish_folder(vq_folder, store_uri, "tokenizer", {}).uri
-    manifest_uri = curated([[(32, 32)] * 9, [(40, 32)] * 7])
-
-    def build(config: StageConfig) -> dict[str, Any]:
-        return {
-            "kind": "masked",
-            "stage": "concepts",
-            "stage_key": "k" * 64,
-            "recipe": "toy",
-            "attempt": 1,
-            "configs": {
-                "stage": config.model_dump(mode="json"),
-                "network": network_config.model_dump(mode="json"),
-            },
-            "manifest_uri": manifest_uri,
-            "init_uri": init_uri,
-            "progress_uri": storage.file_uri(tmp_path / "progress.json"),
-        }
-
-    return build
 
 
 def _in_ray(raw: dict[str, Any], store: Path, name: str, num_workers: int) -> Trained:
     launch = Launch(name, store.as_uri(), num_workers=num_workers, cpus_per_worker=1)
-    return launch_train(raw, launch, train_worker)
+    run_uri = storage.join(store.as_uri(), "runs", name)
+    return launch_train({**raw, "run_uri": run_uri}, launch, train_worker)
 
 
 @pytest.mark.usefixtures("_ray")
@@ -85,25 +52,72 @@ def test_one_worker_and_two_learn_what_no_ray_learns(
     raw_job: Callable[[StageConfig], dict[str, Any]],
     small_config: Callable[..., StageConfig],
 ) -> None:
-    config = small_config(prompt_dropout_prob=0.3, global_batch_size=5)
+    config = small_config(prompt_dropout_prob=0.3)
     raw = raw_job(config)
     from training.job import Job
 
-    train(Job.parse({**raw, "cpus": 1}), FolderSession(tmp_path / "alone"))
-    alone = load_file(tmp_path / "alone" / "weights.safetensors")
-    for num_workers in (1, 2):
-        trained = _in_ray(raw, tmp_path / "ray", f"concepts-{num_workers}", num_workers)
+    run_uri = storage.file_uri(tmp_path / "alone")
+    train(Job.parse({**raw, "cpus": 1, "run_uri": run_uri}), LocalSession())
+    uri = CheckpointStore(run_uri).complete()[0].uri
+    alone = load_file(Path(uri.removeprefix("file://")) / "weights.safetensors")
+    for num_workers, strategy in ((1, "fsdp"), (2, "ddp"), (2, "fsdp")):
+        raw = raw_job(config.model_copy(update={"strategy": strategy}))
+        name = f"concepts-{num_workers}-{strategy}"
+        trained = _in_ray(raw, tmp_path / "ray", name, num_workers)
         assert trained.metrics["step"] == 6
-        folder = tmp_path / f"fetched-{num_workers}"
+        folder = tmp_path / f"fetched-{name}"
         storage.download_folder(trained.checkpoint_uri, folder)
         assert verify_folder(folder) == []
         assert (folder / "export" / "model_index.json").is_file()
         weights = load_file(folder / "weights.safetensors")
-        for name, value in alone.items():
+        for parameter, value in alone.items():
             if num_workers == 1:
-                assert torch.equal(weights[name], value), name
+                assert torch.equal(weights[parameter], value), parameter
             else:
-                torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=2e-4)
+                torch.testing.assert_close(weights[parameter], value, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.usefixtures("_ray")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_workers_and_then_one_learn_what_one_learns(
+    tmp_path: Path,
+    raw_job: Callable[[StageConfig], dict[str, Any]],
+    small_config: Callable[..., StageConfig],
+    strategy: str,
+) -> None:
+    """Whole, or each with a part of weights, moments and average; microbatches keep the batch."""
+    config = small_config(
+        steps=120,
+        checkpoint_interval_steps=2,
+        strategy=strategy,
+        max_microbatch_size=2,
+        train_text_encoder=True,
+        ema_decay=0.9,
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=2),
+    )
+    raw, store = raw_job(config), tmp_path / "ray"
+    stopped = _stopped_after(raw, store, "several", 2, attempt=1, steps=4)
+    assert 0 < stopped < 120
+    run_uri = storage.join(store.as_uri(), "runs", "several")
+    half = _weights_of(CheckpointStore(run_uri).complete()[0].uri, tmp_path / "half")
+    trained = _in_ray({**raw, "attempt": 2, "resume_step": stopped}, store, "several", 1)
+    assert trained.metrics["step"] == 120
+    from training.job import Job
+
+    alone_uri = storage.file_uri(tmp_path / "alone")
+    job = Job.parse({**raw, "cpus": 1, "run_uri": alone_uri})
+    train(job, LocalSession())
+    alone = _weights_of(CheckpointStore(alone_uri).complete()[0].uri, tmp_path / "fetched-alone")
+    several = _weights_of(trained.checkpoint_uri, tmp_path / "fetched")
+    assert set(half) == set(several) == set(alone)
+    for name, value in alone.items():
+        assert half[name].shape == value.shape
+        torch.testing.assert_close(several[name], value, rtol=1e-2, atol=2e-3)
+
+
+def _weights_of(uri: str, folder: Path) -> dict[str, torch.Tensor]:
+    storage.download_folder(uri, folder)
+    return load_file(folder / "weights.safetensors")
 
 
 @pytest.mark.usefixtures("_ray")
@@ -118,3 +132,56 @@ def test_a_diverged_run_ends_in_one_line(
     with pytest.raises(UserError, match=r"has loss .* lower optimizer\.learning_rate") as caught:
         _in_ray(raw_job(config), tmp_path / "ray", "concepts-bad", 1)
     assert "\n" not in str(caught.value)
+
+
+def _stopped_after(
+    raw: dict[str, Any], store: Path, name: str, num_workers: int, attempt: int, steps: int
+) -> int:
+    """Train until about ``steps`` more are made, then ask to stop; the step that was saved."""
+    run_uri = storage.join(store.as_uri(), "runs", name)
+    begun = newest_step(run_uri) or 0
+    saved: list[int | None] = []
+
+    def ask() -> None:
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline:
+            progress = read_progress_json(raw["progress_uri"])
+            if progress.get("attempt") == attempt and progress["step"] >= begun + steps:
+                break
+            time.sleep(0.05)
+        saved.append(ask_to_stop(run_uri, attempt))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    with pytest.raises(TrainingFailed, match=r"stopped after step \d+, which is saved"):
+        _in_ray({**raw, "attempt": attempt}, store, name, num_workers)
+    asking.join()
+    assert saved[0] is not None
+    assert newest_step(run_uri) == saved[0]
+    return saved[0]
+
+
+@pytest.mark.usefixtures("_ray")
+def test_two_then_one_then_three_workers_see_every_sample_once_an_epoch(
+    tmp_path: Path,
+    raw_job: Callable[[StageConfig], dict[str, Any]],
+    small_config: Callable[..., StageConfig],
+) -> None:
+    """Each epoch's account is checked where it ends: a sample lost or repeated ends the run."""
+    config = small_config(steps=600, checkpoint_interval_steps=50)
+    raw, store = raw_job(config), tmp_path / "ray"
+    first = _stopped_after(raw, store, "elastic", 2, attempt=1, steps=5)
+    second = _stopped_after(raw, store, "elastic", 1, attempt=2, steps=20)
+    assert 0 < first < second < 600
+    trained = _in_ray({**raw, "attempt": 3, "resume_step": second}, store, "elastic", 3)
+    assert trained.metrics["step"] == 600
+    state = storage.read_json(storage.join(trained.checkpoint_uri, "state.json"))
+    assert state["coverage"]["finished"] == 600 * config.global_batch_size // 16
+    assert state["coverage"]["passed_by"] == {}
+    starts = read_starts(storage.join(store.as_uri(), "runs", "elastic"))
+    assert [(start.attempt, start.step, start.cause) for start in starts] == [
+        (1, 0, ""),
+        (2, first, "stopped"),
+        (3, second, "stopped"),
+    ]
+    assert all(start.lost_steps == 0 for start in starts)

@@ -150,26 +150,6 @@ def test_a_model_with_nan_is_never_published(
 
 
 @pytest.mark.usefixtures("ray_here")
-def test_a_lost_run_checkpoint_is_explained(
-    server: TrackingServer, local_store: str, recipe: str, exported: Path, tmp_path: Path
-) -> None:
-    plan = toy.toy_plan(server.uri, local_store, recipe)
-    log = str(tmp_path / "log")
-    with pytest.raises(UserError, match="NaN"):
-        toy.run_toy(
-            server.uri, local_store, plan, toy.toy_worker(str(exported), log, trouble="nan")
-        )
-    run_folder = Path(local_store.removeprefix("file://")) / "runs" / (plan.run_name or "")
-    for checkpoint in run_folder.glob("checkpoint_*/"):
-        shutil.rmtree(checkpoint)
-    with pytest.raises(UserError, match="delete that folder to train the stage from its start"):
-        toy.run_toy(server.uri, local_store, plan, toy.toy_worker(str(exported), log))
-    shutil.rmtree(run_folder)
-    result = toy.run_toy(server.uri, local_store, plan, toy.toy_worker(str(exported), log))
-    assert result.version.version == 1
-
-
-@pytest.mark.usefixtures("ray_here")
 def test_a_driver_that_was_replaced_stops_training(
     server: TrackingServer, local_store: str, recipe: str, exported: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from infra import storage
 from infra.errors import UserError
 from training import registry
 from training.driver import DriverContext, run_stage
-from training.plan import PUBLISHED_NAME, SNAPSHOT_NAME, StagePlan, plan_chain, plan_stage
+from training.plan import PUBLISHED_NAME, StagePlan, expected_time, plan_chain, plan_stage
 
 pytestmark = pytest.mark.slow
 
@@ -93,16 +93,30 @@ def test_a_stage_without_a_ready_parent_says_so(local_house: House) -> None:
 def test_a_checkpoint_of_its_own_is_resumed(local_house: House) -> None:
     house = local_house
     plan = plan_stage(house.specs()[0], house.context())
-    snapshot = {"latest_checkpoint_result": {"metrics": {"step": 42}}}
-    uri = storage.join(house.store_uri, "runs", plan.run_name or "", SNAPSHOT_NAME)
-    storage.write_json(uri, snapshot)
+    folder = storage.join(house.store_uri, "runs", plan.run_name or "", "checkpoints")
+    storage.write_json(storage.join(folder, "000-00000099-12345678", "state.json"), {})
+    assert plan_stage(house.specs()[0], house.context()).decision == "RUN"  # never completed
+    for name in ("000-00000041-12345678", "000-00000042-12345678"):
+        storage.write_json(storage.join(folder, name, "CHECKPOINT.json"), {})
     resumed = plan_stage(house.specs()[0], house.context())
     assert (resumed.decision, resumed.step) == ("RESUME", 42)
     assert resumed.reason == "a checkpoint at step 42 of 600"
-    others: list[Any] = [{}, {"latest_checkpoint_result": None}, []]
-    for other in others:
-        storage.write_json(uri, other)
-        assert plan_stage(house.specs()[0], house.context()).decision == "RUN"
+
+
+def test_hours_come_from_the_speed_it_had(local_house: House, finish: Any) -> None:
+    house = local_house
+    finish(house)
+    plan = plan_chain(house.specs(steps=1800), house.context())[1]
+    assert expected_time(plan, house.context()) is None  # never trained at any speed
+    run_uri = storage.join(house.store_uri, "runs", plan.run_name or "")
+    listing = storage.join(run_uri, "checkpoints", "000-00000600-12345678", "CHECKPOINT.json")
+    storage.write_json(listing, {})
+    progress = {"step": 610, "steps": 1800, "images_per_second": 2.0}
+    storage.write_json(storage.join(run_uri, "progress.json"), progress)
+    plan = plan_chain(house.specs(steps=1800), house.context())[1]
+    expected = expected_time(plan, house.context())
+    assert expected is not None
+    assert expected.hours == pytest.approx(1200 * 2 / 2.0 / 3600)
 
 
 def test_a_dataset_that_is_not_there_yet(local_house: House) -> None:

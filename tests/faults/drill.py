@@ -1,0 +1,344 @@
+"""Kill drills: a command whose processes are killed at random, again and again.
+
+A job is prepared once and run once undisturbed; then copies of that home are run while this kills,
+and whoever ended is started again with the same command. What comes out must be what came out of
+the undisturbed run, to the byte.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DEADLINE_SECONDS = 900.0
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One disturbance, and where the job was. ``lost`` is work that was done and not saved;
+    ``restarts`` says whether the command had to be given again."""
+
+    kind: str
+    stage: str
+    step: int
+    lost: int
+    restarts: bool
+    exit_code: int | None
+
+
+@dataclass
+class DrillHome:
+    """A home with its own services, and commands in it."""
+
+    path: Path
+    mlflow_away_seconds: float = 60.0
+    driver: subprocess.Popen[bytes] | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "ATELIER_HOME": str(self.path), "PYTHONDONTWRITEBYTECODE": ""}
+
+    @property
+    def store(self) -> Path:
+        """The bucket, as the folder that the server keeps it in."""
+        return self.path / "s3" / "atelier"
+
+    @property
+    def log(self) -> Path:
+        return self.path.with_suffix(".log")
+
+    def atelier(self, *arguments: str) -> subprocess.Popen[bytes]:
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", "from app.cli import main; main()", *arguments],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def do(self, *arguments: str) -> None:
+        code = self.atelier(*arguments).wait(timeout=DEADLINE_SECONDS)
+        if code:
+            text = self.log.read_text()[-3000:]
+            raise RuntimeError(f"atelier {' '.join(arguments)} ended with {code}: {text}")
+
+    def drive(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start the command that is to be disturbed."""
+        self.driver = self.atelier(*arguments)
+        return self.driver
+
+    def processes(self, *words: str) -> list[psutil.Process]:
+        """The driver's descendants whose command line holds one of these words."""
+        if self.driver is None:
+            return []
+        try:
+            found = psutil.Process(self.driver.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        return [each for each in found if any(word in title(each) for word in words)]
+
+    def services(self, word: str) -> list[psutil.Process]:
+        """The home's own processes of a service."""
+        home = str(self.path)
+        return [
+            each
+            for each in psutil.process_iter()
+            if word in title(each) and home in title(each) and "keeper" not in title(each)
+        ]
+
+
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()) or str(process.name())
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return ""
+
+
+# --- what may happen to any job ------------------------------------------------------------------
+
+
+def kill_all(found: list[psutil.Process]) -> bool:
+    for process in found:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    return bool(found)
+
+
+def kill_driver(home: DrillHome) -> bool:
+    assert home.driver is not None
+    home.driver.kill()
+    return True
+
+
+def kill_everything(home: DrillHome) -> bool:
+    """The driver and all its processes at once, as when the power fails."""
+    assert home.driver is not None
+    found = home.processes("")
+    home.driver.kill()
+    kill_all(found)
+    return True
+
+
+def terminate_driver(home: DrillHome) -> bool:
+    assert home.driver is not None
+    home.driver.terminate()
+    return True
+
+
+def restart_s3(home: DrillHome) -> bool:
+    found = kill_all(home.services("rclone"))
+    home.do("up")
+    return found
+
+
+def lose_mlflow(home: DrillHome) -> bool:
+    found = kill_all(home.services("mlflow"))
+    time.sleep(home.mlflow_away_seconds)
+    home.do("up")
+    return found
+
+
+KINDS: dict[str, Callable[[DrillHome], bool]] = {
+    "kill -9 of the driver": kill_driver,
+    "kill -9 of everything at once": kill_everything,
+    "SIGTERM to the driver": terminate_driver,
+    "S3 server killed and started again": restart_s3,
+    "MLflow killed, away for a while": lose_mlflow,
+}
+
+
+# --- the drill -----------------------------------------------------------------------------------
+
+
+class Job(ABC):
+    """What is disturbed: a command, what comes out of it, and what its processes are called."""
+
+    result_words: str  # what is compared, in the page's last line
+    lost_words: str | None  # the heading of what a kill cost; None when that is not known
+
+    @abstractmethod
+    def kinds(self) -> dict[str, Callable[[DrillHome], bool]]:
+        """Name -> do it; False when there was nothing of that kind to kill."""
+
+    @abstractmethod
+    def prepare(self, home: DrillHome) -> None:
+        """What every run starts from; services are stopped after it."""
+
+    @abstractmethod
+    def start(self, home: DrillHome) -> subprocess.Popen[bytes]:
+        """Start the command."""
+
+    @abstractmethod
+    def result(self, home: DrillHome) -> dict[str, str]:
+        """Name -> digest of what came out."""
+
+    @abstractmethod
+    def place(self, home: DrillHome) -> tuple[str, int, int]:
+        """The stage at work, its step, and what a kill now would cost."""
+
+
+def say_line(line: str) -> None:
+    print(line, flush=True)
+
+
+@dataclass
+class Drill:
+    """A prepared home, its undisturbed result, and copies of it that are disturbed.
+
+    Between two kills lie up to ``max_pause_seconds``; 0: a quarter of the undisturbed run.
+    """
+
+    job: Job
+    folder: Path
+    num_kills: int
+    seed: int = 0
+    max_pause_seconds: float = 0.0
+    mlflow_away_seconds: float = 60.0
+    say: Callable[[str], None] = say_line
+    kills: list[Kill] = field(default_factory=list)
+    rounds: int = 0
+    rounds_equal: int = 0
+
+    def run(self) -> bool:
+        """Whether every round came to what the undisturbed run came to."""
+        rng = random.Random(self.seed)
+        base, straight = DrillHome(self.folder / "base"), DrillHome(self.folder / "straight")
+        base.path.mkdir(parents=True)
+        self.job.prepare(base)
+        base.do("down")
+        self._copy(base, "straight")
+        began = time.monotonic()
+        if self.job.start(straight).wait(timeout=DEADLINE_SECONDS):
+            raise RuntimeError(straight.log.read_text()[-3000:])
+        seconds = time.monotonic() - began
+        straight.do("down")
+        self.say(f"undisturbed: {seconds:.0f} s")
+        self.max_pause_seconds = self.max_pause_seconds or seconds / 4
+        expected = self.job.result(straight)
+        self.say(f"results to compare: {len(expected)}")
+        while len(self.kills) < self.num_kills:
+            home = self._copy(base, f"round-{self.rounds}")
+            home.mlflow_away_seconds = self.mlflow_away_seconds
+            try:
+                self._disturb(home, rng)
+                found = self.job.result(home)
+            finally:
+                kill_everything(home)
+                home.do("down")
+            is_equal = found == expected
+            self.rounds += 1
+            self.rounds_equal += is_equal
+            self.say(f"round {self.rounds}: {len(self.kills)} kills, equal: {is_equal}")
+            if is_equal:
+                shutil.rmtree(home.path)
+            else:
+                self.say(f"differs: {sorted(set(found.items()) ^ set(expected.items()))[:10]}")
+        return self.rounds == self.rounds_equal
+
+    def _copy(self, base: DrillHome, name: str) -> DrillHome:
+        home = DrillHome(self.folder / name)
+        shutil.copytree(base.path, home.path, symlinks=True)
+        return home
+
+    def _disturb(self, home: DrillHome, rng: random.Random) -> None:
+        """Kill, and start again whoever ended, until the command is done."""
+        kinds = self.job.kinds()
+        driver = self.job.start(home)
+        while True:
+            wants_kill = len(self.kills) < self.num_kills
+            pause = rng.uniform(0.5, self.max_pause_seconds) if wants_kill else DEADLINE_SECONDS
+            code = _ended(driver, pause)
+            if code == 0:
+                return
+            if code is not None:
+                if self.kills:
+                    self.kills[-1] = replace(self.kills[-1], restarts=True, exit_code=code)
+                driver = self.job.start(home)  # what failed is given again, as its message says
+                continue
+            if not wants_kill:  # nothing disturbs it any more
+                raise RuntimeError(f"the run in {home.path} does not end")
+            kind = rng.choice(sorted(kinds))
+            stage, step, lost = self.job.place(home)
+            if not kinds[kind](home):
+                continue  # there was nothing of that kind to kill now
+            code = _ended(driver, 45.0 if "driver" in kind or "everything" in kind else 1.0)
+            self.kills.append(Kill(kind, stage, step, lost, code is not None, code))
+            self.say(f"{len(self.kills)}: {self.kills[-1]}")
+            if code is not None and code != 0:
+                driver = self.job.start(home)
+
+    def page(self) -> str:
+        """What happened, as a table."""
+        cost = self.job.lost_words
+        lines = ["| killed | times | command given again |", "|---|---|---|"]
+        if cost is not None:
+            lines = [f"{lines[0]} {cost}, median (most) |", f"{lines[1]}---|"]
+        for kind in self.job.kinds():
+            of_kind = [each for each in self.kills if each.kind == kind]
+            if not of_kind:
+                continue
+            lost = [each.lost for each in of_kind]
+            again = sum(each.restarts for each in of_kind)
+            row = f"| {kind} | {len(of_kind)} | {again} |"
+            if cost is not None:
+                row += f" {statistics.median(lost):g} ({max(lost)}) |"
+            lines.append(row)
+        stages = Counter(each.stage for each in self.kills)
+        lines += ["", f"Stages hit: {', '.join(f'{n} {c}' for n, c in stages.most_common())}."]
+        lines.append(
+            f"{len(self.kills)} kills in {self.rounds} runs of the recipe; {self.job.result_words} "
+            f"equal to the undisturbed run's in {self.rounds_equal} of {self.rounds}."
+        )
+        return "\n".join(lines)
+
+
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def kills_wanted(default: int) -> int:
+    """How many kills a drill makes: ``ATELIER_KILLS``, for the record; a few in the tests."""
+    return int(os.environ.get("ATELIER_KILLS", str(default)))
+
+
+def drill(job: Job, folder: Path, num_kills: int) -> Drill:
+    """Kill as often, print what came of it, and return the finished drill.
+
+    ``ATELIER_PAUSE`` is the longest time between two kills, in seconds, and ``ATELIER_SEED`` says
+    where they fall.
+    """
+    drill = Drill(
+        job,
+        folder,
+        num_kills,
+        seed=int(os.environ.get("ATELIER_SEED", "7")),
+        max_pause_seconds=float(os.environ.get("ATELIER_PAUSE", "0")),
+        mlflow_away_seconds=5.0,
+    )
+    try:
+        drill.run()
+    finally:
+        drill.say("\n" + drill.page())
+    assert len(drill.kills) == num_kills
+    assert 1 <= drill.rounds == drill.rounds_equal
+    return drill
