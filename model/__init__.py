@@ -5,7 +5,11 @@ layout.
 """
 
 from model.compression import insert_compression
+from model.edit_operations import OPERATIONS, Operation, operation_of
+from model.edit_words import Instruction, is_instruction, read_instruction
+from model.ema import WeightAverage
 from model.errors import ModelError
+from model.lora import LoRA, LoRAConfig, Merged
 from model.loss import masked_token_loss
 from model.paint_options import PaintOptions
 from model.sampler import Condition, SamplingOptions, unmask
@@ -17,12 +21,18 @@ from model.transformer import MaskedImageTransformer, TransformerConfig
 from model.vq import Quantized, VQConfig, VQTokenizer
 
 __all__ = [
+    "OPERATIONS",
     "CLIPTextConfig",
     "CLIPTextEncoder",
     "CLIPTokenizer",
     "Condition",
+    "Instruction",
+    "LoRA",
+    "LoRAConfig",
     "MaskedImageTransformer",
+    "Merged",
     "ModelError",
+    "Operation",
     "PaintOptions",
     "PainterDefaults",
     "Quantized",
@@ -32,10 +42,14 @@ __all__ = [
     "TransformerConfig",
     "VQConfig",
     "VQTokenizer",
+    "WeightAverage",
     "cosine_schedule",
     "insert_compression",
+    "is_instruction",
     "linear_schedule",
     "masked_token_loss",
+    "operation_of",
+    "read_instruction",
     "sample_mask",
     "training_timestep",
     "unmask",

@@ -120,7 +120,7 @@ class MaskedRun:
     def to(self, device: torch.device) -> None:
         """Move the averaged weights; the network itself is moved by Lightning."""
         if self.stage.ema is not None:
-            self.stage.ema = {name: value.to(device) for name, value in self.stage.ema.items()}
+            self.stage.ema.to(device)
 
     def train(
         self,

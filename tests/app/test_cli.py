@@ -15,8 +15,8 @@ from infra.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VERBS = (
-    "doctor", "up", "down", "plan", "run", "curate", "train", "status", "sample", "verify", "diff",
-    "score", "refilter", "search", "promote", "rollback", "lineage",
+    "doctor", "up", "down", "plan", "run", "curate", "train", "status", "sample", "edit", "verify",
+    "diff", "score", "refilter", "search", "promote", "rollback", "lineage",
 )  # fmt: skip
 HEAVY = ("torch", "ray", "pyspark", "mlflow", "lightning", "pyarrow", "polars", "numpy", "PIL")
 
