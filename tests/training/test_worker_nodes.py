@@ -45,7 +45,10 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     raylet: Any = ray._raylet
-    raylet.Config.initialize("")  # the mode is read when ray is imported, which tests did long ago
+    # Mode and token are read once, when ray is imported, which other tests did long ago.
+    raylet.Config.initialize("")
+    tokens: Any = raylet.AuthenticationTokenLoader.instance()
+    tokens.reset_cache()
     folder = tempfile.mkdtemp(prefix="ray-")  # short enough for sockets
     head = {"num_cpus": 0, "temp_dir": folder, "include_dashboard": False}
     cluster: Any = Cluster(initialize_head=True, head_node_args=head)
@@ -57,6 +60,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             yield cluster
     finally:
         cluster.shutdown()
+        tokens.reset_cache()
         shutil.rmtree(folder, ignore_errors=True)
 
 
