@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from app import captioning_verbs, dataset_verbs, model_verbs, scoring_verbs
+from app import captioning_verbs, dataset_verbs, model_verbs, painting_verbs, scoring_verbs
 from app.verb import Output, verb
 
 HELP = """From LAION-shaped metadata to a text-to-image model: curate, train, paint.
@@ -21,7 +21,8 @@ First steps
   atelier run recipes/demo.yaml            the whole path on this machine, in minutes
   atelier plan recipes/demo.yaml           what it would do, and why
   atelier status --watch                   follow a run from another terminal
-  atelier sample "a red circle" --out fox.png
+  atelier sample "a red circle" --out red.png
+  atelier edit red.png "change the circle to blue"
 
 \b
 Change a recipe without editing it
@@ -257,51 +258,6 @@ def status(
 
 @app.command(
     epilog=_examples(
-        'atelier sample "a red circle on a blue background"',
-        'atelier sample "two squares" "a star" --stage concepts --seed 7 --out pair.png',
-        'atelier sample "a red fox" --model /models/meissonic --steps 48 --guidance 9',
-    )
-)
-@verb
-def sample(
-    prompts: Annotated[list[str], typer.Argument(help="one image each")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write; numbered if several")] = (
-        Path("sample.png")
-    ),
-    stage: Annotated[
-        str | None, typer.Option("--stage", help="a stage of the newest recipe; default: its last")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="a model folder or address instead of a stage")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="of the first image")] = 0,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="unmasking steps; default: the recipe's")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option("--guidance", min=0, help="1 is off; default: the recipe's")
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option("--size", min=8, help="side in px; default: the model's own")
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Paint prompts with a trained stage.
-
-    Each PNG carries its lineage in its text chunks.
-    """
-    from app.sample import Wish, paint
-
-    output = Output(json_)
-    wish = Wish(tuple(prompts), out, stage, model, seed, steps, guidance, size)
-    images = paint(wish)
-    for image in images:
-        output.say(f"{image.path}  {image.prompt}")
-    output.result({"images": [image.to_json() for image in images]})
-
-
-@app.command(
-    epilog=_examples(
         "atelier verify", "atelier verify s3://atelier/datasets/concepts/<version>/manifest.json"
     )
 )
@@ -340,6 +296,7 @@ def diff(old: ManifestUri, new: ManifestUri, json_: Json = False) -> None:
     out.result(show_diff(old, new, out))
 
 
+painting_verbs.register(app)
 scoring_verbs.register(app)
 captioning_verbs.register(app)
 dataset_verbs.register(app)

@@ -6,12 +6,19 @@ import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from app.status import DONE, FAILED, RUNNING, STOPPED, WAITING, RunStatus, StepStatus, watch
 
 MARKS = {DONE: "ok", FAILED: "!!", RUNNING: ">>", STOPPED: "--", WAITING: "  "}
 NOTABLE_DROP = 0.02  # a score this much below the parent's is said to be lower
 MAX_REASON_CHARACTERS = 110
+MACHINE_SHARES = {
+    "mfu": "of the peak",
+    "host/gpu_share": "GPU",
+    "host/cpu_share": "CPU",
+    "host/memory_share": "memory",
+}
 
 
 def status_page(status: RunStatus) -> str:
@@ -30,10 +37,30 @@ def step_line(step: StepStatus) -> str:
     took = "" if step.seconds is None else duration(step.seconds)
     reason = shortened(step.reason or "", MAX_REASON_CHARACTERS)
     if step.progress:
-        done, total = step.progress.get("done", 0), step.progress.get("total")
-        reason = f"{done}{f'/{total}' if total else ''} {step.progress.get('unit', '')}; {reason}"
+        reason = f"{progress_line(step.progress)}; {reason}"
     decision = step.decision or ""
     return f"{MARKS[step.state]}  {step.name:<16}  {decision:<6} {took:>11}  {reason}".rstrip()
+
+
+def progress_line(progress: Mapping[str, Any]) -> str:
+    """``60/100 steps (60 %), loss 5.91, 812 images/s, 3 min 20 s left; machine: 88 % CPU, …``."""
+    done, total = progress.get("done", 0), progress.get("total")
+    parts = [f"{done:,} {progress.get('unit', '')}".rstrip()]
+    if total:
+        parts = [f"{done:,}/{total:,} {progress.get('unit', '')} ({100 * done // total} %)"]
+    if progress.get("loss") is not None:
+        parts.append(f"loss {progress['loss']:.3f}")
+    if progress.get("images_per_second") is not None:
+        parts.append(f"{progress['images_per_second']:,.0f} images/s")
+    if progress.get("eta_seconds") is not None:
+        parts.append(f"{duration(progress['eta_seconds'])} left")
+    line, use = ", ".join(parts), progress.get("use") or {}
+    shown = [
+        f"{use[name]:.0%} {what}".replace("%", " %")
+        for name, what in MACHINE_SHARES.items()
+        if name in use
+    ]
+    return f"{line}; machine: {', '.join(shown)}" if shown else line
 
 
 def closing_page(status: RunStatus) -> str:

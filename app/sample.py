@@ -5,27 +5,52 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app.status import RunStatus, StepStatus, read_made
 from infra.config import atelier_home
 from infra.errors import UserError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from model import TextToImage
+    from model.paint_options import PaintKeywords
+
+MAX_GRID_IMAGES = 100
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 48, 9.0  # the paper's
 
 
 @dataclass(frozen=True)
+class Brush:
+    """Which model paints, and how; ``None`` leaves it to the recipe, or to the model."""
+
+    stage: str | None = None
+    model: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
 class Wish:
-    """What was asked for; ``None`` leaves it to the recipe, or to the model."""
+    """What was asked for: an image for every prompt and seed."""
 
     prompts: tuple[str, ...]
     out: Path
-    stage: str | None = None
-    model: str | None = None
+    seeds: tuple[int, ...] | None = None  # None gives image i seed + i
     seed: int = 0
-    steps: int | None = None
-    guidance_scale: float | None = None
-    size_px: int | None = None
+    size_px: tuple[int, int] | None = None  # width, height
+    batch_size: int = 16
+    grid: Path | None = None
+    preview: str | None = None  # "gif" or "strip"
+
+    def jobs(self) -> list[tuple[str, int]]:
+        """(prompt, seed) of every image."""
+        if self.seeds is None:
+            return [(prompt, self.seed + index) for index, prompt in enumerate(self.prompts)]
+        return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
 
 @dataclass(frozen=True)
@@ -53,41 +78,102 @@ class Source:
     temperature: float = 2.0
 
 
-def paint(wish: Wish) -> list[Painted]:
-    """Paint each prompt and write it; image i uses seed + i."""
-    if wish.out.suffix.lower() != ".png":
-        raise UserError(expected="a name ending in .png after --out", got=str(wish.out))
-    source = find_source(wish.stage, wish.model)
+@dataclass(frozen=True)
+class Easel:
+    """A painter that is ready, the keywords of how it paints, and what its images carry."""
 
-    from app.contact_sheet import save_png
-    from infra.progress import progress
+    painter: TextToImage
+    keywords: PaintKeywords
+    lineage: dict[str, str]
+
+
+def set_up(brush: Brush) -> Easel:
+    """Fetch and load the model meant."""
+    source = find_source(brush.stage, brush.model)
+
     from model import TextToImage
 
     painter = TextToImage.from_pretrained(source.folder)
-    steps = wish.steps or source.steps
-    scale = source.guidance_scale if wish.guidance_scale is None else wish.guidance_scale
-    with progress("painting", steps, "steps") as bar:
-        images = painter.generate(
-            wish.prompts,
-            height=wish.size_px,
-            width=wish.size_px,
-            steps=steps,
-            guidance_scale=scale,
-            seed=wish.seed,
-            temperature=source.temperature,
-            progress=lambda done, total, tokens: bar.update(done, total),
+    scale = source.guidance_scale if brush.guidance_scale is None else brush.guidance_scale
+    keywords: PaintKeywords = {
+        "steps": brush.steps or source.steps,
+        "guidance_scale": scale,
+        "temperature": source.temperature,
+        "negative_prompt": brush.negative_prompt,
+    }
+    lineage = {
+        "steps": str(keywords["steps"]), "guidance_scale": str(scale), **source.lineage,
+    }  # fmt: skip
+    if brush.negative_prompt:
+        lineage["negative_prompt"] = brush.negative_prompt
+    return Easel(painter, keywords, lineage)
+
+
+def paint(wish: Wish, brush: Brush) -> list[Painted]:
+    """Paint every prompt with every seed and write the PNGs, prompt by prompt."""
+    for path in (wish.out, wish.grid):
+        check_png(path)
+    jobs = wish.jobs()
+    if wish.grid is not None and len(jobs) > MAX_GRID_IMAGES:
+        raise UserError(
+            expected=f"at most {MAX_GRID_IMAGES} images in a grid",
+            got=f"{len(jobs)}",
         )
+    easel = set_up(brush)
+
+    from app.contact_sheet import save_png
+    from app.preview import Recorder
+    from infra.progress import progress
+
+    width_px, height_px = wish.size_px or (None, None)
+    easel.painter.check_size(height_px, width_px)
+    recorder = Recorder(easel.painter, wish.batch_size)
+    with progress("painting", len(jobs), "images") as bar:
+
+        def report(done: int, total: int, tokens: Tensor) -> None:
+            bar.update(len(jobs) * done // total)
+            if wish.preview is not None:
+                recorder.add(tokens)
+
+        keywords: PaintKeywords = {
+            **easel.keywords,
+            "seeds": [seed for _, seed in jobs],
+            "batch_size": wish.batch_size,
+            "progress": report,
+        }
+        prompts = [prompt for prompt, _ in jobs]
+        images = easel.painter.generate(prompts, height_px, width_px, **keywords)
     painted = []
-    for index, (prompt, image) in enumerate(zip(wish.prompts, images, strict=True)):
-        seed = wish.seed + index
-        lineage = {
-            "prompt": prompt, "seed": str(seed), "steps": str(steps),
-            "guidance_scale": str(scale), **source.lineage,
-        }  # fmt: skip
+    for index, ((prompt, seed), image) in enumerate(zip(jobs, images, strict=True)):
+        lineage = {"prompt": prompt, "seed": str(seed), **easel.lineage}
         path = _numbered(wish.out, index, len(images))
         save_png(image, path, lineage)
+        if wish.preview is not None:
+            recorder.save(index, path, wish.preview, lineage)
         painted.append(Painted(str(path), prompt, seed, lineage))
+    if wish.grid is not None:
+        _write_grid(wish, wish.grid, images, easel.lineage)
     return painted
+
+
+def check_png(path: Path | None) -> None:
+    """One line unless the name ends in .png."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise UserError(expected="a name ending in .png for an image to write", got=str(path))
+
+
+def _write_grid(wish: Wish, path: Path, images: list[Image], lineage: dict[str, str]) -> None:
+    """A column per prompt and a row per seed."""
+    from app.contact_sheet import Row, draw_sheet, save_png
+
+    seeds = wish.seeds or (None,)
+    rows = [
+        Row("" if seed is None else f"seed {seed}", "", images[row :: len(seeds)])
+        for row, seed in enumerate(seeds)
+    ]
+    title = lineage.get("stage") or Path(lineage["model"]).name
+    sheet = draw_sheet(title, wish.prompts, rows)
+    save_png(sheet, path, {"prompts": json.dumps(wish.prompts), **lineage})
 
 
 def _numbered(out: Path, index: int, count: int) -> Path:

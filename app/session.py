@@ -43,6 +43,7 @@ class Session:
         self._connect_to: dict[str, str] | None = None
         self._has_ray = False
         self._reported_at = 0.0
+        self._began: dict[str, tuple[float, int]] = {}
         self._tracked: TrackedRun | None = None
 
     # --- the record ------------------------------------------------------------------------------
@@ -71,6 +72,9 @@ class Session:
         if now - self._reported_at < REPORT_SECONDS:
             return
         self._reported_at = now
+        began_at, began_done = self._began.setdefault(f"{step.name} {unit} {total}", (now, done))
+        if total and done > began_done and more.get("eta_seconds") is None:
+            more["eta_seconds"] = (total - done) * (now - began_at) / (done - began_done)
         step.progress = {"done": done, "total": total, "unit": unit, **more}
         self.file.save()
 

@@ -281,6 +281,7 @@ def _train(session: Session, step: StepStatus, plan: StagePlan, context: PlanCon
             session.report(
                 step, at.step, at.steps, "steps", loss=at.loss,
                 images_per_second=at.images_per_second, eta_seconds=at.eta_seconds,
+                use=dict(at.use),
             )  # fmt: skip
 
         result = run_stage(plan, driver, on_progress=report, evaluate=evaluate)

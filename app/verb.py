@@ -49,12 +49,13 @@ def verb(run: Callable[Parameters, None]) -> Callable[Parameters, None]:
     @functools.wraps(run)
     def guarded(*arguments: Parameters.args, **options: Parameters.kwargs) -> None:
         previous = signal.getsignal(signal.SIGTERM)
+        Terminated.came = False
         stop_on_terminate()
         try:
             run(*arguments, **options)
-        except KeyboardInterrupt as stopped:
+        except KeyboardInterrupt:
             print("\natelier: stopped; the same command goes on where it was", file=sys.stderr)
-            raise typer.Exit(TERMINATED if isinstance(stopped, Terminated) else STOPPED) from None
+            raise typer.Exit(TERMINATED if Terminated.came else STOPPED) from None
         except Exception as error:
             lines = lines_of(error)
             if lines is None:
@@ -90,9 +91,12 @@ def stop_on_terminate() -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """SIGTERM came. Ray, interrupted while it waits, raises a plain one of its own instead."""
+
+    came = False
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame
+    Terminated.came = True
     raise Terminated

@@ -6,8 +6,12 @@ layout.
 
 from model.compiled import compile_network
 from model.compression import insert_compression
+from model.edit_operations import OPERATIONS, Operation, operation_of
+from model.edit_words import Instruction, is_instruction, read_instruction
+from model.ema import WeightAverage
 from model.errors import ModelError
 from model.hub import model_folder
+from model.lora import LoRA, LoRAConfig, Merged
 from model.loss import masked_token_loss
 from model.paint_options import PaintOptions
 from model.sampler import Condition, SamplingOptions, unmask
@@ -20,12 +24,18 @@ from model.transformer import MaskedImageTransformer, TransformerConfig
 from model.vq import Quantized, VQConfig, VQTokenizer
 
 __all__ = [
+    "OPERATIONS",
     "CLIPTextConfig",
     "CLIPTextEncoder",
     "CLIPTokenizer",
     "Condition",
+    "Instruction",
+    "LoRA",
+    "LoRAConfig",
     "MaskedImageTransformer",
+    "Merged",
     "ModelError",
+    "Operation",
     "PaintOptions",
     "PainterDefaults",
     "Preview",
@@ -36,12 +46,16 @@ __all__ = [
     "TransformerConfig",
     "VQConfig",
     "VQTokenizer",
+    "WeightAverage",
     "compile_network",
     "cosine_schedule",
     "insert_compression",
+    "is_instruction",
     "linear_schedule",
     "masked_token_loss",
     "model_folder",
+    "operation_of",
+    "read_instruction",
     "sample_mask",
     "stream",
     "training_timestep",

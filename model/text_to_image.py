@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model import edit
 from model.checkpoint import read_json, write_json, write_whole
 from model.errors import ModelError
 from model.hub import model_folder
+from model.lora import LoRA
 from model.paint_options import PaintKeywords, PaintOptions
-from model.pixels import to_images, to_masks, to_pixels, token_masks
-from model.sampler import Condition, first_step_of, unmask
+from model.pixels import Picture, to_images
+from model.sampler import Condition, unmask
 from model.schedule import mask_schedule
 from model.text import CLIPTextEncoder, TextFeatures
 from model.text_tokenizer import CLIPTokenizer
@@ -61,6 +63,7 @@ class TextToImage:
         defaults = defaults or PainterDefaults()
         longest = text_encoder.config.max_position_embeddings
         self.defaults = replace(defaults, text_tokens=min(defaults.text_tokens, longest))
+        self.loras: list[LoRA] = []
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -69,16 +72,11 @@ class TextToImage:
         problems = []
         if config.codebook_size != num_codes:
             problems.append(f"transformer codebook_size {config.codebook_size}, vqvae {num_codes}")
-        if config.joint_attention_dim != text.hidden_size:
-            problems.append(
-                f"transformer joint_attention_dim {config.joint_attention_dim}, "
-                f"text encoder hidden_size {text.hidden_size}"
-            )
-        if config.pooled_projection_dim != text.projection_dim:
-            problems.append(
-                f"transformer pooled_projection_dim {config.pooled_projection_dim}, "
-                f"text encoder projection_dim {text.projection_dim}"
-            )
+        widths = {"joint_attention_dim": "hidden_size", "pooled_projection_dim": "projection_dim"}
+        for own, other in widths.items():
+            if getattr(config, own) != getattr(text, other):
+                known = f"transformer {own} {getattr(config, own)}"
+                problems.append(f"{known}, text encoder {other} {getattr(text, other)}")
         if num_ids > text.vocab_size:
             problems.append(f"tokenizer has {num_ids} ids, text encoder {text.vocab_size}")
         if problems:
@@ -91,9 +89,20 @@ class TextToImage:
 
     def to(self, device: torch.device | str) -> "TextToImage":
         """Move all parts; returns self."""
-        for part in (self.transformer, self.vq, self.text_encoder):
+        for part in (self.transformer, self.vq, self.text_encoder, *self.loras):
             part.to(device)
         return self
+
+    def load_lora(self, folder: str | Path, weight: float = 1.0) -> LoRA:
+        """Put a folder's adapters on top of what is there; several add up. See `model.lora`."""
+        parts = {"transformer": self.transformer, "text_encoder": self.text_encoder}
+        self.loras.append(LoRA.from_pretrained(folder, parts, weight))
+        return self.loras[-1]
+
+    def remove_loras(self) -> None:
+        """Take all adapters out."""
+        while self.loras:
+            self.loras.pop().detach()
 
     @property
     def size_multiple_px(self) -> int:
@@ -134,95 +143,104 @@ class TextToImage:
         factor = self.vq.downsample_factor
         grid = (len(prompts), height_px // factor, width_px // factor)
         blank_BHW = torch.full(grid, self.transformer.config.mask_token_id, device=self.device)
-        return self._paint(prompts, blank_BHW, PaintOptions(**keywords))
+        return self.fill(prompts, blank_BHW, PaintOptions(**keywords))
 
     def inpaint(
         self,
         prompts: Sequence[str],
-        images: Sequence[Image.Image],
-        masks: Sequence[Image.Image],
+        images: Sequence[Picture],
+        masks: Sequence[Picture],
+        strength: float = 1.0,
+        feather_px: int = 0,
         **keywords: Unpack[PaintKeywords],
     ) -> list[Image.Image]:
-        """Each image with the light part of its mask repainted; every other pixel is as it was."""
+        """Each image with the light part of its mask repainted; every other pixel is as it was.
+
+        Images of any size; masks of the image's size, as `to_masks` reads them. feather_px: width
+        inside the mask over which the painted part fades in. strength as in `edit`.
+        """
         prompts = as_prompts(prompts)
         check_counts(len(prompts), images=len(images), masks=len(masks))
-        mask_BHW = to_masks(masks, images[0].size)
-        return self._repaint(prompts, to_pixels(images), mask_BHW, PaintOptions(**keywords))
+        options = PaintOptions(**keywords)
+        return edit.inpaint(self, prompts, images, masks, strength, feather_px, options)
 
     def outpaint(
         self,
         prompts: Sequence[str],
-        images: Sequence[Image.Image],
+        images: Sequence[Picture],
         left: int = 0,
         top: int = 0,
         right: int = 0,
         bottom: int = 0,
+        feather_px: int = 0,
         **keywords: Unpack[PaintKeywords],
     ) -> list[Image.Image]:
         """Each image continued by these many pixels; its own pixels are as they were."""
         prompts = as_prompts(prompts)
         check_counts(len(prompts), images=len(images))
-        if min(left, top, right, bottom) < 0 or max(left, top, right, bottom) == 0:
-            raise ModelError("outpaint needs sides of 0 px or more, and one of them above 0")
-        pixels_B3HW = to_pixels(images)
-        padding = (left, right, top, bottom)
-        canvas_B3HW = torch.nn.functional.pad(pixels_B3HW, padding, mode="replicate")
-        inside_BHW = torch.zeros(len(images), *pixels_B3HW.shape[2:])
-        new_BHW = torch.nn.functional.pad(inside_BHW, padding, value=1.0) > 0
-        return self._repaint(prompts, canvas_B3HW, new_BHW, PaintOptions(**keywords))
+        sides = (left, top, right, bottom)
+        return edit.outpaint(self, prompts, images, sides, feather_px, PaintOptions(**keywords))
 
-    @torch.no_grad()
     def edit(
         self,
         prompts: Sequence[str],
-        images: Sequence[Image.Image],
-        strength: float = 0.7,
+        images: Sequence[Picture],
+        strength: float | None = None,
+        sources: Sequence[str] | None = None,
+        masks: Sequence[Picture] | None = None,
+        operation: str | None = None,
+        feather_px: int = 0,
         **keywords: Unpack[PaintKeywords],
     ) -> list[Image.Image]:
-        """Each image painted anew from where `strength` of the steps are left, told the prompt.
+        """Each image as its prompt says; pixels that need not change are as they were.
 
-        strength in (0, 1]: 1 repaints everything; less keeps a random part of the image's tokens,
-        as many as the mask schedule leaves at that point.
+        sources: what the images show now. With it (or an operation that works in one place) only
+        tokens that both texts predict differently are painted; `operation` is a name of
+        `OPERATIONS` and gives the defaults. masks: paint there instead. With none of them the whole
+        image is painted anew. strength in (0, 1]: the share of the steps that is run; below 1 a
+        random part of the old tokens stays, as many as the mask schedule leaves at that point.
         """
-        prompts, options = as_prompts(prompts), PaintOptions(**keywords)
+        prompts = as_prompts(prompts)
         check_counts(len(prompts), images=len(images))
-        schedule = mask_schedule(self.defaults.masking_schedule)
-        first_step = first_step_of(strength, options.steps)
-        self.check_size(images[0].height, images[0].width)
-        tokens_BHW = self.vq.encode(to_pixels(images).to(self.device))
-        ratio = float(schedule(torch.tensor(first_step / options.steps)))
-        for tokens_HW, seed in zip(tokens_BHW, options.image_seeds(len(prompts)), strict=True):
-            generator = torch.Generator().manual_seed(seed)
-            order_L = torch.randperm(tokens_HW.numel(), generator=generator)
-            masked_N = order_L[: max(1, round(ratio * tokens_HW.numel()))].to(self.device)
-            tokens_HW.view(-1)[masked_N] = self.transformer.config.mask_token_id
-        painted_BHW = self._paint(prompts, tokens_BHW, options, first_step)
-        return self.decode(painted_BHW, options.batch_size)
-
-    @torch.no_grad()
-    def _repaint(
-        self, prompts: list[str], pixels_B3HW: Tensor, mask_BHW: Tensor, options: PaintOptions
-    ) -> list[Image.Image]:
-        """Repaint the pixels in mask_BHW, and put the others back as they were."""
-        self.check_size(*pixels_B3HW.shape[2:])
-        pixels_B3HW, mask_BHW = pixels_B3HW.to(self.device), mask_BHW.to(self.device)
-        hidden_BHW = token_masks(mask_BHW, self.vq.downsample_factor)
-        tokens_BHW = self.vq.encode(pixels_B3HW)
-        tokens_BHW = tokens_BHW.masked_fill(hidden_BHW, self.transformer.config.mask_token_id)
-        painted_BHW = self._paint(prompts, tokens_BHW, options)
-        painted_B3HW = torch.cat(
-            [
-                self.vq.decode(painted_BHW[batch.start : batch.stop])
-                for batch in options.batches(len(prompts))
-            ]
+        if sources is not None:
+            sources = as_prompts(sources)
+            check_counts(len(prompts), sources=len(sources))
+        if masks is not None:
+            check_counts(len(prompts), masks=len(masks))
+        return edit.edit(
+            self,
+            prompts,
+            images,
+            sources,
+            masks,
+            operation,
+            strength,
+            feather_px,
+            PaintOptions(**keywords),
         )
-        return to_images(torch.where(mask_BHW[:, None], painted_B3HW, pixels_B3HW))
+
+    def find_change(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Picture],
+        sources: Sequence[str] | None = None,
+        operation: str | None = None,
+        **keywords: Unpack[PaintKeywords],
+    ) -> list[Image.Image]:
+        """A mask per image (white is to paint) of where `edit` would paint by itself."""
+        prompts = as_prompts(prompts)
+        check_counts(len(prompts), images=len(images))
+        if sources is not None:
+            sources = as_prompts(sources)
+            check_counts(len(prompts), sources=len(sources))
+        options = PaintOptions(**keywords)
+        return edit.find_change(self, prompts, images, sources, operation, options)
 
     @torch.no_grad()
-    def _paint(
+    def fill(
         self, prompts: list[str], tokens_BHW: Tensor, options: PaintOptions, first_step: int = 0
     ) -> Tensor:
-        """Fill the masked places of tokens_BHW, batch by batch."""
+        """tokens_BHW with its masked places filled, batch by batch; `first_step` as in `unmask`."""
         seeds, sampling = (
             options.image_seeds(len(prompts)),
             options.sampling(self.defaults.masking_schedule),
@@ -271,7 +289,17 @@ class TextToImage:
     def decode(self, tokens_BHW: Tensor, batch_size: int | None = None) -> list[Image.Image]:
         """The RGB images of tokens_BHW, `batch_size` at a time (None is all)."""
         batches = torch.split(tokens_BHW, batch_size or len(tokens_BHW))
-        return [image for tokens in batches for image in to_images(self.vq.decode(tokens))]
+        return [image for tokens in batches for image in to_images(self.decode_pixels(tokens))]
+
+    @torch.no_grad()
+    def decode_pixels(self, tokens_BHW: Tensor) -> Tensor:
+        """pixels_B3HW in [0, 1] of tokens_BHW."""
+        return self.vq.decode(tokens_BHW)
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels_B3HW: Tensor) -> Tensor:
+        """tokens_BHW, on this painter's device, of pixels_B3HW in [0, 1]."""
+        return self.vq.encode(pixels_B3HW.to(self.device)).to(self.device)
 
     def micro_conditions(self, batch: int, height_px: int, width_px: int, score: float) -> Tensor:
         """micro_conditions_B5 of uncropped images of this size: width, height, 0, 0, score."""

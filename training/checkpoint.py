@@ -23,6 +23,7 @@ from infra.digests import canonical_json, sha256_file
 from infra.errors import UserError
 from training.checkpoint_store import CheckpointDamaged
 from training.publish import LISTING_NAME, CheckpointFile, describe_folder
+from training.sharding import like
 
 CHECKPOINT_SCHEMA = 1
 WEIGHTS_NAME = "weights.safetensors"
@@ -161,7 +162,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         if not state or not shapes_fit:
             raise CheckpointDamaged(f"the run's checkpoint has no fitting moments of {name}")
         optimizer.state[parameter] = {
-            moment: value.to(parameter.device, copy=True) for moment, value in state.items()
+            moment: like(value, parameter) if value.ndim else value.to(parameter.device, copy=True)
+            for moment, value in state.items()
         }
     if left:
         raise CheckpointDamaged(

@@ -117,6 +117,10 @@ class SavingConfig(StrictModel):
     checkpoint_patience_seconds: float = operational(
         120.0, "how long storage may refuse a checkpoint while training goes on", ge=0.0
     )
+    max_step_minutes: float | None = operational(
+        20.0, "a worker that makes no step for so long is ended and starts again; None is off",
+        gt=0.0,
+    )  # fmt: skip
     log_interval_steps: int = operational(10, "steps averaged into one logged point", ge=1)
 
 
@@ -255,6 +259,10 @@ class StageConfig(SavingConfig):
         None, "gate: largest mean loss of the last 50 steps, nats; None is off"
     )
     num_workers: int = operational(1, "worker processes", ge=1)
+    strategy: Literal["ddp", "fsdp"] = operational(
+        "ddp",
+        "whether each of several workers holds all weights and moments (ddp) or a part (fsdp)",
+    )
     max_microbatch_size: int | None = operational(
         None, "samples a worker holds at a time; None is its whole share of the batch", ge=1
     )
@@ -273,6 +281,10 @@ class StageConfig(SavingConfig):
             problems.append("caption_mix needs one weight above 0")
         if self.compress and self.init.source == "fresh" and self.init.new_parameters:
             problems.append("init.new_parameters means nothing when init.source is 'fresh'")
+        if self.strategy == "fsdp" and self.optimizer.name == "muon":
+            problems.append(
+                "strategy fsdp has parts of matrices and optimizer muon needs whole ones"
+            )
         if self.optimizer.warmup_steps >= self.steps and self.optimizer.warmup_steps:
             problems.append(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}: "

@@ -6,7 +6,6 @@ micro-conditions: original width, original height, crop top, crop left (pixels),
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from infra.errors import UserError
 from training.config import StageConfig
 from training.order import PlannedOrder, Visit
 from training.randomness import uniforms
+from training.resident import ResidentShards
 
 Captions = tuple[tuple[str, str], ...]  # (origin, text) pairs
 Rows = NDArray[np.int64] | range
@@ -61,7 +61,8 @@ class TokenDataset:
     """The samples of a stage: shards read when needed, and the rows of each that passed.
 
     ``load(i)`` reads shard i; ``rows[i]`` are its selected rows. At most ``max_resident_bytes`` of
-    shards stay in memory (always the one in use).
+    shards stay in memory (always the one in use), among them, where there is room, those that the
+    next steps need: they are read while others are trained on.
     """
 
     load: Callable[[int], TokenShard]
@@ -72,8 +73,7 @@ class TokenDataset:
     def __post_init__(self) -> None:
         sizes = [len(rows) for rows in self.rows]
         self._ends = np.cumsum(sizes)
-        self._resident: OrderedDict[int, TokenShard] = OrderedDict()
-        self._resident_bytes = 0
+        self._shards = ResidentShards(self.load, self.config.max_resident_bytes)
         window = self.config.shuffle_window_shards
         self.order = PlannedOrder(sizes, self.config.seed, window)
 
@@ -84,32 +84,37 @@ class TokenDataset:
         """``rows`` of global batch ``number`` (0, 1, …)."""
         size = self.config.global_batch_size
         start, stop, _ = rows.indices(size)
+        self._shards.want(self.order.shards_ahead(number * size + start))
         return self.make_batch(self.order.visit(number * size + start, number * size + stop))
 
     def make_batch(self, visit: Visit) -> Batch:
         """The visited samples, each with the caption that its (seed, epoch, sample) draws."""
+        size = len(visit.indices)
         shard_of = np.searchsorted(self._ends, visit.indices, side="right")
-        draws = _caption_draws(visit, self.config.seed)
+        draws = _caption_draws(visit, self.config.seed).tolist()
         mix: dict[str, float] = {o: weight for o, weight in self.config.caption_mix.items()}
-        tokens: list[NDArray[np.uint16]] = []
-        conditions: list[NDArray[np.float32]] = []
-        captions, ids = [], []
-        for index, number, draw in zip(visit.indices, shard_of, draws, strict=True):
-            shard = self._shard(int(number))
-            start = self._ends[number] - len(self.rows[number])
-            row = int(self.rows[number][index - start])
-            score = shard.preference_score_N[row]
-            known = self.config.unknown_preference_score if np.isnan(score) else score
-            tokens.append(shard.tokens_NHW[row])
-            conditions.append(np.append(shard.sizes_and_crops_N4[row], np.float32(known)))
-            captions.append(choose_caption(shard.captions[row], mix, draw))
-            ids.append(shard.sample_ids[row])
+        tokens_BHW: NDArray[np.int64] | None = None
+        conditions_B5 = np.empty((size, 5), np.float32)
+        captions, ids = [""] * size, [""] * size
+        for number in np.unique(shard_of).tolist():
+            shard, chosen = self._shards.get(number), self.rows[number]
+            places = np.flatnonzero(shard_of == number)
+            offsets = visit.indices[places] - (self._ends[number] - len(chosen))
+            rows = offsets if isinstance(chosen, range) else chosen[offsets]
+            if tokens_BHW is None:
+                tokens_BHW = np.empty((size, *shard.tokens_NHW.shape[1:]), np.int64)
+            tokens_BHW[places] = shard.tokens_NHW[rows]
+            conditions_B5[places, :4] = shard.sizes_and_crops_N4[rows]
+            conditions_B5[places, 4] = shard.preference_score_N[rows]
+            for place, row in zip(places.tolist(), rows.tolist(), strict=True):
+                captions[place] = choose_caption(shard.captions[row], mix, draws[place])
+                ids[place] = shard.sample_ids[row]
+        scores_B = conditions_B5[:, 4]
+        scores_B[np.isnan(scores_B)] = self.config.unknown_preference_score
+        if tokens_BHW is None:
+            raise ValueError("a batch needs one sample at least")
         return Batch(
-            torch.from_numpy(np.stack(tokens).astype(np.int64)),
-            captions,
-            torch.from_numpy(np.stack(conditions).astype(np.float32)),
-            ids,
-            visit,
+            torch.from_numpy(tokens_BHW), captions, torch.from_numpy(conditions_B5), ids, visit
         )
 
     def preference_scores(self, num_shards: int) -> NDArray[np.float32]:
@@ -117,22 +122,10 @@ class TokenDataset:
         parts = []
         for number, rows in enumerate(self.rows[:num_shards]):
             if len(rows):
-                parts.append(self._shard(number).preference_score_N[np.asarray(rows)])
+                parts.append(self._shards.get(number).preference_score_N[np.asarray(rows)])
         scores = np.concatenate(parts or [np.empty(0, np.float32)])
         unknown = self.config.unknown_preference_score
         return np.nan_to_num(scores, nan=unknown) if len(scores) else np.full(1, unknown, "f4")
-
-    def _shard(self, number: int) -> TokenShard:
-        if number in self._resident:
-            self._resident.move_to_end(number)
-            return self._resident[number]
-        shard = self.load(number)
-        self._resident[number] = shard
-        self._resident_bytes += shard.num_bytes
-        while self._resident_bytes > self.config.max_resident_bytes and len(self._resident) > 1:
-            _, evicted = self._resident.popitem(last=False)
-            self._resident_bytes -= evicted.num_bytes
-        return shard
 
 
 def _caption_draws(visit: Visit, seed: int) -> NDArray[np.float64]:

@@ -63,6 +63,10 @@ class StageRun(Protocol):
         """The number of the next global batch: finished steps, and batches passed by."""
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each worker holds a part of the networks."""
+
+    @property
     def max_passed_by(self) -> int:
         """Batches that may yet be passed by."""
 
@@ -186,10 +190,10 @@ def fit(run: StageRun, watcher: Watcher, world_size: int = 1, in_ray: bool = Fal
     with _on_sigterm(watcher.stop), warnings.catch_warnings():
         for message in UNHELPFUL_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        _trainer(world_size, in_ray).fit(module, train_dataloaders=_Steps(run))
+        _trainer(world_size, in_ray, run.is_sharded).fit(module, train_dataloaders=_Steps(run))
 
 
-def _trainer(world_size: int, in_ray: bool) -> pl.Trainer:
+def _trainer(world_size: int, in_ray: bool, is_sharded: bool) -> pl.Trainer:
     options: dict[str, Any] = {}
     if in_ray:
         import ray.train.lightning
@@ -199,7 +203,7 @@ def _trainer(world_size: int, in_ray: bool) -> pl.Trainer:
         if world_size > 1:
             import ray.train.torch  # the strategy asks it for the device
 
-            options["strategy"] = for_ray.RayDDPStrategy(gradient_as_bucket_view=True)
+            options["strategy"] = _strategy(for_ray, is_sharded)
     return pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices="auto" if world_size > 1 else 1,
@@ -212,6 +216,19 @@ def _trainer(world_size: int, in_ray: bool) -> pl.Trainer:
         num_sanity_val_steps=0,
         **options,
     )
+
+
+def _strategy(for_ray: Any, is_sharded: bool) -> Any:
+    """Lightning's part in several workers: equal gradients, or nothing for networks in parts, which
+    see to their gradients themselves."""
+    if not is_sharded:
+        return for_ray.RayDDPStrategy(gradient_as_bucket_view=True)
+
+    class RayShardedStrategy(for_ray.RayDDPStrategy):  # type: ignore[misc]
+        def configure_ddp(self) -> None:
+            """Leave the model as it is."""
+
+    return RayShardedStrategy()
 
 
 @contextmanager

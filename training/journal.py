@@ -153,6 +153,9 @@ class Journal:
         )
         num_steps = len(self._window)
         self._window.clear()
+        use = self._use(images / max(seconds, 1e-9))
+        if self.progress is not None:
+            self.progress.update(**use)
         if self.tracker is None:
             return
         points = {
@@ -160,7 +163,7 @@ class Journal:
             "step_seconds": seconds / num_steps,
             "images_per_second": images / max(seconds, 1e-9),
             "tokens_per_second": tokens / max(seconds, 1e-9),
-            **self._use(images / max(seconds, 1e-9)),
+            **use,
             **values,
             **{name: waited / num_steps for name, waited in self._waits.items()},
         }

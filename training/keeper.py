@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed
+
 from infra import storage
 from training.checkpoint import EXPORT_FOLDER, Checkpoint, TrainingState
 from training.checkpoint_store import (
@@ -24,6 +27,8 @@ from training.journal import Journal
 from training.masked_run import MaskedRun
 from training.saver import Saver, snapshot
 from training.session import Session
+from training.sharding import whole_on_cpu
+from training.stall import StallWatch
 from training.stop import StopWatch
 from training.tokenizer_run import TokenizerRun
 
@@ -37,12 +42,19 @@ class Keeper:
     """What a worker does besides its steps; only the first one saves."""
 
     def __init__(
-        self, job: Job, session: Session, run: Run, journal: Journal, store: CheckpointStore
+        self,
+        job: Job,
+        session: Session,
+        run: Run,
+        journal: Journal,
+        store: CheckpointStore,
+        stall: StallWatch,
     ) -> None:
         self.stop = threading.Event()
         self.generation = 0
         self._job, self._session, self._run, self._journal = job, session, run, journal
         self._store = store
+        self._stall = stall
         self._started_at = self._saved_at = time.monotonic()
         self._saved_for_preemption = False
         self._is_first = session.rank == 0
@@ -61,6 +73,7 @@ class Keeper:
 
     def close(self) -> None:
         """End the threads."""
+        self._stall.close()
         self._saver.close()
         if self._stop_watch is not None:
             self._stop_watch.close()
@@ -69,6 +82,7 @@ class Keeper:
 
     def stepped(self, measured: Measured, seconds: float, data_seconds: float) -> None:
         """Put a finished step into the journal."""
+        self._stall.stepped()
         self._journal.waited("data_seconds", data_seconds)
         self._journal.stepped(
             self._run.step,
@@ -84,19 +98,31 @@ class Keeper:
         checkpoint from being written."""
         run, began_at = self._run, time.monotonic()
         self._saver.check()
-        if self.stop.is_set() and self._is_first:
+        if self._all(self._is_first and self.stop.is_set()):
             self.save()
-            self._saver.wait()
-            if self._stop_watch is not None:
-                self._stop_watch.answer(run.step)
+            if self._is_first:
+                self._saver.wait()
+                if self._stop_watch is not None:
+                    self._stop_watch.answer(run.step)
+            if run.is_sharded:
+                self._session.barrier()  # the first to raise ends all
             raise Stopped(f"stopped after step {run.step}, which is saved")
         if run.step < run.num_steps:
             if self._is_preempted():
                 self.save()
                 self._saver.wait()
-            elif self._is_due():
+            elif self._all(self._is_due()):
                 self.save()
         self._journal.waited("checkpoint_seconds", time.monotonic() - began_at)
+
+    def _all(self, answer: bool) -> bool:
+        """The first worker's answer, where a save is everybody's work."""
+        if not self._run.is_sharded:
+            return answer
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        told = torch.tensor([answer], dtype=torch.uint8, device=device)
+        torch.distributed.broadcast(told, src=0)
+        return bool(told.item())
 
     def _is_due(self) -> bool:
         run = self._run
@@ -126,16 +152,25 @@ class Keeper:
 
     def save(self) -> None:
         """Have a checkpoint of this step written, beside the next steps."""
-        if self._is_first:
-            self._saver.save(self._checkpoint(), self.generation, self._flush_log)
+        checkpoint = self._checkpoint()
+        if checkpoint is not None:
+            self._saver.save(checkpoint, self.generation, self._flush_log)
         self._saved_at = time.monotonic()
 
     def _flush_log(self, folder: Path) -> None:
         """What a checkpoint covers is never logged again: send it first, if MLflow answers."""
         self._journal.flush()
 
-    def _checkpoint(self) -> Checkpoint:
+    def _checkpoint(self) -> Checkpoint | None:
+        """What the first worker saves; networks in parts are put together by all."""
         run = self._run
+        if run.is_sharded:
+            weights = whole_on_cpu(run.weights(), self._is_first)
+            optimizer = whole_on_cpu(run.optimizer_state(), self._is_first)
+        elif self._is_first:
+            weights, optimizer = snapshot(run.weights()), snapshot(run.optimizer_state())
+        if not self._is_first:
+            return None
         state = TrainingState(
             step=run.step,
             config_sha256=self._job.stage_key,
@@ -143,7 +178,7 @@ class Keeper:
             init=run.init_record,
             **run.state(),
         )
-        return Checkpoint(snapshot(run.weights()), snapshot(run.optimizer_state()), state)
+        return Checkpoint(weights, optimizer, state)
 
     def start(self) -> None:
         """Have the checkpoint to go back to that the guard may ask for before any other."""
@@ -156,6 +191,7 @@ class Keeper:
         run = self._run
         if not isinstance(run, MaskedRun):
             raise TypeError("only masked stages go back")
+        self._stall.pause()
         self._saver.wait()
         self._session.barrier()
         found = self._store.load(self._job.stage_key, step=why.to_step)
@@ -176,8 +212,11 @@ class Keeper:
 
     def finish(self) -> None:
         """Save the last checkpoint, with the exported model and all metrics."""
-        if self._is_first:
-            self._saver.save(self._checkpoint(), self.generation, self._export)
+        self._stall.pause()
+        checkpoint = self._checkpoint()
+        self._run.put_together(self._is_first)
+        if checkpoint is not None:
+            self._saver.save(checkpoint, self.generation, self._export)
             self._saver.wait()
         self._session.barrier()
 

@@ -56,6 +56,9 @@ LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+# How long a cluster has to bring the machines, each of ``MAX_CONTROLLER_FAILURES`` + 1 times: Ray's
+# minute is less than a new machine takes.
+CLUSTER_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
 
 WorkerFunction = Callable[[dict[str, Any]], object]
 OnStart = Callable[[Callable[[], None]], None]
@@ -245,8 +248,7 @@ def train(
     runs_uri = storage.join(launch.store_uri, "runs")
     filesystem, path = run_filesystem(runs_uri)
     settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_SECONDS)}
-    if launch.is_local:
-        settings |= LOCAL_SETTINGS
+    settings |= LOCAL_SETTINGS if launch.is_local else CLUSTER_SETTINGS
     unset = {name: value for name, value in settings.items() if name not in os.environ}
     # Ray tells of a lost worker on stdout, ten lines each time; `explain` does it in one.
     stdout_deduplicator.skip_re = re.compile("")

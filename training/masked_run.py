@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from training.guard import Guard, WentBack
 from training.initial import Networks, initial_networks
 from training.job import Job
 from training.masked_stage import (
+    TEXT_PREFIX,
+    TRANSFORMER_PREFIX,
     StepInputs,
     StepResult,
     apply_update,
@@ -41,6 +44,7 @@ from training.masked_stage import (
 from training.order import rank_slice
 from training.publish import fetch_checkpoint
 from training.session import Session
+from training.sharding import check_shardable, like, shard_networks, whole_on_cpu
 from training.utilisation import training_flops_per_image
 
 EMA_PREFIX = "ema/"
@@ -59,6 +63,11 @@ class MaskedRun:
         self.networks = networks
         self.dataset = dataset
         self.num_steps = config.steps
+        self.is_sharded = config.strategy == "fsdp" and session.world_size > 1
+        if self.is_sharded:
+            check_shardable(config.global_batch_size, session.world_size)
+            text_encoder = networks.text_encoder if config.train_text_encoder else None
+            shard_networks(networks.transformer, text_encoder, session.world_size)
         self.stage = start_stage(
             config, networks.transformer, networks.text_encoder, networks.tokenizer
         )
@@ -111,7 +120,7 @@ class MaskedRun:
     def to(self, device: torch.device) -> None:
         """Move the averaged weights; the network itself is moved by Lightning."""
         if self.stage.ema is not None:
-            self.stage.ema = {name: value.to(device) for name, value in self.stage.ema.items()}
+            self.stage.ema.to(device)
 
     def train(
         self,
@@ -123,6 +132,8 @@ class MaskedRun:
 
         Raises ``TrainingDiverged``, or ``WentBack`` when an earlier checkpoint is to be loaded.
         """
+        if self.is_sharded:  # parts of gradients add up; whole ones would not fit
+            without_sync = nullcontext
         local = backward(self.stage, inputs, self._world_size, run_backward, without_sync)
         norm = gradient_norm(self.stage)
         tallies = self.coverage.tallies(inputs.visit)
@@ -214,15 +225,40 @@ class MaskedRun:
             odd = sorted(set(expected) ^ set(weights))
             raise CheckpointDamaged(f"the run's checkpoint differs in {len(odd)} weights: {odd[0]}")
         for name, parameter in named_trained(self.optimizer):
-            parameter.copy_(weights[name])
+            parameter.copy_(like(weights[name], parameter))
         if self.stage.ema is not None:
-            for name in self.stage.ema:
-                self.stage.ema[name].copy_(weights[EMA_PREFIX + name])
+            for name, average in self.stage.ema.items():
+                average.copy_(like(weights[EMA_PREFIX + name], average))
         if checkpoint.state.step:
             restore_optimizer(self.optimizer, checkpoint.optimizer)
         else:
             self.optimizer.state.clear()
         self.stage.step = checkpoint.state.step
+
+    @torch.no_grad()
+    def put_together(self, keeps: bool) -> None:
+        """Give a worker that ``keeps`` them whole networks, averaged if they are; ends the
+        training. All workers call it together."""
+        if not self.is_sharded:
+            return
+        exported = self.stage.ema or {name: p for name, p in named_trained(self.optimizer)}
+        found = whole_on_cpu(exported, keeps)
+        if not keeps:
+            return
+        parts = {
+            TRANSFORMER_PREFIX: self.networks.transformer,
+            TEXT_PREFIX: self.networks.text_encoder,
+        }
+        made: dict[str, Any] = {}
+        for prefix, module in parts.items():
+            made[prefix] = type(module)(module.config).to(torch.float32)
+            rest = {k: v for k, v in module.state_dict().items() if prefix + k not in found}
+            ours = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+            made[prefix].load_state_dict({**rest, **ours}, strict=True)
+        self.networks = replace(
+            self.networks, transformer=made[TRANSFORMER_PREFIX], text_encoder=made[TEXT_PREFIX]
+        )
+        self.stage.ema = None
 
     def export(self, folder: Path) -> dict[str, float]:
         """Write the model as it is published, with averaged weights if they are kept; ends the

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import UserError
-from model import CLIPTextEncoder, CLIPTokenizer, MaskedImageTransformer, masked_token_loss
+from model import (
+    CLIPTextEncoder,
+    CLIPTokenizer,
+    MaskedImageTransformer,
+    WeightAverage,
+    masked_token_loss,
+)
 from training.config import StageConfig
 from training.data import Batch
 from training.masking import draw_dropped, draw_masks, drop_prompts
@@ -27,6 +33,7 @@ from training.optim import (
     trained_parameters,
 )
 from training.order import Visit
+from training.sharding import whole
 
 TRANSFORMER_PREFIX = "transformer."
 TEXT_PREFIX = "text_encoder."
@@ -46,7 +53,7 @@ class MaskedStage:
     text_encoder: CLIPTextEncoder
     tokenizer: CLIPTokenizer
     optimizer: torch.optim.AdamW
-    ema: dict[str, Tensor] | None
+    ema: WeightAverage | None
     step: int = 0
 
 
@@ -103,7 +110,7 @@ def start_stage(
     optimizer = build_optimizer(groups, config.optimizer)
     ema = None
     if config.ema_decay is not None:
-        ema = {name: p.detach().clone() for name, p in named_trained(optimizer)}
+        ema = WeightAverage(dict(named_trained(optimizer)), config.ema_decay)
     return MaskedStage(config, transformer, text_encoder, tokenizer, optimizer, ema)
 
 
@@ -186,7 +193,8 @@ def backward(
 
 def gradient_norm(stage: MaskedStage) -> Tensor:
     """The length of all gradients (0-d), which are shortened to ``max_grad_norm``."""
-    return clip_gradients(trained_parameters(stage.optimizer), stage.config.optimizer.max_grad_norm)
+    limit = stage.config.optimizer.max_grad_norm
+    return whole(clip_gradients(trained_parameters(stage.optimizer), limit))
 
 
 def apply_update(stage: MaskedStage, loss: float, grad_norm: float) -> StepResult:
@@ -199,7 +207,8 @@ def apply_update(stage: MaskedStage, loss: float, grad_norm: float) -> StepResul
     stage.optimizer.step()
     stage.optimizer.zero_grad(set_to_none=True)
     stage.step += 1
-    update_ema(stage)
+    if stage.ema is not None:
+        stage.ema.update(stage.step)
     return StepResult(loss, grad_norm, config.optimizer.learning_rate * scale)
 
 
@@ -214,16 +223,6 @@ def diverged(step: int, loss: float, grad_norm: float, sample_ids: list[str]) ->
     )
 
 
-@torch.no_grad()
-def update_ema(stage: MaskedStage) -> None:
-    """Move the averaged weights towards the current ones; the first steps move them faster."""
-    if stage.ema is None or stage.config.ema_decay is None:
-        return
-    decay = min(stage.config.ema_decay, (1 + stage.step) / (10 + stage.step))
-    for name, parameter in named_trained(stage.optimizer):
-        stage.ema[name].lerp_(parameter, 1.0 - decay)
-
-
 def train_step(stage: MaskedStage, batch: Batch, device: torch.device | str = "cpu") -> StepResult:
     """One optimizer step of a single worker, on a whole global batch."""
     inputs = step_inputs(batch, stage.config, stage.tokenizer, stage.step, slice(None))
@@ -234,10 +233,7 @@ def train_step(stage: MaskedStage, batch: Batch, device: torch.device | str = "c
     return apply_update(stage, loss, norm)
 
 
-@torch.no_grad()
 def use_averaged_weights(stage: MaskedStage) -> None:
     """Replace the trained weights by their average, if one is kept (for export only)."""
-    if stage.ema is None:
-        return
-    for name, parameter in named_trained(stage.optimizer):
-        parameter.copy_(stage.ema[name])
+    if stage.ema is not None:
+        stage.ema.copy_to_weights()

@@ -67,6 +67,16 @@ class PlannedOrder:
         empty = np.empty(0, dtype=np.int64)
         return Visit(np.concatenate([empty, *parts]), np.concatenate([empty, *epochs]))
 
+    def shards_ahead(self, position: int) -> list[int]:
+        """The shards of the window that holds ``position``, then those of the window after it."""
+        epoch, offset = divmod(position, self.num_samples)
+        shards, ends = self._plan(epoch)
+        window = int(np.searchsorted(ends, offset, side="right"))
+        ahead = shards[window * self._window_shards :][: 2 * self._window_shards]
+        if window + 1 == len(ends):
+            ahead = np.append(ahead, self._plan(epoch + 1)[0][: self._window_shards])
+        return [int(number) for number in dict.fromkeys(ahead.tolist())]
+
     def _make_plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The epoch's shard order, and the offset at which each of its windows ends."""
         shards = permutation(len(self._sizes), self._seed, "shard order", epoch)

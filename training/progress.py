@@ -12,17 +12,27 @@ from infra import storage
 from infra.errors import UserError
 
 POLL_SECONDS = 1.0
+USES = (
+    "mfu",
+    "host/cpu_share",
+    "host/gpu_memory_mb",
+    "host/gpu_share",
+    "host/memory_mb",
+    "host/memory_share",
+)
 
 
 @dataclass(frozen=True)
 class StageProgress:
-    """``loss`` and the rates are None until they are known; ``eta_seconds`` is what is left."""
+    """``loss`` and the rates are None until they are known; ``eta_seconds`` is what is left, and
+    ``use`` what the first worker's machine does (``training.utilisation``)."""
 
     step: int
     steps: int
     images_per_second: float | None = None
     loss: float | None = None
     eta_seconds: float | None = None
+    use: tuple[tuple[str, float], ...] = ()
 
 
 OnProgress = Callable[[StageProgress], None]
@@ -90,4 +100,9 @@ def parse_progress(raw: Any) -> StageProgress | None:
         images_per_second=number("images_per_second"),
         loss=number("loss"),
         eta_seconds=number("eta_seconds"),
+        use=tuple(
+            (name, float(value))
+            for name, value in sorted(raw.items())
+            if name in USES and isinstance(value, int | float)
+        ),
     )

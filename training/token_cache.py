@@ -9,10 +9,9 @@ off goes on with the shards that have no entry.
 
 from __future__ import annotations
 
-import json
-import tarfile
+import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +30,7 @@ from training.config import CropPolicy, StageConfig
 from training.data import Captions, TokenDataset, TokenShard, select
 from training.images import Square, decode_image, square_crop
 from training.publish import fetch_checkpoint
-from training.randomness import derive
+from training.shards import ahead, crop_draws, read_samples
 from training.token_format import (
     CachedSample,
     CacheEntry,
@@ -42,7 +41,6 @@ from training.token_format import (
     write_tokens,
 )
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ENCODED_PIXELS = 1 << 20  # pixels in one pass of the tokenizer
 TOO_SMALL = "smaller_than_resolution"
 UNREADABLE = "unreadable_image"
@@ -233,29 +231,6 @@ def _num_with_origin(samples: list[CachedSample]) -> dict[str, int]:
     return counts
 
 
-def read_samples(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """(what is known, image bytes) of each sample in a WebDataset tar, in its order."""
-    known: dict[str, Any] | None = None
-    image: bytes | None = None
-    stem: str | None = None
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
-            file = tar.extractfile(member)
-            if file is None:
-                continue
-            if key != stem:
-                if known is not None and image is not None:
-                    yield known, image
-                stem, known, image = key, None, None
-            if suffix == "json":
-                known = json.loads(file.read())
-            elif f".{suffix}" in IMAGE_SUFFIXES:
-                image = file.read()
-    if known is not None and image is not None:
-        yield known, image
-
-
 def _encode_samples(
     pairs: Iterable[tuple[dict[str, Any], bytes]], task: ShardTask
 ) -> tuple[list[CachedSample], np.ndarray[Any, np.dtype[np.uint16]], dict[str, int]]:
@@ -267,8 +242,8 @@ def _encode_samples(
     tokens = [np.empty((0, side, side), np.uint16)]
     waiting: list[Square] = []
     left_out = {TOO_SMALL: 0, UNREADABLE: 0, NO_CAPTION: 0}
-    for known, data in pairs:
-        reason, sample, square = _prepare(known, data, task)
+    threads = len(os.sched_getaffinity(0))
+    for reason, sample, square in ahead(lambda pair: _prepare(*pair, task), pairs, threads):
         if sample is None or square is None:
             left_out[reason] += 1
             continue
@@ -294,9 +269,7 @@ def _prepare(
         image = decode_image(data)
     except (OSError, ValueError):
         return UNREADABLE, None, None
-    key = int(sha256_bytes(sample_id.encode())[:8], 16)
-    draws = (derive(key, "crop top") / 2**64, derive(key, "crop left") / 2**64)
-    square = square_crop(image, task.resolution_px, task.crop, draws)
+    square = square_crop(image, task.resolution_px, task.crop, crop_draws(sample_id))
     if square is None:
         return TOO_SMALL, None, None
     width_px = int(known.get("original_width_px") or image.width)

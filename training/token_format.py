@@ -134,25 +134,41 @@ def write_tokens(samples: list[CachedSample], tokens_NHW: NDArray[np.uint16]) ->
 
 def read_tokens(data: bytes) -> TokenShard:
     """A shard from its Parquet file."""
-    table = pq.read_table(pa.BufferReader(data))
+    table = pq.read_table(pa.BufferReader(data)).combine_chunks()
     grid = table.schema.metadata
     height, width = int(grid[b"grid_height"]), int(grid[b"grid_width"])
-    packed = b"".join(table["tokens"].to_pylist())
     sizes = [table[name].to_numpy().astype(np.float32) for name in _SIZES_AND_CROPS]
     preference, aesthetic = (
         table[name].to_numpy(zero_copy_only=False).astype(np.float32) for name in _SCORES
     )
     return TokenShard(
         sample_ids=table["sample_id"].to_pylist(),
-        tokens_NHW=np.frombuffer(packed, "<u2").reshape(-1, height, width),
+        tokens_NHW=_fixed_rows(table["tokens"], 2 * height * width).reshape(-1, height, width),
         sizes_and_crops_N4=np.stack(sizes, axis=1),
         preference_score_N=preference,
         aesthetic_score_N=aesthetic,
-        captions=[
-            tuple((pair["origin"], pair["text"]) for pair in pairs)
-            for pairs in table["captions"].to_pylist()
-        ],
+        captions=_captions(table["captions"]),
     )
+
+
+def _fixed_rows(column: pa.ChunkedArray, width: int) -> NDArray[np.uint16]:
+    """The values of a binary column of ``width`` bytes each, as they lie in memory."""
+    if column.num_chunks == 0:
+        return np.empty(0, np.uint16)
+    array = column.chunk(0)
+    start, size = array.offset * width, len(array) * width
+    return np.frombuffer(array.buffers()[1], np.uint8)[start : start + size].view("<u2")
+
+
+def _captions(column: pa.ChunkedArray) -> list[Captions]:
+    """(origin, text) pairs of each row: two flat lists are ten times quicker than nested ones."""
+    if column.num_chunks == 0:
+        return []
+    array = column.chunk(0)
+    flat = array.flatten()
+    pairs = list(zip(*(flat.field(n).to_pylist() for n in ("origin", "text")), strict=True))
+    ends = np.cumsum(array.value_lengths().to_numpy()).tolist()
+    return [tuple(pairs[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def load_tokens(folder_uri: str, entry: CacheEntry) -> TokenShard:

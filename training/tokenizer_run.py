@@ -25,7 +25,7 @@ from training.images import decode_image, shrink, square_crop
 from training.job import Job
 from training.networks import new_text_encoder
 from training.randomness import permutation
-from training.token_cache import read_samples
+from training.shards import read_samples
 from training.tokenizer_stage import (
     KMEANS_BATCHES,
     StoredImage,
@@ -121,6 +121,11 @@ class TokenizerRun:
         return self.stage.step
 
     @property
+    def is_sharded(self) -> bool:
+        """Never: it trains on one worker."""
+        return False
+
+    @property
     def max_passed_by(self) -> int:
         """None: a bad step ends it."""
         return 0
@@ -195,6 +200,9 @@ class TokenizerRun:
             restore_optimizer(self.optimizer, checkpoint.optimizer)
         self.stage.step = checkpoint.state.step
         self.init_record = checkpoint.state.init
+
+    def put_together(self, keeps: bool) -> None:
+        """Nothing to do: its networks are whole."""
 
     def export(self, folder: Path) -> dict[str, float]:
         """Write ``vqvae/``, ``tokenizer/`` and ``text_encoder/``; returns what was measured."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -57,7 +58,9 @@ class HostUse:
         self._cpu_seconds, self._at = time.process_time(), time.monotonic()
 
     def measure(self) -> dict[str, float]:
-        """``host/memory_mb`` (most so far), ``host/cores`` (used on average), GPU memory."""
+        """This process: ``host/memory_mb`` (most so far), ``host/cores`` (used on average). Its
+        machine: ``host/cpu_share``, ``host/memory_share``. Its GPU: ``host/gpu_memory_mb`` (most
+        so far) and, where the driver's library answers, ``host/gpu_share``."""
         cpu_seconds, at = time.process_time(), time.monotonic()
         used = (cpu_seconds - self._cpu_seconds) / max(at - self._at, 1e-9)
         self._cpu_seconds, self._at = cpu_seconds, at
@@ -65,7 +68,21 @@ class HostUse:
         found = {"host/cores": used, "host/memory_mb": peak / (2**20 if _IN_BYTES else 2**10)}
         if torch.cuda.is_available():
             found["host/gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        return found
+            with suppress(ModuleNotFoundError, RuntimeError):
+                found["host/gpu_share"] = torch.cuda.utilization() / 100.0
+        return {**found, **_machine_use()}
+
+
+def _machine_use() -> dict[str, float]:
+    """Since the last call: all processes together, in [0, 1]."""
+    try:
+        import psutil  # comes with Ray
+    except ModuleNotFoundError:
+        return {}
+    return {
+        "host/cpu_share": psutil.cpu_percent() / 100.0,
+        "host/memory_share": psutil.virtual_memory().percent / 100.0,
+    }
 
 
 _IN_BYTES = sys.platform == "darwin"  # elsewhere ru_maxrss is in KiB

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from infra import storage
@@ -18,8 +18,8 @@ from training.stop import STOP_NAME
 
 STARTS_NAME = "starts.json"
 PROGRESS_NAME = "progress.json"
-STOPPED, WORKER_LOST, DRIVER_LOST, WENT_BACK = (
-    "stopped", "worker lost", "driver lost", "went back",
+STOPPED, WORKER_LOST, WORKER_HUNG, DRIVER_LOST, WENT_BACK = (
+    "stopped", "worker lost", "worker hung", "driver lost", "went back",
 )  # fmt: skip
 
 
@@ -38,12 +38,15 @@ class Start:
     idle_seconds: float = 0.0
 
 
-def record_start(run_uri: str, attempt: int, how: str, step: int) -> Start:
-    """Add this start to the run's account; before its first progress is written."""
+def record_start(run_uri: str, attempt: int, how: str, step: int, was_hung: bool = False) -> Start:
+    """Add this start to the run's account; before its first progress is written. ``was_hung`` says
+    that the worker before ended itself."""
     starts = read_starts(run_uri)
     start = Start(attempt, how, step)
     if starts:
         start = _after(run_uri, starts[-1], start)
+        if was_hung and start.cause == WORKER_LOST:
+            start = replace(start, cause=WORKER_HUNG)
     storage.write_json(
         storage.join(run_uri, STARTS_NAME), [asdict(each) for each in (*starts, start)]
     )

@@ -22,6 +22,7 @@ from training.journal import Journal, ProgressFile, Tracker
 from training.keeper import Keeper
 from training.masked_run import MaskedRun
 from training.session import RaySession, Session
+from training.stall import StallWatch, keep_report
 from training.tokenizer_run import TokenizerRun
 from training.utilisation import peak_teraflops
 from training.waste import Start, record_start
@@ -47,10 +48,17 @@ def train(job: Job, session: Session, tracker: Tracker | None = None) -> None:
             run.restore(found.checkpoint)
             if found.is_finished:
                 return
-        start = _record_start(job, run, found) if session.rank == 0 else None
+        limit = run.config.max_step_minutes
+        stall = StallWatch(
+            job.run_uri, session.rank, None if limit is None else 60.0 * limit, job.local_dir
+        )
+        start = _record_start(job, run, found, bool(stall.found)) if session.rank == 0 else None
         journal = _journal(job, run, session, tracker)
-        keeper = Keeper(job, session, run, journal, store)
+        keeper = Keeper(job, session, run, journal, store, stall)
         try:
+            if stall.found:
+                uri = keep_report(job.run_uri, job.attempt, session.rank, run.step, stall.found)
+                journal.note("hung", f"no step for {limit:g} minutes; its threads: {uri}")
             if start is not None:
                 journal.note("started", f"attempt {start.attempt}: {start.how}")
             if found is not None:
@@ -74,7 +82,9 @@ def _train(run: MaskedRun | TokenizerRun, keeper: Keeper, session: Session) -> N
     keeper.finish()
 
 
-def _record_start(job: Job, run: MaskedRun | TokenizerRun, found: Loaded | None) -> Start:
+def _record_start(
+    job: Job, run: MaskedRun | TokenizerRun, found: Loaded | None, was_hung: bool
+) -> Start:
     """Whether this goes on or begins, and with what, as a fact of the run."""
     init = run.init_record
     if found is not None:
@@ -84,7 +94,7 @@ def _record_start(job: Job, run: MaskedRun | TokenizerRun, found: Loaded | None)
         how = f"INIT with {init.get('num_inherited')} parameters of the parent and {num_new} new"
     else:
         how = f"INIT with {init.get('source')} weights"
-    return record_start(job.run_uri, job.attempt, how, run.step)
+    return record_start(job.run_uri, job.attempt, how, run.step, was_hung)
 
 
 def use_threads(cpus: int | None) -> None:

@@ -15,8 +15,8 @@ from infra.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VERBS = (
-    "doctor", "up", "down", "plan", "run", "curate", "train", "status", "sample", "verify", "diff",
-    "score", "refilter", "search", "promote", "rollback", "lineage",
+    "doctor", "up", "down", "plan", "run", "curate", "train", "status", "sample", "edit", "verify",
+    "diff", "score", "refilter", "search", "promote", "rollback", "lineage",
 )  # fmt: skip
 HEAVY = ("torch", "ray", "pyspark", "mlflow", "lightning", "pyarrow", "polars", "numpy", "PIL")
 
@@ -186,6 +186,18 @@ def test_sigterm_has_its_own_exit_code() -> None:
     def terminated() -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(typer.Exit) as caught:
-        terminated()
-    assert caught.value.exit_code == 143
+    @verbs.verb
+    def terminated_in_ray() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # as Ray does
+
+    @verbs.verb
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    for run, code in ((terminated, 143), (terminated_in_ray, 143), (interrupted, 130)):
+        with pytest.raises(typer.Exit) as caught:
+            run()
+        assert caught.value.exit_code == code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.report import closing_page, duration, funnel_table, lowered, score_table, status_page
-from app.status import DONE, FAILED, RunStatus, StepStatus
+from app.status import DONE, FAILED, RUNNING, RunStatus, StepStatus
 
 
 def stage(name: str, **scores: float) -> StepStatus:
@@ -63,6 +63,23 @@ def test_the_status_page_shows_failures() -> None:
     assert "!!  concepts" in page
     assert "the line" in page
     assert max(map(len, page.splitlines())) < 170
+
+
+def test_a_running_step_shows_how_far_it_is_and_what_its_machine_does() -> None:
+    training = StepStatus("concepts", "stage", RUNNING, "INIT", "new")
+    training.progress = {
+        "done": 1500, "total": 6000, "unit": "steps", "loss": 5.9123, "images_per_second": 812.4,
+        "eta_seconds": 200, "use": {"host/gpu_share": 0.97, "host/cpu_share": 0.5, "mfu": 0.412},
+    }  # fmt: skip
+    curating = StepStatus("curate:a", "dataset", RUNNING, "RUN", "new")
+    curating.progress = {"done": 70, "total": None, "unit": "rows"}
+    lines = status_page(run(curating, training)).splitlines()
+    assert any("70 rows; new" in line for line in lines)
+    assert any(
+        "1,500/6,000 steps (25 %), loss 5.912, 812 images/s, 3 min 20 s left; "
+        "machine: 41 % of the peak, 97 % GPU, 50 % CPU; new" in line
+        for line in lines
+    )
 
 
 @pytest.mark.parametrize(

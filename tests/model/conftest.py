@@ -70,6 +70,16 @@ def tokenizer() -> CLIPTokenizer:
 @pytest.fixture
 def painter(tokenizer: CLIPTokenizer) -> TextToImage:
     """All parts at toy size, with random weights: 4 px per token, 24 px by default."""
+    return small_painter(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def shared_painter(tokenizer: CLIPTokenizer) -> TextToImage:
+    """A painter for tests that change nothing of it."""
+    return small_painter(tokenizer)
+
+
+def small_painter(tokenizer: CLIPTokenizer) -> TextToImage:
     text = CLIPTextEncoder(
         CLIPTextConfig(
             vocab_size=tokenizer.vocab_size,

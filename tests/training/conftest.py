@@ -28,6 +28,7 @@ from training.config import (
 from training.data import TokenShard
 from training.masked_stage import MaskedStage, start_stage
 from training.networks import new_text_encoder, new_transformer, new_vq, transformer_config
+from training.publish import publish_folder
 
 CODEBOOK_SIZE = 32
 NETWORK = NetworkConfig(
@@ -208,3 +209,42 @@ def vq_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "tokenizer-model"
     new_vq(config).save_pretrained(folder / "vqvae")
     return folder
+
+
+@pytest.fixture
+def raw_job(
+    tmp_path: Path,
+    curated: Callable[..., str],
+    vq_folder: Path,
+    tokenizer: Any,
+    text_encoder_config: Any,
+    network_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[StageConfig], dict[str, Any]]:
+    """What the driver would send for a stage that starts from a published tokenizer."""
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
+    tokenizer.save_pretrained(vq_folder / "tokenizer")
+    encoder = new_text_encoder(text_encoder_config, tokenizer, seed=1)
+    encoder.save_pretrained(vq_folder / "text_encoder")
+    store_uri = (tmp_path / "store").as_uri()
+    init_uri = publish_folder(vq_folder, store_uri, "tokenizer", {}).uri
+    manifest_uri = curated([[(32, 32)] * 9, [(40, 32)] * 7])
+
+    def build(config: StageConfig) -> dict[str, Any]:
+        return {
+            "kind": "masked",
+            "stage": "concepts",
+            "stage_key": "k" * 64,
+            "run_uri": "file:///chosen/below",
+            "recipe": "toy",
+            "attempt": 1,
+            "configs": {
+                "stage": config.model_dump(mode="json"),
+                "network": network_config.model_dump(mode="json"),
+            },
+            "manifest_uri": manifest_uri,
+            "init_uri": init_uri,
+            "progress_uri": storage.file_uri(tmp_path / "progress.json"),
+        }
+
+    return build

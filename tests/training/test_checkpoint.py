@@ -123,7 +123,7 @@ def test_training_goes_on_to_the_bit(
         for name, parameter in named_trained(second.optimizer):
             parameter.copy_(loaded.weights[name])
     assert second.ema is not None
-    second.ema = {name: loaded.weights[f"ema/{name}"] for name in second.ema}
+    second.ema.load_state_dict({name: loaded.weights[f"ema/{name}"] for name in second.ema})
     restore_optimizer(second.optimizer, loaded.optimizer)
     second.step = loaded.state.step
     for step in range(second.step, 6):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
-from training.journal import Journal
+from infra import storage
+from training.journal import Journal, ProgressFile
+from training.progress import read_progress
 
 
 class Notes:
@@ -52,6 +55,19 @@ def test_points_are_means_over_the_interval_and_the_last_step_is_logged() -> Non
     }
     journal.close()
     assert notes.is_closed
+
+
+def test_the_progress_says_what_the_machine_does(tmp_path: Path) -> None:
+    uri = storage.file_uri(tmp_path / "progress.json")
+    journal = Journal(4, 2, progress=ProgressFile(uri, 4, attempt=3), flops_per_image=1e9)
+    journal.peak_teraflops = 1.0
+    _run(journal, 1, 4)
+    journal.close()
+    found = read_progress(uri)
+    assert found is not None
+    assert (found.step, found.steps, found.eta_seconds) == (4, 4, 0.0)
+    assert dict(found.use)["mfu"] == pytest.approx(8.0 * 1e9 / 1e12)
+    assert 0.0 <= dict(found.use)["host/cpu_share"] <= 1.0
 
 
 def test_the_rate_leaves_out_the_first_step() -> None:

@@ -196,7 +196,9 @@ def test_stages_start_from_each_other_and_the_last_one_paints(
         "tokens_per_second",
         "model_teraflops",
         "host/cores",
+        "host/cpu_share",
         "host/memory_mb",
+        "host/memory_share",
     }
     assert notes.artifacts["samples.png"].startswith(b"\x89PNG")
     assert notes.is_closed

@@ -21,9 +21,7 @@ from training.checkpoint_store import CheckpointStore, newest_step
 from training.config import OptimizerConfig, StageConfig
 from training.launch import Launch, Trained, TrainingFailed
 from training.launch import train as launch_train
-from training.networks import new_text_encoder
 from training.progress import read_progress_json
-from training.publish import publish_folder
 from training.session import LocalSession
 from training.stop import ask_to_stop
 from training.waste import read_starts
@@ -42,45 +40,6 @@ def _ray() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def raw_job(
-    tmp_path: Path,
-    curated: Callable[..., str],
-    vq_folder: Path,
-    tokenizer: Any,
-    text_encoder_config: Any,
-    network_config: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[StageConfig], dict[str, Any]]:
-    """What the driver would send for a stage that starts from a published tokenizer."""
-    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
-    tokenizer.save_pretrained(vq_folder / "tokenizer")
-    encoder = new_text_encoder(text_encoder_config, tokenizer, seed=1)
-    encoder.save_pretrained(vq_folder / "text_encoder")
-    store_uri = (tmp_path / "store").as_uri()
-    init_uri = publish_folder(vq_folder, store_uri, "tokenizer", {}).uri
-    manifest_uri = curated([[(32, 32)] * 9, [(40, 32)] * 7])
-
-    def build(config: StageConfig) -> dict[str, Any]:
-        return {
-            "kind": "masked",
-            "stage": "concepts",
-            "stage_key": "k" * 64,
-            "run_uri": "file:///chosen/below",
-            "recipe": "toy",
-            "attempt": 1,
-            "configs": {
-                "stage": config.model_dump(mode="json"),
-                "network": network_config.model_dump(mode="json"),
-            },
-            "manifest_uri": manifest_uri,
-            "init_uri": init_uri,
-            "progress_uri": storage.file_uri(tmp_path / "progress.json"),
-        }
-
-    return build
-
-
 def _in_ray(raw: dict[str, Any], store: Path, name: str, num_workers: int) -> Trained:
     launch = Launch(name, store.as_uri(), num_workers=num_workers, cpus_per_worker=1)
     run_uri = storage.join(store.as_uri(), "runs", name)
@@ -93,7 +52,7 @@ def test_one_worker_and_two_learn_what_no_ray_learns(
     raw_job: Callable[[StageConfig], dict[str, Any]],
     small_config: Callable[..., StageConfig],
 ) -> None:
-    config = small_config(prompt_dropout_prob=0.3, global_batch_size=5)
+    config = small_config(prompt_dropout_prob=0.3)
     raw = raw_job(config)
     from training.job import Job
 
@@ -101,19 +60,64 @@ def test_one_worker_and_two_learn_what_no_ray_learns(
     train(Job.parse({**raw, "cpus": 1, "run_uri": run_uri}), LocalSession())
     uri = CheckpointStore(run_uri).complete()[0].uri
     alone = load_file(Path(uri.removeprefix("file://")) / "weights.safetensors")
-    for num_workers in (1, 2):
-        trained = _in_ray(raw, tmp_path / "ray", f"concepts-{num_workers}", num_workers)
+    for num_workers, strategy in ((1, "fsdp"), (2, "ddp"), (2, "fsdp")):
+        raw = raw_job(config.model_copy(update={"strategy": strategy}))
+        name = f"concepts-{num_workers}-{strategy}"
+        trained = _in_ray(raw, tmp_path / "ray", name, num_workers)
         assert trained.metrics["step"] == 6
-        folder = tmp_path / f"fetched-{num_workers}"
+        folder = tmp_path / f"fetched-{name}"
         storage.download_folder(trained.checkpoint_uri, folder)
         assert verify_folder(folder) == []
         assert (folder / "export" / "model_index.json").is_file()
         weights = load_file(folder / "weights.safetensors")
-        for name, value in alone.items():
+        for parameter, value in alone.items():
             if num_workers == 1:
-                assert torch.equal(weights[name], value), name
+                assert torch.equal(weights[parameter], value), parameter
             else:
-                torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=2e-4)
+                torch.testing.assert_close(weights[parameter], value, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.usefixtures("_ray")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_workers_and_then_one_learn_what_one_learns(
+    tmp_path: Path,
+    raw_job: Callable[[StageConfig], dict[str, Any]],
+    small_config: Callable[..., StageConfig],
+    strategy: str,
+) -> None:
+    """Whole, or each with a part of weights, moments and average; microbatches keep the batch."""
+    config = small_config(
+        steps=120,
+        checkpoint_interval_steps=2,
+        strategy=strategy,
+        max_microbatch_size=2,
+        train_text_encoder=True,
+        ema_decay=0.9,
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=2),
+    )
+    raw, store = raw_job(config), tmp_path / "ray"
+    stopped = _stopped_after(raw, store, "several", 2, attempt=1, steps=4)
+    assert 0 < stopped < 120
+    run_uri = storage.join(store.as_uri(), "runs", "several")
+    half = _weights_of(CheckpointStore(run_uri).complete()[0].uri, tmp_path / "half")
+    trained = _in_ray({**raw, "attempt": 2, "resume_step": stopped}, store, "several", 1)
+    assert trained.metrics["step"] == 120
+    from training.job import Job
+
+    alone_uri = storage.file_uri(tmp_path / "alone")
+    job = Job.parse({**raw, "cpus": 1, "run_uri": alone_uri})
+    train(job, LocalSession())
+    alone = _weights_of(CheckpointStore(alone_uri).complete()[0].uri, tmp_path / "fetched-alone")
+    several = _weights_of(trained.checkpoint_uri, tmp_path / "fetched")
+    assert set(half) == set(several) == set(alone)
+    for name, value in alone.items():
+        assert half[name].shape == value.shape
+        torch.testing.assert_close(several[name], value, rtol=1e-2, atol=2e-3)
+
+
+def _weights_of(uri: str, folder: Path) -> dict[str, torch.Tensor]:
+    storage.download_folder(uri, folder)
+    return load_file(folder / "weights.safetensors")
 
 
 @pytest.mark.usefixtures("_ray")

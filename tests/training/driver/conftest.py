@@ -33,7 +33,7 @@ from training.stages import DatasetPin, StageSpec, stage_specs
 CODEBOOK_SIZE = 32
 NETWORK = NetworkConfig(
     num_layers=1,
-    num_single_layers=1,
+    num_single_layers=2,
     attention_head_dim=8,
     num_attention_heads=2,
     axes_dims_rope=(2, 2, 4),

@@ -17,7 +17,7 @@ from training.stages import NextStage
 
 NETWORK = NetworkConfig(
     num_layers=1,
-    num_single_layers=1,
+    num_single_layers=2,
     attention_head_dim=8,
     num_attention_heads=2,
     axes_dims_rope=(2, 2, 4),
@@ -123,7 +123,7 @@ def test_new_layers_must_be_named_by_the_next_stage(exported: Path) -> None:
 def test_another_network_cannot_start_from_it(exported: Path) -> None:
     deeper = NETWORK.model_copy(update={"num_layers": 2})
     assert "neither in it" in gate(exported, next_stage=_next(network=deeper)).problems[0]
-    shallower = NETWORK.model_copy(update={"num_layers": 0})
+    shallower = NETWORK.model_copy(update={"num_single_layers": 1})
     assert "have no place" in gate(exported, next_stage=_next(network=shallower)).problems[0]
     more_ids = NETWORK.model_copy(update={"num_special_tokens": 3})
     assert "another shape" in gate(exported, next_stage=_next(network=more_ids)).problems[0]

@@ -1,0 +1,201 @@
+"""`sample` and `edit`: what is done with a model that is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.verb import Output, verb
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object, no progress")]
+Stage = Annotated[
+    str | None, typer.Option("--stage", help="a stage of the newest recipe; default: its last")
+]
+Model = Annotated[
+    str | None, typer.Option("--model", help="a model folder or address instead of a stage")
+]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, max=1000, help="unmasking steps; default: the recipe's"),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance", min=0, max=100, help="1 is off; default: the recipe's"),
+]
+Negative = Annotated[
+    str, typer.Option("--negative", metavar="PROMPT", help="what the image should not be")
+]
+
+SAMPLE_EXAMPLES = """\b
+Examples
+  atelier sample "a red circle on a blue background"
+  atelier sample "two squares" "a star" --stage concepts --seed 7 --out pair.png
+  atelier sample --prompts prompts.txt --seeds 0-3 --grid grid.png
+  atelier sample "a star" --size 64x96 --steps-preview gif
+  atelier sample "a red fox" --model /models/meissonic --steps 48 --guidance 9 --negative blurry"""
+
+EDIT_EXAMPLES = """\b
+Examples
+  atelier edit fox.png "change the circle to blue"
+      fox.png was painted here: it carries its caption
+  atelier edit photo.jpg "remove the car" --caption "a red car on a road"
+  atelier edit photo.jpg "a blue car on a road" --caption "a red car on a road"
+      the wanted caption instead of an instruction
+  atelier edit photo.jpg "a cat" --mask white-is-painted.png --feather 8
+  atelier edit photo.jpg "a cat" --box 40,40,64,64
+  atelier edit photo.jpg "a road" --outpaint left=64,right=64
+  atelier edit photo.jpg "a road in winter" --operation global --strength 0.6
+
+\b
+Operations (EMU-Edit's seven), each with its own defaults
+  add, remove, local, texture, background   in the place where the words differ, or the mask
+  global, style                             everywhere, keeping some of what was there"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command."""
+    app.command(epilog=SAMPLE_EXAMPLES)(sample)
+    app.command(epilog=EDIT_EXAMPLES)(edit)
+
+
+@verb
+def sample(
+    prompts: Annotated[list[str] | None, typer.Argument(help="one image each")] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="a file with one prompt a line; - reads standard input"),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write; numbered if several")] = (
+        Path("sample.png")
+    ),
+    stage: Stage = None,
+    model: Model = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of the first image")] = 0,
+    seeds: Annotated[
+        str | None,
+        typer.Option("--seeds", metavar="RANGE", help="0-3 or 1,5,9: every prompt with each"),
+    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    negative: Negative = "",
+    size: Annotated[
+        str | None,
+        typer.Option("--size", metavar="PX", help="512 or 768x512, width first; default: its own"),
+    ] = None,
+    grid: Annotated[
+        Path | None,
+        typer.Option("--grid", help="also write one PNG: a column per prompt, a row per seed"),
+    ] = None,
+    steps_preview: Annotated[
+        str | None,
+        typer.Option("--steps-preview", metavar="gif|strip", help="also show the unmasking"),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="images painted at a time")
+    ] = 16,
+    json_: Json = False,
+) -> None:
+    """Paint prompts with a trained stage.
+
+    Each PNG carries its lineage in its text chunks. The same seed gives the same image, whatever
+    else is painted with it; without --seeds, image i has seed + i.
+    """
+    from app.painting_options import prompts_of, seeds_of, size_of
+    from app.preview import KINDS
+    from app.sample import Brush, Wish, paint
+    from infra.errors import UserError
+
+    output = Output(json_)
+    if not prompts and prompts_file is None:
+        raise typer.BadParameter("give at least one prompt, or a file of them with --prompts")
+    if steps_preview is not None and steps_preview not in KINDS:
+        raise UserError(expected="gif or strip after --steps-preview", got=repr(steps_preview))
+    words = prompts_of(prompts or [], prompts_file)
+    wish = Wish(
+        prompts=tuple(words),
+        seeds=tuple(seeds_of(seeds)) if seeds is not None else None,
+        seed=seed,
+        out=out,
+        size_px=None if size is None else size_of(size),
+        batch_size=batch_size,
+        grid=grid,
+        preview=steps_preview,
+    )
+    images = paint(wish, Brush(stage, model, steps, guidance, negative))
+    for image in images:
+        output.say(f"{image.path}  {image.prompt}")
+    output.result({"images": [image.to_json() for image in images]})
+
+
+@verb
+def edit(
+    image: Annotated[Path, typer.Argument(help="the picture: PNG, JPEG, WebP, …")],
+    words: Annotated[str, typer.Argument(help="an instruction, or the caption that is wanted")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write")] = Path("edited.png"),
+    caption: Annotated[
+        str | None,
+        typer.Option("--caption", help="what the picture shows now; default: what it carries"),
+    ] = None,
+    operation: Annotated[
+        str | None, typer.Option("--operation", metavar="NAME", help="default: as the words say")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="a picture of its size: paint where it is light")
+    ] = None,
+    box: Annotated[
+        str | None, typer.Option("--box", metavar="X,Y,W,H", help="paint in this box, in px")
+    ] = None,
+    outpaint: Annotated[
+        list[str] | None,
+        typer.Option("--outpaint", metavar="SIDE=PX", help="continue it: left, top, right, bottom"),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option("--strength", help="above 0 to 1: how much may change")
+    ] = None,
+    feather: Annotated[
+        int, typer.Option("--feather", min=0, max=512, help="px over which the paint fades in")
+    ] = 0,
+    stage: Stage = None,
+    model: Model = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="the same seed, the same result")] = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    negative: Negative = "",
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="also write NAME-before-after.png")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Change a picture by words, in a mask, or beyond its borders.
+
+    Every pixel outside the place that is painted stays as it was, to the bit. Without --mask and
+    --box the place is found: where the caption now and the caption wanted predict different
+    tokens. The PNG carries its lineage: the model, the words, the seed, the parent's sha256.
+    """
+    from app.edit import EditWish
+    from app.edit import edit as paint_into
+    from app.painting_options import box_of, sides_of
+    from app.sample import Brush
+
+    output = Output(json_)
+    wish = EditWish(
+        image,
+        words,
+        out,
+        caption,
+        operation,
+        mask,
+        None if box is None else box_of(box),
+        sides_of(outpaint) if outpaint else None,
+        strength,
+        feather,
+        seed,
+        side_by_side,
+    )
+    edited = paint_into(wish, Brush(stage, model, steps, guidance, negative))
+    output.say(f"{edited.path}  {edited.operation}: {edited.prompt}")
+    if edited.before_after is not None:
+        output.say(edited.before_after)
+    output.result(edited.to_json())

@@ -1,0 +1,261 @@
+"""`sample` and `edit` as a person meets them, on a small model with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from app.cli import app
+from app.edit import EditWish, open_picture, read_words
+from app.painting_options import box_of, printable, prompts_of, seeds_of, sides_of, size_of
+from infra.digests import sha256_file
+from infra.errors import UserError
+from model import CLIPTokenizer
+from tests.model.conftest import CAPTIONS, small_painter
+
+STEPS = ["--steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "small"
+    small_painter(CLIPTokenizer.train(CAPTIONS, 560)).save_pretrained(path)
+    return path
+
+
+def atelier(*arguments: str | Path) -> tuple[int, str, list[str]]:
+    """(exit code, stdout, lines on stderr)."""
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout, done.stderr.splitlines()
+
+
+def text_of(path: Path) -> dict[str, str]:
+    with Image.open(path) as file:
+        return dict(file.text)  # type: ignore[attr-defined]  # PNG files have it
+
+
+def levels(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:
+    with Image.open(path) as file:
+        return np.asarray(file.convert("RGB"))
+
+
+def size_px(path: Path) -> tuple[int, int]:
+    with Image.open(path) as file:
+        return file.size
+
+
+def test_prompts_times_seeds_with_grid_and_preview(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a star\n\n  two \U0001f98a \n", encoding="utf-8")
+    code, out, _ = atelier(
+        "sample", "a red circle", "--prompts", tmp_path / "prompts.txt", "--seeds", "3,5-6",
+        "--model", folder, "--out", tmp_path / "s.png", "--grid", tmp_path / "grid.png",
+        "--steps-preview", "strip", "--size", "16x32", "--negative", "blurry", "--batch-size", "4",
+        *STEPS, "--json",
+    )  # fmt: skip
+    assert code == 0
+    images = json.loads(out)["images"]
+    assert [(i["prompt"], i["seed"]) for i in images[::3]] == [
+        ("a red circle", 3), ("a star", 3), ("two \U0001f98a", 3),
+    ]  # fmt: skip
+    assert size_px(Path(images[8]["path"])) == (16, 32)
+    text = text_of(Path(images[8]["path"]))
+    assert (text["prompt"], text["seed"], text["negative_prompt"]) == (
+        "two \U0001f98a", "6", "blurry",
+    )  # fmt: skip
+    assert size_px(tmp_path / "grid.png")[0] > 3 * 168
+    for index in range(9):  # the last of the frames is the image itself
+        strip, image = (
+            levels(tmp_path / f"s-{index + 1}-steps.png"),
+            levels(tmp_path / f"s-{index + 1}.png"),
+        )
+        assert strip.shape[1] == 3 * 16 + 2 * 4
+        assert np.array_equal(strip[:, -16:], image)
+        assert not np.array_equal(strip[:, :16], image)
+    alone = ["sample", "two \U0001f98a", "--seed", "6", "--size", "16x32", "--negative", "blurry"]
+    assert atelier(*alone, "--model", folder, "--out", tmp_path / "a.png", *STEPS)[0] == 0
+    assert np.array_equal(levels(tmp_path / "a.png"), levels(Path(images[8]["path"])))
+
+
+def test_a_gif_of_the_steps(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    done = atelier(
+        "sample", "a", "--model", folder, "--out", out, "--steps-preview", "gif", "--steps", "20"
+    )
+    assert done[0] == 0
+    with Image.open(tmp_path / "a-steps.gif") as gif:
+        assert (gif.format, gif.size) == ("GIF", (24, 24))
+        assert 2 <= getattr(gif, "n_frames", 1) <= 16
+
+
+@pytest.mark.parametrize("prompt", ["", "x" * 10_000, "\U0001f98a", "مرحبا", "a\udcffb"])
+def test_prompts_of_every_kind(folder: Path, tmp_path: Path, prompt: str) -> None:
+    out = tmp_path / "a.png"
+    assert atelier("sample", prompt, "--model", folder, "--out", out, *STEPS)[0] == 0
+    assert text_of(out)["prompt"] == printable(prompt)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--size", "0"], "each 1 to 8192"),
+        (["--size", "-8"], "each 1 to 8192"),
+        (["--size", "99999"], "each 1 to 8192"),
+        (["--size", "8x8x8"], "each 1 to 8192"),
+        (["--size", "26"], "expected multiples of 4 px"),
+        (["--seeds", "5-2"], "numbers and ranges"),
+        (["--seeds", "0-99999"], "at most 1000"),
+        (["--steps-preview", "mp4"], "gif or strip"),
+        (["--out", "a.jpg"], "ending in .png"),
+        (["--grid", "a.jpg"], "ending in .png"),
+        (["--seeds", "0-200", "--grid", "g.png"], "at most 100 images"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_a_wish_that_cannot_be_is_one_line(
+    folder: Path, tmp_path: Path, arguments: list[str], line: str
+) -> None:
+    out = ["--out", str(tmp_path / "a.png")]
+    code, stdout, lines = atelier("sample", "a", "--model", folder, *out, *arguments, *STEPS)
+    assert (code, stdout, len(lines)) == (1, "", 1)
+    assert line in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def picture(path: Path, width: int = 22, height: int = 18, **options: Any) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def test_editing_in_a_box_keeps_the_rest_and_the_lineage(folder: Path, tmp_path: Path) -> None:
+    parent, out = picture(tmp_path / "p.png"), tmp_path / "e.png"
+    code, answer, _ = atelier(
+        "edit", parent, "a star", "--box", "4,6,8,8", "--model", folder, "--out", out, *STEPS,
+        "--seed", "9", "--side-by-side", "--json",
+    )  # fmt: skip
+    assert code == 0
+    inside = np.zeros((18, 22), dtype=bool)
+    inside[6:14, 4:12] = True
+    assert np.array_equal(levels(out)[~inside], levels(parent)[~inside])
+    assert not np.array_equal(levels(out)[inside], levels(parent)[inside])
+    text = text_of(out)
+    assert (text["parent_sha256"], text["seed"], text["prompt"], text["operation"]) == (
+        sha256_file(parent), "9", "a star", "inpaint",
+    )  # fmt: skip
+    assert text["model"] == str(folder.resolve())
+    assert len(text["mask_sha256"]) == 64
+    sheet = tmp_path / "e-before-after.png"
+    assert json.loads(answer)["before_after"] == str(sheet)
+    assert size_px(sheet) == (3 * 22 + 2 * 4, 18)
+    assert np.array_equal(levels(sheet)[:, -22:], levels(out))
+
+
+def test_a_mask_file_and_a_box_say_the_same(folder: Path, tmp_path: Path) -> None:
+    parent, mask = picture(tmp_path / "p.png"), Image.new("RGBA", (22, 18))
+    mask.paste((255, 255, 255, 255), (4, 6, 12, 14))
+    mask.save(tmp_path / "m.png")
+    how: tuple[str | Path, ...] = ("--model", folder, *STEPS, "--feather", "2")
+    places: dict[str, tuple[str | Path, ...]] = {
+        "a": ("--mask", tmp_path / "m.png"),
+        "b": ("--box", "4,6,8,8"),
+    }
+    for name, where in places.items():
+        assert atelier("edit", parent, "a", *where, *how, "--out", tmp_path / f"{name}.png")[0] == 0
+    assert np.array_equal(levels(tmp_path / "a.png"), levels(tmp_path / "b.png"))
+
+
+def test_outpainting_keeps_the_picture(folder: Path, tmp_path: Path) -> None:
+    parent, out = picture(tmp_path / "p.png"), tmp_path / "o.png"
+    sides = ("--outpaint", "left=3", "--outpaint", "bottom=5")
+    assert atelier("edit", parent, "a", *sides, "--model", folder, "--out", out, *STEPS)[0] == 0
+    assert levels(out).shape == (23, 25, 3)
+    assert np.array_equal(levels(out)[:18, 3:], levels(parent))
+    assert text_of(out)["operation"] == "outpaint"
+
+
+def test_an_image_painted_here_carries_its_caption(folder: Path, tmp_path: Path) -> None:
+    red, out = tmp_path / "red.png", tmp_path / "e.png"
+    how: tuple[str | Path, ...] = ("--model", folder, *STEPS)
+    assert atelier("sample", "a red circle", *how, "--out", red)[0] == 0
+    assert atelier("edit", red, "change the circle to blue", *how, "--out", out)[0] == 0
+    text = text_of(out)
+    assert (text["prompt"], text["parent_caption"], text["operation"]) == (
+        "a blue circle", "a red circle", "local",
+    )  # fmt: skip
+    assert text["instruction"] == "change the circle to blue"
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments", "line"),
+    [
+        ("remove the dog", [], "a caption of the picture as it is"),
+        ("remove the dog", ["--caption", "a cat"], "does not name 'dog'"),
+        ("a", ["--operation", "stile"], "did you mean 'style'"),
+        ("a", ["--strength", "0"], "strength is 0"),
+        ("a", ["--strength", "nan"], "strength is nan"),
+        ("a", ["--box", "0,0,30,3"], "a box inside the picture of 22 x 18 px"),
+        ("a", ["--box", "0,0,0,3"], "the last two above 0"),
+        ("a", ["--mask", "{}/small.png"], "a mask of the picture's size, 22 x 18 px"),
+        ("a", ["--mask", "{}/none.png"], "a picture at"),
+        ("a", ["--box", "0,0,1,1", "--outpaint", "left=3"], "exclude each other"),
+        ("a", ["--outpaint", "up=3"], "left, top, right, bottom"),
+        ("a", ["--outpaint", "left=99999"], "1 to 8192 px"),
+        ("a", ["--out", "a.gif"], "ending in .png"),
+    ],
+)
+def test_an_edit_that_cannot_be_is_one_line(
+    folder: Path, tmp_path: Path, words: str, arguments: list[str], line: str
+) -> None:
+    parent = picture(tmp_path / "p.png")
+    Image.new("L", (4, 4)).save(tmp_path / "small.png")
+    out = ["--out", str(tmp_path / "e.png")]
+    given = [argument.format(tmp_path) for argument in arguments]
+    code, stdout, lines = atelier("edit", parent, words, "--model", folder, *out, *given, *STEPS)
+    assert (code, stdout, len(lines)) == (1, "", 1), lines
+    assert line in lines[0]
+    assert not (tmp_path / "e.png").exists()
+
+
+def test_pictures_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
+    cut = picture(tmp_path / "cut.png")
+    cut.write_bytes(cut.read_bytes()[:200])
+    Image.new("1", (9000, 2)).save(tmp_path / "wide.png")
+    for name in ("text.png", "cut.png", "wide.png", "nowhere.png", "."):
+        with pytest.raises(UserError, match="expected a picture"):
+            open_picture(tmp_path / name)
+
+
+def test_photographs_are_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = picture(tmp_path / "p.jpg", 20, 10, exif=exif)
+    assert open_picture(path)[0].size == (10, 20)
+
+
+def test_words_are_an_instruction_or_a_caption() -> None:
+    wish = EditWish(Path("p.png"), "a blue car", Path("e.png"))
+    assert read_words(wish, None) == ("a blue car", None, None)
+    assert read_words(wish, "a red car") == ("a blue car", "a red car", None)
+    told = EditWish(Path("p.png"), "make the car blue", Path("e.png"), operation="texture")
+    assert read_words(told, "a red car") == ("a blue car", "a red car", "texture")
+
+
+def test_what_is_typed_is_read() -> None:
+    assert (size_of("512"), size_of("768X512")) == ((512, 512), (768, 512))
+    assert seeds_of("1, 5,10-12") == [1, 5, 10, 11, 12]
+    assert box_of("0, 1,2,3") == (0, 1, 2, 3)
+    assert sides_of(["left=1,top=2", "right=3"]) == {"left": 1, "top": 2, "right": 3}
+    with pytest.raises(UserError, match="at least one prompt"):
+        prompts_of([], None)
+    for text in ("²", "1e3", "٣", "0x10", "1" * 30):
+        with pytest.raises(UserError):
+            size_of(text)
