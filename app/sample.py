@@ -99,13 +99,13 @@ def set_up(brush: Brush) -> Easel:
         "steps": brush.steps or source.steps,
         "guidance_scale": scale,
         "temperature": source.temperature,
-        "negative_prompt": brush.negative_prompt,
+        "negative_prompt": brush.negative_prompt or None,  # the model's own when none is given
     }
     lineage = {
         "steps": str(keywords["steps"]), "guidance_scale": str(scale), **source.lineage,
     }  # fmt: skip
-    if brush.negative_prompt:
-        lineage["negative_prompt"] = brush.negative_prompt
+    if negative := brush.negative_prompt or painter.defaults.negative_prompt:
+        lineage["negative_prompt"] = negative
     return Easel(painter, keywords, lineage)
 
 
