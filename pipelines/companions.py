@@ -31,4 +31,9 @@ def _asked_for(config: CurationConfig) -> dict[str, Any]:
     shared = {
         key: value for key, value in semantic_part(config).items() if key not in _OWN_SECTIONS
     }
-    return {**shared, "metadata": config.metadata, "caption_files": config.captions.files}
+    return {
+        **shared,
+        "metadata": config.metadata,
+        "caption_files": config.captions.files,
+        "prompts": config.decontaminate.prompts,
+    }

@@ -226,6 +226,23 @@ class DuplicateConfig(StrictModel):
     )
 
 
+class DecontaminationConfig(StrictModel):
+    """Evaluation sets that must not be trained on. Rows like one of theirs: `contaminated`."""
+
+    prompts: list[str] = operational(
+        default_factory=list,
+        description="files of prompts (.txt: a line each; .jsonl, .parquet: prompt, caption or "
+        "text), paths or URIs, known by their content",
+    )
+    min_prompt_likeness: float | None = semantic(
+        0.75,
+        "captions that share so much of a prompt's weighted letter trigrams, in (0, 1]; null: only "
+        "the same words",
+        gt=0,
+        le=1,
+    )
+
+
 class PreferenceConfig(StrictModel):
     """preference_score = offset + scale * aesthetic_score, or ``unknown`` without a score."""
 
@@ -298,6 +315,9 @@ class CurationConfig(StrictModel):
     captions: CaptionConfig = semantic(default_factory=CaptionConfig, description="long captions")
     duplicates: DuplicateConfig = semantic(
         default_factory=DuplicateConfig, description="which duplicates are dropped"
+    )
+    decontaminate: DecontaminationConfig = semantic(
+        default_factory=DecontaminationConfig, description="evaluation sets to keep out"
     )
     fetch: FetchConfig = semantic(default_factory=FetchConfig, description="download bounds")
     resize: ResizeConfig = semantic(default_factory=ResizeConfig, description="stored images")

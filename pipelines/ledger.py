@@ -56,6 +56,7 @@ REASONS = (
     "personal_data",
     "no_caption",
     "short_caption",
+    "contaminated",
     "duplicate_row",
     "duplicate_url",
     "url",

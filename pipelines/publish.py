@@ -10,6 +10,7 @@ from infra.manifest import DatasetManifest
 from pipelines.buckets import SHARD_SIZES
 from pipelines.build import PartMarker, ReadMarker
 from pipelines.caption_tokens import tokenizer_part
+from pipelines.decontaminate import decontamination_part
 from pipelines.inputs import units_of
 from pipelines.ledger import COMMITTED, FAILED, REASONS, REJECTED
 from pipelines.plan import CurationPlan
@@ -76,6 +77,7 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
             # what was done to captions of the rows that metadata filters left -> rows
             "captions": dict(sorted(captions.items())),
             **tokenizer_part(build.config),
+            **decontamination_part(build.config.decontaminate),
             "recipe": recipe,
             **({SHARD_SIZES: sizes} if build.config.resize.crop == "bucket" else {}),
         },

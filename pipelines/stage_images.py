@@ -27,6 +27,7 @@ from pipelines.captions import CAPTION_COLUMNS, caption_counts, with_captions
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import CurationConfig
 from pipelines.connection import Failed
+from pipelines.decontaminate import CONTAMINATED, contaminated
 from pipelines.duplicates import row_duplicates
 from pipelines.fetch import Fetcher, shared_fetcher
 from pipelines.filters import caption_filters, first_reason
@@ -164,6 +165,10 @@ def prepared_rows(table: pa.Table, config: CurationConfig) -> pl.DataFrame:
     drops = config.captions.personal_data == "drop"
     asked = caption_filters(config.filters, drops_personal=drops)
     rows = rows.with_columns(first_reason(asked))
+    repeats = contaminated(rows, config.decontaminate) & rows["reason"].is_null()
+    rows = rows.with_columns(
+        pl.when(repeats).then(pl.lit(CONTAMINATED)).otherwise("reason").alias("reason")
+    )
     duplicates = row_duplicates(rows, same_url=config.duplicates.same_url)
     return rows.with_columns(pl.coalesce("reason", duplicates.alias("reason")))
 
