@@ -27,6 +27,9 @@ Guidance = Annotated[
 Negative = Annotated[
     str, typer.Option("--negative", metavar="PROMPT", help="what the image should not be")
 ]
+Lora = Annotated[
+    list[str] | None, typer.Option("--lora", metavar="FOLDER", help="adapters on top; several add")
+]
 
 SAMPLE_EXAMPLES = """\b
 Examples
@@ -88,6 +91,19 @@ def sample(
         Path | None,
         typer.Option("--grid", help="also write one PNG: a column per prompt, a row per seed"),
     ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option("--order", help="confidence, margin, entropy, random or halton: what stays"),
+    ] = None,
+    guidance_schedule: Annotated[
+        str | None,
+        typer.Option("--guidance-schedule", help="constant, linear or cosine: how it rises"),
+    ] = None,
+    token_temperature: Annotated[
+        float | None,
+        typer.Option("--token-temperature", min=0, help="of the draw; 0 takes the likeliest"),
+    ] = None,
+    lora: Lora = None,
     steps_preview: Annotated[
         str | None,
         typer.Option("--steps-preview", metavar="gif|strip", help="also show the unmasking"),
@@ -123,7 +139,11 @@ def sample(
         grid=grid,
         preview=steps_preview,
     )
-    images = paint(wish, Brush(stage, model, steps, guidance, negative))
+    brush = Brush(
+        stage, model, steps, guidance, negative,
+        order, guidance_schedule, token_temperature, tuple(lora or ()),
+    )  # fmt: skip
+    images = paint(wish, brush)
     for image in images:
         output.say(f"{image.path}  {image.prompt}")
     output.result({"images": [image.to_json() for image in images]})
@@ -163,6 +183,7 @@ def edit(
     steps: Steps = None,
     guidance: Guidance = None,
     negative: Negative = "",
+    lora: Lora = None,
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="also write NAME-before-after.png")
     ] = False,
@@ -194,7 +215,8 @@ def edit(
         seed,
         side_by_side,
     )
-    edited = paint_into(wish, Brush(stage, model, steps, guidance, negative))
+    brush = Brush(stage, model, steps, guidance, negative, loras=tuple(lora or ()))
+    edited = paint_into(wish, brush)
     output.say(f"{edited.path}  {edited.operation}: {edited.prompt}")
     if edited.before_after is not None:
         output.say(edited.before_after)

@@ -31,6 +31,10 @@ class Brush:
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str = ""
+    order: str | None = None
+    guidance_schedule: str | None = None
+    token_temperature: float | None = None
+    loras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ def set_up(brush: Brush) -> Easel:
     from model import TextToImage
 
     painter = TextToImage.from_pretrained(source.folder)
+    for folder in brush.loras:
+        painter.load_lora(folder)
     scale = source.guidance_scale if brush.guidance_scale is None else brush.guidance_scale
     keywords: PaintKeywords = {
         "steps": brush.steps or source.steps,
@@ -104,6 +110,15 @@ def set_up(brush: Brush) -> Easel:
     lineage = {
         "steps": str(keywords["steps"]), "guidance_scale": str(scale), **source.lineage,
     }  # fmt: skip
+    if brush.order is not None:
+        keywords["order"] = lineage["order"] = brush.order
+    if brush.guidance_schedule is not None:
+        keywords["guidance_schedule"] = lineage["guidance_schedule"] = brush.guidance_schedule
+    if brush.token_temperature is not None:
+        keywords["token_temperature"] = brush.token_temperature
+        lineage["token_temperature"] = str(brush.token_temperature)
+    if brush.loras:
+        lineage["loras"] = ", ".join(brush.loras)
     if negative := brush.negative_prompt or painter.defaults.negative_prompt:
         lineage["negative_prompt"] = negative
     return Easel(painter, keywords, lineage)

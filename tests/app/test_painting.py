@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -16,7 +17,7 @@ from app.edit import EditWish, open_picture, read_words
 from app.painting_options import box_of, printable, prompts_of, seeds_of, sides_of, size_of
 from infra.digests import sha256_file
 from infra.errors import UserError
-from model import CLIPTokenizer
+from model import CLIPTokenizer, LoRA, LoRAConfig, TextToImage
 from tests.model.conftest import CAPTIONS, small_painter
 
 STEPS = ["--steps", "3"]
@@ -259,3 +260,35 @@ def test_what_is_typed_is_read() -> None:
     for text in ("²", "1e3", "٣", "0x10", "1" * 30):
         with pytest.raises(UserError):
             size_of(text)
+
+
+def test_order_draw_and_guidance_can_be_chosen(folder: Path, tmp_path: Path) -> None:
+    plain = ["sample", "a star", "--model", folder, *STEPS, "--out"]
+    assert atelier(*plain, tmp_path / "plain.png")[0] == 0
+    other = ["--order", "halton", "--guidance-schedule", "cosine", "--token-temperature", "0"]
+    code, _, _ = atelier(*plain, tmp_path / "other.png", *other)
+    assert code == 0
+    text = text_of(tmp_path / "other.png")
+    assert (text["order"], text["guidance_schedule"]) == ("halton", "cosine")
+    assert text["token_temperature"] == "0.0"
+    assert not np.array_equal(levels(tmp_path / "plain.png"), levels(tmp_path / "other.png"))
+    code, _, lines = atelier(*plain, tmp_path / "odd.png", "--order", "sideways")
+    assert code == 1
+    assert "halton" in lines[-1]
+
+
+def test_adapters_are_put_on_top(folder: Path, tmp_path: Path) -> None:
+    painter = TextToImage.from_pretrained(folder)
+    lora = LoRA.start({"transformer": painter.transformer}, LoRAConfig(rank=2))
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter.normal_(std=0.5)
+    lora.save_pretrained(tmp_path / "style")
+    asked = ["sample", "a star", "--model", folder, *STEPS, "--out"]
+    assert atelier(*asked, tmp_path / "plain.png")[0] == 0
+    assert atelier(*asked, tmp_path / "styled.png", "--lora", tmp_path / "style")[0] == 0
+    assert not np.array_equal(levels(tmp_path / "plain.png"), levels(tmp_path / "styled.png"))
+    assert text_of(tmp_path / "styled.png")["loras"] == str(tmp_path / "style")
+    code, _, lines = atelier(*asked, tmp_path / "none.png", "--lora", tmp_path / "nothing")
+    assert code == 1
+    assert len([line for line in lines if line.startswith("atelier: ")]) == 1
