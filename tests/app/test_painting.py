@@ -263,7 +263,7 @@ def test_what_is_typed_is_read() -> None:
 
 
 def test_order_draw_and_guidance_can_be_chosen(folder: Path, tmp_path: Path) -> None:
-    plain = ["sample", "a star", "--model", folder, *STEPS, "--out"]
+    plain: list[str | Path] = ["sample", "a star", "--model", folder, *STEPS, "--out"]
     assert atelier(*plain, tmp_path / "plain.png")[0] == 0
     other = ["--order", "halton", "--guidance-schedule", "cosine", "--token-temperature", "0"]
     code, _, _ = atelier(*plain, tmp_path / "other.png", *other)
@@ -284,7 +284,7 @@ def test_adapters_are_put_on_top(folder: Path, tmp_path: Path) -> None:
         for parameter in lora.parameters():
             parameter.normal_(std=0.5)
     lora.save_pretrained(tmp_path / "style")
-    asked = ["sample", "a star", "--model", folder, *STEPS, "--out"]
+    asked: list[str | Path] = ["sample", "a star", "--model", folder, *STEPS, "--out"]
     assert atelier(*asked, tmp_path / "plain.png")[0] == 0
     assert atelier(*asked, tmp_path / "styled.png", "--lora", tmp_path / "style")[0] == 0
     assert not np.array_equal(levels(tmp_path / "plain.png"), levels(tmp_path / "styled.png"))
