@@ -67,6 +67,7 @@ REASONS = (
     "tdm_reservation",
     "optout",
     "encoding",
+    "hash_mismatch",
     "format",
     "pixels",
     "image_too_small",
