@@ -48,6 +48,8 @@ class PartMarker:
 
     ``shard_sizes``: width and height of every image of a shard, px, where they are alike.
     ``captions``: what was done to the captions of its rows -> how many rows.
+    ``hash_matches``: how many committed rows have the ``same`` sha256 as recorded, or a
+    ``different`` one.
     """
 
     shards: list[ShardEntry]
@@ -58,6 +60,7 @@ class PartMarker:
     round: int = 0
     shard_sizes: dict[str, list[int]] = field(default_factory=dict)
     captions: dict[str, int] = field(default_factory=dict)
+    hash_matches: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:

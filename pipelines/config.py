@@ -137,6 +137,11 @@ class FetchConfig(StrictModel):
 
     max_bytes: int = semantic(20_000_000, "largest body, bytes, as sent and as decoded", ge=1)
     max_pixels: int = semantic(50_000_000, "largest width x height decoded", ge=1)
+    on_hash_mismatch: Literal["keep", "reject"] = semantic(
+        "keep",
+        "a body whose sha256 is not the one the metadata recorded: keep: stored, and counted in "
+        "the manifest; reject: hash_mismatch",
+    )
     max_redirects: int = semantic(3, "redirect hops followed", ge=0, le=20)
     allowed_ports: list[Port] = semantic(
         default_factory=lambda: [80, 443], description="ports a URL may name"

@@ -68,6 +68,7 @@ REASONS = (
     "tdm_reservation",
     "optout",
     "encoding",
+    "hash_mismatch",
     "format",
     "pixels",
     "image_too_small",

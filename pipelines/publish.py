@@ -56,6 +56,7 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
             f"{plan.rows_in} rows went in, {ended} are accounted for, {in_ledger} are in the ledger"
         )
     recipe = semantic_part(build.config)
+    matches = sum((Counter(part.hash_matches) for part in parts), Counter[str]())
     sizes = {path: size for part in parts for path, size in part.shard_sizes.items()}
     return DatasetManifest(
         name=name,
@@ -79,6 +80,7 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
             **tokenizer_part(build.config),
             **decontamination_part(build.config.decontaminate),
             "recipe": recipe,
+            **({"recorded_sha256": dict(matches)} if matches else {}),
             **({SHARD_SIZES: sizes} if build.config.resize.crop == "bucket" else {}),
         },
     )

@@ -17,6 +17,8 @@ from pipelines.config import PreferenceConfig, ShardConfig
 _KEY = re.compile(r"[0-9a-f]{32}")
 _EXTENSION = re.compile(r"[a-z0-9]{1,8}")
 _SCORE_DIGITS = 6
+# In a sample's json only where the metadata has them.
+_WHERE_KNOWN = ("human_preference", "recorded_sha256")
 
 
 class ShardWriter:
@@ -117,6 +119,7 @@ def sample_members(
         "language": row["language"],
         "source": row["source"],
     }
+    known |= {name: row[name] for name in _WHERE_KNOWN if row[name] is not None}
     return {
         extension: image,
         "json": canonical_json(known),

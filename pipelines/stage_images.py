@@ -1,13 +1,13 @@
 """Second task: the rows of one partition become fetched, checked and encoded images.
 
-Threads fetch; the task itself decodes what they bring, one body after the other, for threads that
-decode would only wait for one another. Images leave memory as they come: each is appended to one
-working file, and its row remembers where. At any time a task holds at most ``num_threads`` bodies
-besides the one it decodes.
+Threads fetch; what they bring is decoded in a child (``decoder``), one body after the other.
+Images leave memory as they come: each is appended to one working file, and its row remembers
+where. At any time a task holds at most ``num_threads`` bodies besides the one it decodes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,12 +27,13 @@ from pipelines.captions import CAPTION_COLUMNS, caption_counts, with_captions
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import CurationConfig
 from pipelines.connection import Failed
+from pipelines.decoder import shared_decoder
 from pipelines.decontaminate import CONTAMINATED, contaminated
 from pipelines.duplicates import row_duplicates
 from pipelines.fetch import Fetcher, shared_fetcher
 from pipelines.filters import caption_filters, first_reason
 from pipelines.guard import Rejected
-from pipelines.images import Bounds, StoredImage, store_images
+from pipelines.images import Bounds, StoredImage
 from pipelines.ledger import FAILED, REJECTED, is_worth_a_retry
 from pipelines.read_rows import TRAVEL_SCHEMA, without_removed
 from pipelines.tombstones import TAKEDOWN, Tombstones
@@ -41,7 +42,7 @@ from pipelines.tombstones import TAKEDOWN, Tombstones
 MIN_ATTEMPTS_TO_JUDGE = 20
 MAX_DETAIL_CHARS = 200
 # Reasons that only a body that arrived can give.
-_ARRIVED = ("format", "pixels", "image_too_small", "image_aspect_ratio", "decode")
+_ARRIVED = ("hash_mismatch", "format", "pixels", "image_too_small", "image_aspect_ratio", "decode")
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +213,8 @@ def fetch_rows(
             stack.enter_context(images_path(folder, number).open("wb"))
             for number in range(len(configs))
         ]
-        for index, found in _outcomes(spread_by_host(rows), configs, fetcher):
+        recorded = rows["recorded_sha256"].to_list()
+        for index, found in _outcomes(spread_by_host(rows), recorded, configs, fetcher):
             for number, outcome in enumerate(found):
                 outcomes[number][index] = _columns(outcome, offsets[number])
                 if isinstance(outcome, StoredImage):
@@ -263,7 +265,10 @@ def spread_by_host(rows: pl.DataFrame) -> list[tuple[int, str]]:
 
 
 def _outcomes(
-    todo: list[tuple[int, str]], configs: Sequence[CurationConfig], fetcher: Fetcher
+    todo: list[tuple[int, str]],
+    recorded: list[str | None],
+    configs: Sequence[CurationConfig],
+    fetcher: Fetcher,
 ) -> Iterator[tuple[int, Sequence[StoredImage | NotStored]]]:
     """Outcomes as they come; at most ``num_threads`` bodies are under way or waiting."""
     num_threads = configs[0].fetch.num_threads
@@ -283,7 +288,7 @@ def _outcomes(
             if isinstance(found, NotStored):
                 yield index, [found] * len(configs)
             else:
-                yield index, images_of(found, configs)
+                yield index, images_of(found, configs, recorded[index])
 
 
 def fetch_body(url: str, fetcher: Fetcher) -> bytes | NotStored:
@@ -294,9 +299,15 @@ def fetch_body(url: str, fetcher: Fetcher) -> bytes | NotStored:
         return _not_stored(error)
 
 
-def images_of(body: bytes, configs: Sequence[CurationConfig]) -> Sequence[StoredImage | NotStored]:
+def images_of(
+    body: bytes, configs: Sequence[CurationConfig], recorded_sha256: str | None = None
+) -> Sequence[StoredImage | NotStored]:
     """The body's image as each of ``configs`` stores it, or how the row ended there."""
     first = configs[0]
+    if recorded_sha256 is not None and first.fetch.on_hash_mismatch == "reject":
+        sha256 = hashlib.sha256(body).hexdigest()
+        if sha256 != recorded_sha256:
+            return [NotStored(REJECTED, "hash_mismatch", False, f"sha256 {sha256}")] * len(configs)
     bounds = Bounds(
         max_pixels=first.fetch.max_pixels,
         min_width_px=first.filters.min_width_px,
@@ -305,7 +316,8 @@ def images_of(body: bytes, configs: Sequence[CurationConfig]) -> Sequence[Stored
     )
     try:
         signs = first.duplicates.perceptual is not None
-        found = store_images(body, [each.resize for each in configs], bounds, signs=signs)
+        decoder = shared_decoder([each.resize for each in configs], bounds, signs=signs)
+        found = decoder.store(body)
     except Exception as error:
         return [_not_stored(error)] * len(configs)
     return [each if isinstance(each, StoredImage) else _not_stored(each) for each in found]

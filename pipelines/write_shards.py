@@ -86,8 +86,9 @@ def write_shards(build: Build, partition: int, duplicates: pl.DataFrame) -> None
         is_committed = pl.col("disposition") == COMMITTED
         rows = rows.with_columns(pl.when(is_committed).then(in_shard).alias("shard"))
         carried = _carried_rows(build, staged, rows.height, folder)
-        columns = ["disposition", "reason"]
-        counts = count(pl.concat([carried.select(columns), rows.select(columns)]))
+        columns = ["disposition", "reason", "sha256", "recorded_sha256"]
+        every = pl.concat([carried.select(columns), rows.select(columns)])
+        counts = count(every)
         with LedgerFile(folder, f"part-{partition:05d}") as ledger:
             ledger.add(carried)
             ledger.add(rows)
@@ -101,8 +102,16 @@ def write_shards(build: Build, partition: int, duplicates: pl.DataFrame) -> None
             round=staged.round,
             shard_sizes=sizes,
             captions=staged.captions,
+            hash_matches=_hash_matches(every),
         )
         build.write(marker, partition)
+
+
+def _hash_matches(rows: pl.DataFrame) -> dict[str, int]:
+    same = pl.col("sha256") == pl.col("recorded_sha256")
+    is_same = rows.filter(pl.col("disposition") == COMMITTED).select(same).to_series()
+    found = {"same": int(is_same.sum()), "different": int((~is_same).sum())}
+    return {name: number for name, number in found.items() if number}
 
 
 def _by_bucket(

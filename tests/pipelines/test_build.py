@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -13,14 +14,15 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from infra import storage
 from infra.errors import UserError
 from infra.manifest import DatasetManifest, publish_manifest, verify_dataset
-from pipelines import images
 from pipelines.build import Build, PartMarker, ReadMarker, StagedMarker
+from pipelines.decoder import Decoder
 from pipelines.plan import CurationPlan, plan_curation
 from pipelines.publish import assemble_manifest, funnel_of
 from pipelines.read_rows import Slots, read_rows, seeds
@@ -319,14 +321,14 @@ def test_a_dead_network_commits_nothing(trap_world: Any, tmp_path: Path) -> None
 def test_an_unforeseen_error_costs_one_row(
     trap_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = images.store_images
+    store = Decoder.store
 
-    def failing(body: bytes, *arguments: Any, **options: Any) -> Any:
+    def failing(decoder: Decoder, body: bytes) -> Any:
         if b"Location" not in body and len(body) % 7 == 0:
             raise ZeroDivisionError
-        return store(body, *arguments, **options)
+        return store(decoder, body)
 
-    monkeypatch.setattr("pipelines.stage_images.store_images", failing)
+    monkeypatch.setattr(Decoder, "store", failing)
     manifest = run(plan_curation("traps", trap_world.config(), tmp_path.as_uri()))
     assert manifest.failed["internal_error"] > 0
     assert manifest.counts["rows_in"] == len(trap_world.rows)
@@ -413,3 +415,46 @@ def test_a_retry_that_is_killed_anywhere_converges(
         retry(build, backwards=True)
         assert build.open_round() == number == 1
         assert run(plan_curation("traps", config, store_uri)).version == expected
+
+
+@pytest.mark.parametrize("policy", ["keep", "reject"])
+def test_bytes_are_compared_with_the_recorded_digest(
+    policy: str, trap_world: Any, make_picture: Any, encode: Any, tmp_path: Path
+) -> None:
+    """As DataComp has them: some rows with the right sha256, some with another, some without."""
+    digests = {
+        number: hashlib.sha256(encode(make_picture(number if number < 8 else 999))).hexdigest()
+        for number in range(16)
+    }
+    rows = [
+        {"uid": f"{number:032x}", "url": f"http://evil.example/good/{number}.jpg",
+         "text": f"picture number {number}", "original_width": 320, "original_height": 256,
+         "clip_b32_similarity_score": 0.3, "clip_l14_similarity_score": 0.3,
+         "face_bboxes": [[]], "sha256": digests.get(number, "")}
+        for number in range(20)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    config = trap_world.config(
+        metadata=[str(tmp_path / "rows.parquet")], captions={}, filters={},
+        fetch=trap_world.web.config(on_hash_mismatch=policy),
+    )  # fmt: skip
+    plan = plan_curation("digests", config, tmp_path.as_uri())
+    manifest = run(plan)
+    ended = Counter(row["reason"] for row in ledger(plan.build, manifest).iter_rows(named=True))
+    if policy == "keep":
+        assert ended == {None: 20}
+        assert manifest.attributes["recorded_sha256"] == {"same": 8, "different": 8}
+    else:
+        assert ended == {None: 12, "hash_mismatch": 8}
+        assert manifest.attributes["recorded_sha256"] == {"same": 8}
+        refused = ledger(plan.build, manifest).filter(pl.col("reason") == "hash_mismatch")
+        for row in refused.iter_rows(named=True):
+            assert row["recorded_sha256"] == digests[9]
+            number = int(row["url"].rsplit("/", 1)[1].removesuffix(".jpg"))
+            body = encode(make_picture(number))
+            assert row["detail"] == f"sha256 {hashlib.sha256(body).hexdigest()}"
+    for members in samples(plan.build, manifest).values():
+        known = json.loads(members["json"])
+        number = int(known["url"].rsplit("/", 1)[1].removesuffix(".jpg"))
+        assert known.get("recorded_sha256") == digests.get(number)
+        assert "human_preference" not in known

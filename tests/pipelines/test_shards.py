@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from infra import storage
 from infra.manifest import ShardEntry
 from pipelines.config import PreferenceConfig, ShardConfig
-from pipelines.shards import ShardWriter, preference_score, read_shard
+from pipelines.shards import ShardWriter, preference_score, read_shard, sample_members
 
 MEMBERS = st.dictionaries(
     st.sampled_from(["jpg", "txt", "json", "webp"]), st.binary(max_size=2000), min_size=1
@@ -107,3 +109,18 @@ def test_the_preference_score_follows_its_rule() -> None:
     assert preference_score(None, rule) == 3.0
     assert preference_score(None, PreferenceConfig()) is None
     assert preference_score(5.199999809265137, PreferenceConfig()) == 5.2
+
+
+@pytest.mark.parametrize("preference", [None, 0.75])
+def test_what_few_sets_know_is_written_where_it_is_known(preference: float | None) -> None:
+    names = ("sample_id", "url", "aesthetic_scale", "language", "source", "sha256", "captions",
+             "original_width_px", "original_height_px", "image_width_px", "image_height_px",
+             "crop_left_px", "crop_top_px", "clip_similarity", "aesthetic_score",
+             "watermark_prob", "unsafe_prob", "recorded_sha256")  # fmt: skip
+    row: dict[str, Any] = dict.fromkeys(names)
+    row |= {"train_caption": "a fox", "human_preference": preference}
+    members = sample_members(row, b"image", "jpg", PreferenceConfig())
+    known = json.loads(members["json"])
+    assert known.get("human_preference") == preference
+    assert ("human_preference" in known) == (preference is not None)
+    assert "recorded_sha256" not in known

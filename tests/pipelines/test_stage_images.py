@@ -16,8 +16,12 @@ from pipelines.stage_images import fetch_rows, spread_by_host
 
 def frame(urls: list[str], reasons: list[str | None] | None = None) -> pl.DataFrame:
     return pl.DataFrame(
-        {"url": urls, "reason": reasons or [None] * len(urls)},
-        schema={"url": pl.String, "reason": pl.String},
+        {
+            "url": urls,
+            "reason": reasons or [None] * len(urls),
+            "recorded_sha256": [None] * len(urls),
+        },
+        schema={"url": pl.String, "reason": pl.String, "recorded_sha256": pl.String},
     )
 
 
@@ -58,14 +62,14 @@ def test_bodies_in_memory_are_bounded_while_the_decoder_is_slow(
                 most = max(most, held)
             return url.encode()
 
-    def slow(body: bytes, *_: Any, **__: Any) -> Any:
+    def slow(_: Any, body: bytes) -> Any:
         nonlocal held
         threading.Event().wait(0.005)
         with lock:
             held -= 1
         raise ValueError(body.decode())
 
-    monkeypatch.setattr("pipelines.stage_images.store_images", slow)
+    monkeypatch.setattr("pipelines.decoder.Decoder.store", slow)
     config = CurationConfig.model_validate({"metadata": ["x"], "fetch": {"num_threads": 4}})
     urls = [f"http://a.example/{n}" for n in range(60)]
     (rows,) = fetch_rows(frame(urls), [config], Network(), tmp_path)  # type: ignore[arg-type]
