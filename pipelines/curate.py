@@ -99,7 +99,7 @@ def curate(
             manifest = assemble_manifest(name, plan)
             lease.check()
             manifest_uri = publish_manifest(build.dataset_root, manifest)
-            write_report(manifest_uri, manifest)
+            write_report(manifest_uri, manifest, spark, environment)
             build.finish(manifest.version)
         return _result(plan, manifest_uri, manifest)
 

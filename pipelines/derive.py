@@ -152,7 +152,7 @@ def derive(
         manifest = assemble(job, shards, ledgers)
         lease.check()
         uri = publish_manifest(job.dataset_root, manifest)
-        write_report(uri, manifest)
+        write_report(uri, manifest, spark, job.environment)
     return DerivationResult(uri, manifest, sum(each.changes is not None for each in shards))
 
 

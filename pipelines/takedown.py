@@ -37,6 +37,7 @@ from pipelines.build import KEY_CHARS
 from pipelines.derive import Derivation, derive
 from pipelines.embed import checked_bytes, publish_file
 from pipelines.ledger import COMMITTED, REJECTED, without_addresses
+from pipelines.ledger_counts import counts_path
 from pipelines.plan import build_key
 from pipelines.score import Bars
 from pipelines.search import LATEST
@@ -280,6 +281,7 @@ def purge(dataset_root: str) -> int:
     stems = {shard.sha256[:_STEM_CHARS] for manifest in live for shard in manifest.shards}
     kept = {shard.path for manifest in live for shard in manifest.shards}
     kept |= {file.path for manifest in live for file in manifest.ledger}
+    kept |= {counts_path(file) for manifest in live for file in manifest.ledger}
     prefix = dataset_root.rstrip("/") + "/"
     sizes = {
         info.uri.removeprefix(prefix): info.num_bytes for info in storage.list_objects(dataset_root)
