@@ -16,6 +16,7 @@ from pipelines.companions import companions_of
 from pipelines.config import CurationConfig
 from pipelines.plan import CurationPlan, companion_build, plan_curation
 from pipelines.publish import assemble_manifest, funnel_of
+from pipelines.rejected import of_build, publish_rejected
 from pipelines.report import write_report
 from pipelines.watch import ProgressCallback, watching
 
@@ -99,6 +100,7 @@ def curate(
             manifest = assemble_manifest(name, plan)
             lease.check()
             manifest_uri = publish_manifest(build.dataset_root, manifest)
+            publish_rejected(build.dataset_root, manifest, of_build(build))
             write_report(manifest_uri, manifest, spark, environment)
             build.finish(manifest.version)
         return _result(plan, manifest_uri, manifest)

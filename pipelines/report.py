@@ -13,6 +13,7 @@ from infra import storage
 from infra.manifest import DatasetManifest, dataset_root
 from pipelines.card import card
 from pipelines.ledger_counts import count_ledgers
+from pipelines.rejected import rejected_pictures
 from pipelines.report_page import report_page
 from pipelines.shard_sample import sample_shards
 
@@ -49,4 +50,5 @@ def make_page(
     """The page of a version, from what its manifest lists; memory does not grow with it."""
     root = dataset_root(manifest_uri)
     counts = count_ledgers(root, manifest, spark, environment)
-    return report_page(manifest, counts, sample_shards(root, manifest), {})
+    rejected = rejected_pictures(root, manifest.version)
+    return report_page(manifest, counts, sample_shards(root, manifest), rejected)

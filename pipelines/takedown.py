@@ -39,6 +39,8 @@ from pipelines.embed import checked_bytes, publish_file
 from pipelines.ledger import COMMITTED, REJECTED, without_addresses
 from pipelines.ledger_counts import counts_path
 from pipelines.plan import build_key
+from pipelines.rejected import forget_taken_down
+from pipelines.report import write_report
 from pipelines.score import Bars
 from pipelines.search import LATEST
 from pipelines.tombstones import (
@@ -220,6 +222,10 @@ def take_down(
         for old, new in successors.items():
             withdraw(dataset_root, old, new)
         _point_builds(dataset_root, tombstones)
+        for manifest in live_versions(dataset_root):
+            if forget_taken_down(dataset_root, manifest.version, tombstones):
+                uri = storage.join(dataset_root, manifest.version, MANIFEST_NAME)
+                write_report(uri, manifest, spark, environment)
         num_bytes = purge(dataset_root)
         gone = [counts[old] for old in successors]
         name = dataset_root.rstrip("/").rpartition("/")[2]
