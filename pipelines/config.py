@@ -135,6 +135,11 @@ class OptOutConfig(StrictModel):
 class FetchConfig(StrictModel):
     """Bounds on one download from the open web."""
 
+    engine: Literal["atelier", "img2dataset"] = semantic(
+        "atelier",
+        "what decodes, resizes and encodes: atelier: upright sRGB, in a process of its own; "
+        "img2dataset: its Downloader and Resizer, behind the same guarded requests",
+    )
     max_bytes: int = semantic(20_000_000, "largest body, bytes, as sent and as decoded", ge=1)
     max_pixels: int = semantic(50_000_000, "largest width x height decoded", ge=1)
     on_hash_mismatch: Literal["keep", "reject"] = semantic(
@@ -338,3 +343,23 @@ class CurationConfig(StrictModel):
     estimate: EstimateConfig = operational(
         default_factory=EstimateConfig, description="what `plan` reckons with"
     )
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> CurationConfig:
+        if self.fetch.engine == "atelier":
+            return self
+        for name, is_asked in {
+            "resize.crop: bucket": self.resize.crop == "bucket",
+            "also_sizes_px": bool(self.also_sizes_px),
+            "duplicates.perceptual": self.duplicates.perceptual is not None,
+        }.items():
+            if is_asked:
+                raise ValueError(
+                    f"fetch.engine is img2dataset, which has no {name}; remove one of them"
+                )
+        if self.resize.crop == "square" and self.resize.if_smaller == "keep":
+            raise ValueError(
+                "fetch.engine is img2dataset, which leaves images below image_size_px as they "
+                "are, not square; set resize.if_smaller: reject, or resize.crop: none"
+            )
+        return self

@@ -104,13 +104,23 @@ class Bounds:
     min_height_px: int | None = None
     max_aspect_ratio: float | None = None
 
-    def check(self, width_px: int, height_px: int) -> None:
-        """Raise ``Rejected`` for an upright size that is not wanted."""
+    def upright_size(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height, px, of an image that is wanted; raises ``Rejected`` for another."""
+        if image.width * image.height > self.max_pixels:
+            raise Rejected("pixels", f"{image.width} x {image.height}")
+        width_px, height_px = _upright_size(image)
         if width_px < (self.min_width_px or 0) or height_px < (self.min_height_px or 0):
             raise Rejected("image_too_small", f"{width_px} x {height_px}")
         ratio = max(width_px, height_px) / min(width_px, height_px)
         if self.max_aspect_ratio is not None and ratio > self.max_aspect_ratio:
             raise Rejected("image_aspect_ratio", f"{width_px} x {height_px}")
+        return width_px, height_px
+
+
+def check_body(body: bytes, bounds: Bounds) -> None:
+    """Raise ``Rejected`` for what is refused before anything is decoded."""
+    with _ONE_AT_A_TIME:
+        bounds.upright_size(_opened(body))
 
 
 def store_images(
@@ -126,10 +136,7 @@ def store_images(
     with _ONE_AT_A_TIME:
         sha256 = hashlib.sha256(body).hexdigest()
         image = _opened(body)
-        if image.width * image.height > bounds.max_pixels:
-            raise Rejected("pixels", f"{image.width} x {image.height}")
-        size = _upright_size(image)
-        bounds.check(*size)
+        size = bounds.upright_size(image)
         groups: dict[int, list[int]] = {}
         for number, config in enumerate(configs):
             if is_large_enough(*size, config):

@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import polars as pl
 
@@ -28,6 +27,7 @@ from pipelines.decoder import Decoder
 from pipelines.guard import Rejected
 from pipelines.images import Bounds, StoredImage
 from pipelines.ledger import REJECTED
+from pipelines.outcomes import NotStored
 from pipelines.shard_sample import Picture
 from pipelines.thumbnails import QUALITY, SIDE_PX, thumbnail
 from pipelines.tombstones import TAKEDOWN, Tombstones, load_tombstones
@@ -111,27 +111,19 @@ class StrangersThumbnails:
         self._decoder.close()
 
 
-class Ended(Protocol):
-    """How a row ended that has no image."""
-
-    @property
-    def disposition(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
-    @property
-    def detail(self) -> str: ...
-
-
-Show = Callable[[int, bytes, Sequence[StoredImage | Ended]], None]
+Show = Callable[[int, bytes, Sequence[StoredImage | NotStored]], None]
 
 
 @contextmanager
 def offering(rows: pl.DataFrame, trays: Sequence[Tray], max_pixels: int) -> Iterator[Show]:
-    """What offers a row's body, by the row's index, to the trays of those that rejected it."""
+    """What offers a row's body, by the row's index, to the trays of those that rejected it.
+
+    The engine that hands no bodies over (img2dataset) offers none.
+    """
     make = StrangersThumbnails(max_pixels)
     known = rows.select("sample_id", "url", text="train_caption") if trays else rows
 
-    def show(index: int, body: bytes, found: Sequence[StoredImage | Ended]) -> None:
+    def show(index: int, body: bytes, found: Sequence[StoredImage | NotStored]) -> None:
         for tray, outcome in zip(trays, found, strict=False):
             if isinstance(outcome, StoredImage) or outcome.disposition != REJECTED:
                 continue

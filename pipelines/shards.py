@@ -119,7 +119,7 @@ def sample_members(
         "language": row["language"],
         "source": row["source"],
     }
-    known |= {name: row[name] for name in _WHERE_KNOWN if row[name] is not None}
+    known |= {name: row[name] for name in _WHERE_KNOWN if row.get(name) is not None}
     return {
         extension: image,
         "json": canonical_json(known),

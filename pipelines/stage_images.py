@@ -8,12 +8,10 @@ where. At any time a task holds at most ``num_threads`` bodies besides the one i
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,15 +25,20 @@ from pipelines.build import Build, PartMarker, StagedMarker
 from pipelines.captions import CAPTION_COLUMNS, caption_counts, with_captions
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import CurationConfig
-from pipelines.connection import Failed
 from pipelines.decoder import shared_decoder
 from pipelines.decontaminate import CONTAMINATED, contaminated
 from pipelines.duplicates import row_duplicates
 from pipelines.fetch import Fetcher, shared_fetcher
 from pipelines.filters import caption_filters, first_reason
-from pipelines.guard import Rejected
 from pipelines.images import Bounds, StoredImage
+from pipelines.img2dataset_engine import outcomes_by_img2dataset
 from pipelines.ledger import FAILED, REJECTED, is_worth_a_retry
+from pipelines.outcomes import (
+    OUTCOME_SCHEMA,
+    NotStored,
+    not_stored,
+    outcome_columns,
+)
 from pipelines.read_rows import TRAVEL_SCHEMA, without_removed
 from pipelines.rejected import (
     NUM_PLACES,
@@ -49,40 +52,8 @@ from pipelines.tombstones import TAKEDOWN, Tombstones
 
 # Fewer downloads than this say nothing about the network.
 MIN_ATTEMPTS_TO_JUDGE = 20
-MAX_DETAIL_CHARS = 200
 # Reasons that only a body that arrived can give.
 _ARRIVED = ("hash_mismatch", "format", "pixels", "image_too_small", "image_aspect_ratio", "decode")
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class NotStored:
-    """How a row ended that has no image."""
-
-    disposition: str
-    reason: str
-    retryable: bool
-    detail: str
-
-
-# What the task adds to a canonical row. ``disposition`` is null for rows that have an image.
-OUTCOME_SCHEMA: dict[str, pl.DataType] = {
-    "disposition": pl.String(),
-    "reason": pl.String(),
-    "retryable": pl.Boolean(),
-    "detail": pl.String(),
-    "sha256": pl.String(),
-    "image_width_px": pl.Int32(),
-    "image_height_px": pl.Int32(),
-    "original_width_px": pl.Int32(),
-    "original_height_px": pl.Int32(),
-    "crop_left_px": pl.Int32(),
-    "crop_top_px": pl.Int32(),
-    "offset": pl.Int64(),
-    "num_bytes": pl.Int64(),
-    "signature": pl.Binary(),
-}
 
 
 def stage_images(
@@ -231,7 +202,7 @@ def fetch_rows(
     ``trays``, one per configuration, are offered bodies that were rejected.
     """
     refused = [
-        _columns(None if reason is None else NotStored(REJECTED, reason, False, ""))
+        outcome_columns(None if reason is None else NotStored(REJECTED, reason, False, ""))
         for reason in rows["reason"]
     ]
     outcomes = [list(refused) for _ in configs]
@@ -242,36 +213,17 @@ def fetch_rows(
             for number in range(len(configs))
         ]
         recorded = rows["recorded_sha256"].to_list()
+        todo = spread_by_host(rows)
         show = stack.enter_context(offering(rows, trays, configs[0].fetch.max_pixels))
-        for index, found in _outcomes(spread_by_host(rows), recorded, configs, fetcher, show):
+        for index, found in _outcomes(todo, recorded, configs, fetcher, folder, show):
             for number, outcome in enumerate(found):
-                outcomes[number][index] = _columns(outcome, offsets[number])
+                outcomes[number][index] = outcome_columns(outcome, offsets[number])
                 if isinstance(outcome, StoredImage):
                     offsets[number] += files[number].write(outcome.data)
     rows = rows.drop("reason")
     return [
         rows.hstack(pl.DataFrame(each, schema=OUTCOME_SCHEMA, orient="row")) for each in outcomes
     ]
-
-
-def _columns(outcome: StoredImage | NotStored | None, offset: int = 0) -> dict[str, object]:
-    """The outcome under the names of ``OUTCOME_SCHEMA``; the rest is null."""
-    if outcome is None:
-        return {}
-    if isinstance(outcome, NotStored):
-        return asdict(outcome)
-    return {
-        "sha256": outcome.sha256,
-        "image_width_px": outcome.width_px,
-        "image_height_px": outcome.height_px,
-        "original_width_px": outcome.original_width_px,
-        "original_height_px": outcome.original_height_px,
-        "crop_left_px": outcome.crop_left_px,
-        "crop_top_px": outcome.crop_top_px,
-        "offset": offset,
-        "num_bytes": len(outcome.data),
-        "signature": outcome.signature,
-    }
 
 
 def spread_by_host(rows: pl.DataFrame) -> list[tuple[int, str]]:
@@ -298,10 +250,19 @@ def _outcomes(
     recorded: list[str | None],
     configs: Sequence[CurationConfig],
     fetcher: Fetcher,
+    folder: Path,
     show: Show,
 ) -> Iterator[tuple[int, Sequence[StoredImage | NotStored]]]:
     """Outcomes as they come; at most ``num_threads`` bodies are under way or waiting."""
-    num_threads = configs[0].fetch.num_threads
+    first = configs[0]
+    if first.fetch.engine == "img2dataset":
+        ended = outcomes_by_img2dataset(todo, first, bounds_of(first), fetcher.fetch, folder)
+        for index, outcome in ended:
+            if isinstance(outcome, StoredImage):
+                outcome = _mismatch(outcome.sha256, recorded[index], first) or outcome
+            yield index, [outcome]
+        return
+    num_threads = first.fetch.num_threads
     arrived = SimpleQueue[tuple[int, bytes | NotStored]]()
     remaining = iter(todo)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="fetch") as pool:
@@ -328,7 +289,7 @@ def fetch_body(url: str, fetcher: Fetcher) -> bytes | NotStored:
     try:
         return fetcher.fetch(url)
     except Exception as error:
-        return _not_stored(error)
+        return not_stored(error)
 
 
 def images_of(
@@ -336,33 +297,35 @@ def images_of(
 ) -> Sequence[StoredImage | NotStored]:
     """The body's image as each of ``configs`` stores it, or how the row ended there."""
     first = configs[0]
-    if recorded_sha256 is not None and first.fetch.on_hash_mismatch == "reject":
-        sha256 = hashlib.sha256(body).hexdigest()
-        if sha256 != recorded_sha256:
-            return [NotStored(REJECTED, "hash_mismatch", False, f"sha256 {sha256}")] * len(configs)
-    bounds = Bounds(
-        max_pixels=first.fetch.max_pixels,
-        min_width_px=first.filters.min_width_px,
-        min_height_px=first.filters.min_height_px,
-        max_aspect_ratio=first.filters.max_aspect_ratio,
-    )
+    if recorded_sha256 is not None:
+        changed = _mismatch(hashlib.sha256(body).hexdigest(), recorded_sha256, first)
+        if changed is not None:
+            return [changed] * len(configs)
     try:
         signs = first.duplicates.perceptual is not None
-        decoder = shared_decoder([each.resize for each in configs], bounds, signs=signs)
+        resizes = [each.resize for each in configs]
+        decoder = shared_decoder(resizes, bounds_of(first), signs=signs)
         found = decoder.store(body)
     except Exception as error:
-        return [_not_stored(error)] * len(configs)
-    return [each if isinstance(each, StoredImage) else _not_stored(each) for each in found]
+        return [not_stored(error)] * len(configs)
+    return [each if isinstance(each, StoredImage) else not_stored(each) for each in found]
 
 
-def _not_stored(error: Exception) -> NotStored:
-    """What nobody foresaw fails this row only."""
-    if isinstance(error, Rejected):
-        return NotStored(REJECTED, error.reason, False, error.detail[:MAX_DETAIL_CHARS])
-    if isinstance(error, Failed):
-        return NotStored(FAILED, error.cause, error.retryable, error.detail[:MAX_DETAIL_CHARS])
-    logger.error("unforeseen in one image", exc_info=error)
-    return NotStored(FAILED, "internal_error", True, type(error).__name__)
+def _mismatch(sha256: str, recorded: str | None, config: CurationConfig) -> NotStored | None:
+    """How a row ends whose body is not the recorded one; None where that is no matter."""
+    if recorded in (None, sha256) or config.fetch.on_hash_mismatch == "keep":
+        return None
+    return NotStored(REJECTED, "hash_mismatch", False, f"sha256 {sha256}")
+
+
+def bounds_of(config: CurationConfig) -> Bounds:
+    """What the recipe asks of the real image before it is decoded."""
+    return Bounds(
+        max_pixels=config.fetch.max_pixels,
+        min_width_px=config.filters.min_width_px,
+        min_height_px=config.filters.min_height_px,
+        max_aspect_ratio=config.filters.max_aspect_ratio,
+    )
 
 
 def _check_network(rows: pl.DataFrame, config: CurationConfig, partition: int) -> None:

@@ -114,6 +114,24 @@ def test_every_row_ends_where_it_should(trap_world: Any, store_uri: str) -> None
     )
 
 
+def test_img2dataset_as_the_engine_ends_the_same_rows_the_same_way(
+    trap_world: Any, tmp_path: Path
+) -> None:
+    config = trap_world.config()
+    asked = config.model_copy(
+        update={
+            "fetch": config.fetch.model_copy(update={"engine": "img2dataset"}),
+            "resize": config.resize.model_copy(update={"if_smaller": "reject"}),
+        }
+    )
+    plan = plan_curation("traps", asked, (tmp_path / "store").as_uri())
+    rows = ledger(plan.build, run(plan))
+    for row in rows.iter_rows(named=True):
+        ended = row["reason"] or row["disposition"]
+        if ended not in ("duplicate_row", "duplicate_url"):
+            assert ended == trap_world.expected[row["url"] or "http://evil.example"], row
+
+
 def test_samples_carry_everything_the_training_needs(trap_world: Any, tmp_path: Path) -> None:
     plan = plan_curation("traps", trap_world.config(), (tmp_path / "store").as_uri())
     manifest = run(plan)

@@ -14,7 +14,8 @@ from pipelines.connection import Failed
 from pipelines.decoder import Decoder
 from pipelines.guard import Rejected
 from pipelines.images import Bounds, StoredImage, store_images
-from pipelines.stage_images import NotStored, images_of
+from pipelines.outcomes import NotStored
+from pipelines.stage_images import images_of
 
 CONFIGS = [ResizeConfig(), ResizeConfig(image_size_px=512, if_smaller="reject")]
 BOUNDS = Bounds(1_000_000, min_width_px=50)
