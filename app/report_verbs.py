@@ -1,4 +1,4 @@
-"""Verbs that look after what is stored: `report`."""
+"""Verbs that look after what is stored: `report` and `clean`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,17 @@ Examples
   atelier report s3://atelier/datasets/concepts/<version>/manifest.json --card"""
 
 
+CLEAN_EXAMPLES = """\b
+Examples
+  atelier clean                     what is stored, for whom, and what nobody needs: nothing goes
+  atelier clean --gc                remove what nobody needs
+  atelier clean concepts --gc --work --versions"""
+
+
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command."""
     app.command(epilog=REPORT_EXAMPLES)(report)
+    app.command(epilog=CLEAN_EXAMPLES)(clean)
 
 
 @verb
@@ -50,3 +58,39 @@ def report(
 
     out = Output(json_)
     out.result(make_report(dataset, store, output, out, with_card=card))
+
+
+@verb
+def clean(
+    dataset: Annotated[
+        list[str] | None, typer.Argument(help="only these datasets; default: all")
+    ] = None,
+    gc: Annotated[bool, typer.Option("--gc", help="remove what may go; else nothing is")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would go, whatever else is given")
+    ] = False,
+    work: Annotated[
+        bool, typer.Option("--work", help="working files may go: a retry would fetch all again")
+    ] = False,
+    versions: Annotated[
+        bool,
+        typer.Option("--versions", help="versions may go that no model, run or version refers to"),
+    ] = False,
+    store: Store = None,
+    json_: Json = False,
+) -> None:
+    """Say what is stored for whom, and remove what nobody needs.
+
+    What no version lists and no build under way relies on: parts of killed attempts, shards of
+    builds that were given up, embeddings of shards that are gone. A dataset on which a driver is at
+    work is left alone, and named.
+    """
+    from app.cleaning import clean_datasets
+
+    out = Output(json_)
+    removes = gc and not dry_run
+    out.result(
+        clean_datasets(
+            dataset or (), store, out, removes=removes, with_work=work, with_versions=versions
+        )
+    )

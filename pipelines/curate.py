@@ -14,6 +14,7 @@ from pipelines import engine
 from pipelines.build import Build, PartMarker
 from pipelines.companions import companions_of
 from pipelines.config import CurationConfig
+from pipelines.exclusive import refuse_while_removing
 from pipelines.plan import CurationPlan, companion_build, plan_curation
 from pipelines.publish import assemble_manifest, funnel_of
 from pipelines.rejected import of_build, publish_rejected
@@ -78,6 +79,7 @@ def curate(
             companions = companions_of(name, {**(others or {}), name: config})
         with ExitStack() as stack:
             lease = stack.enter_context(Lease(build.lease_uri, f"curation of {name}"))
+            refuse_while_removing(build.dataset_root)
             found = [companion_build(n, their, store_uri, plan) for n, their in companions.items()]
             # Other takedowns would leave other rows to fetch.
             builds = [each for each in found if each.tombstones == build.tombstones]

@@ -26,6 +26,7 @@ from pipelines.buckets import SHARD_SIZES, moved
 from pipelines.build import KEY_CHARS
 from pipelines.config import ShardConfig
 from pipelines.embed import checked_bytes, publish_file
+from pipelines.exclusive import refuse_while_removing
 from pipelines.ledger import COMMITTED, FAILED, LEDGER_SCHEMA, REJECTED, LedgerFile, count
 from pipelines.rejected import (
     Tray,
@@ -159,6 +160,7 @@ def derive(
         applied(job.environment),
         Lease(storage.join(job.folder, "lease.json"), held_by) as lease,
     ):
+        refuse_while_removing(job.dataset_root)
         shards = _finish(job, SHARDS, DerivedShard, spark, progress)
         ledgers = _finish(job, LEDGER, DerivedLedger, spark, None)
         manifest = assemble(job, shards, ledgers)
@@ -168,6 +170,7 @@ def derive(
         made = read_pictures(storage.join(job.dataset_root, entry.path) for entry in pictures)
         publish_rejected(job.dataset_root, manifest, made, job.manifest.version)
         write_report(uri, manifest, spark, job.environment)
+        storage.write_json(storage.join(job.folder, "result.json"), {"version": manifest.version})
     return DerivationResult(uri, manifest, sum(each.changes is not None for each in shards))
 
 

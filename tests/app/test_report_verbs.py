@@ -68,3 +68,28 @@ def test_a_name_that_is_not_one_version_is_one_line(
     assert done.exit_code == 1
     assert re.search(told, done.output), done.output
     assert len(done.output.strip().splitlines()) == 1
+
+
+def test_cleaning_says_and_removes_only_when_told(versions: list[str], store: str) -> None:
+    root = storage.join(store, "datasets", "d")
+    stray = storage.join(root, "shards", "stray.tar")
+    storage.write_bytes(stray, b"x" * 2_000_000)
+    for options in ([], ["--gc", "--dry-run"]):
+        done = CliRunner().invoke(app, ["clean", "--store", store, *options])
+        assert done.exit_code == 0, done.output
+        assert "with --gc, 2.0 MB would go" in done.output
+        assert storage.exists(stray)
+    done = CliRunner().invoke(app, ["clean", "d", "--store", store, "--gc", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output)["bytes"] == 2_000_000
+    assert not storage.exists(stray)
+    assert all(storage.exists(uri) for uri in versions)
+
+
+def test_versions_are_not_removed_where_the_registry_is_unknown(
+    versions: list[str], store: str
+) -> None:
+    done = CliRunner().invoke(app, ["clean", "--store", store, "--gc", "--versions"])
+    assert done.exit_code == 1
+    assert "whose registry is known" in done.output
+    assert all(storage.exists(uri) for uri in versions)
