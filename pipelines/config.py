@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from infra.config import StrictModel, operational, semantic
 from pipelines.caption_config import CaptionConfig
+from pipelines.image_config import FaceBlurConfig, ImageCheckConfig
 
 # keep: as if it passed; drop: rejected; later: goes on as unknown, for a scorer after the fetch.
 OnUnknown = Literal["keep", "drop", "later"]
@@ -331,6 +332,12 @@ class CurationConfig(StrictModel):
     )
     fetch: FetchConfig = semantic(default_factory=FetchConfig, description="download bounds")
     resize: ResizeConfig = semantic(default_factory=ResizeConfig, description="stored images")
+    image_checks: list[ImageCheckConfig] = semantic(
+        default_factory=list, description="what is measured of the pixels, and its range"
+    )
+    blur_faces: FaceBlurConfig | None = semantic(
+        None, "faces that are found are blurred: {} for the defaults, null: not looked for"
+    )
     also_sizes_px: list[Side] = operational(
         default_factory=list,
         description="further resize.image_size_px, px, from the same fetch: each N becomes a "
@@ -352,6 +359,8 @@ class CurationConfig(StrictModel):
             "resize.crop: bucket": self.resize.crop == "bucket",
             "also_sizes_px": bool(self.also_sizes_px),
             "duplicates.perceptual": self.duplicates.perceptual is not None,
+            "image_checks": bool(self.image_checks),
+            "blur_faces": self.blur_faces is not None,
         }.items():
             if is_asked:
                 raise ValueError(

@@ -28,10 +28,13 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import IO, Any
 
+from pydantic import TypeAdapter
+
 from pipelines.config import ResizeConfig
 from pipelines.connection import Failed
 from pipelines.guard import Rejected
-from pipelines.images import Bounds, StoredImage, store_images
+from pipelines.image_checks import measure_of
+from pipelines.images import NO_LOOKS, Bounds, Looks, StoredImage, store_images
 
 COMMAND = [sys.executable, "-c", "from pipelines.decoder import serve; serve()"]
 START_SECONDS = 60.0
@@ -49,13 +52,13 @@ class Decoder:
     """``store`` is ``images.store_images``, elsewhere. One caller at a time; others wait."""
 
     def __init__(
-        self, configs: Sequence[ResizeConfig], bounds: Bounds, *, signs: bool = False
+        self, configs: Sequence[ResizeConfig], bounds: Bounds, looks: Looks = NO_LOOKS
     ) -> None:
         self._setup = json.dumps(
             {
                 "configs": [each.model_dump(mode="json") for each in configs],
                 "bounds": asdict(bounds),
-                "signs": signs,
+                "looks": TypeAdapter(Looks).dump_python(looks, mode="json"),
             }
         ).encode()
         self._process: subprocess.Popen[bytes] | None = None
@@ -165,14 +168,14 @@ _shared_lock = threading.Lock()
 
 
 def shared_decoder(
-    configs: Sequence[ResizeConfig], bounds: Bounds, *, signs: bool = False
+    configs: Sequence[ResizeConfig], bounds: Bounds, looks: Looks = NO_LOOKS
 ) -> Decoder:
     """This process's decoder. One is kept; another configuration replaces it."""
-    key = f"{[each.model_dump_json() for each in configs]} {bounds} {signs} {COMMAND}"
+    key = f"{[each.model_dump_json() for each in configs]} {bounds} {looks} {COMMAND}"
     with _shared_lock:
         if key not in _shared:
             _close_shared()
-            _shared[key] = Decoder(configs, bounds, signs=signs)
+            _shared[key] = Decoder(configs, bounds, looks)
         return _shared[key]
 
 
@@ -193,18 +196,21 @@ def serve() -> None:
     setup = json.loads(_next(source) or b"")
     configs = [ResizeConfig.model_validate(each) for each in setup["configs"]]
     bounds = Bounds(**setup["bounds"])
+    looks = TypeAdapter(Looks).validate_python(setup["looks"])
+    for check in looks.checks:
+        measure_of(check.measure)  # what it imports counts as there from the start
     _confine(bounds)
     _put(sink, b"ready")
     while (body := _next(source)) is not None:
-        answer, blobs = _answer(body, configs, bounds, signs=setup["signs"])
+        answer, blobs = _answer(body, configs, bounds, looks)
         _put(sink, json.dumps(answer).encode(), *blobs)
 
 
 def _answer(
-    body: bytes, configs: Sequence[ResizeConfig], bounds: Bounds, *, signs: bool
+    body: bytes, configs: Sequence[ResizeConfig], bounds: Bounds, looks: Looks
 ) -> tuple[dict[str, Any], list[bytes]]:
     try:
-        found = store_images(body, configs, bounds, signs=signs)
+        found = store_images(body, configs, bounds, looks)
     except Rejected as rejection:
         return {"rejected": [rejection.reason, rejection.detail]}, []
     except Exception as error:

@@ -14,13 +14,15 @@ import struct
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image, ImageCms
 
 from pipelines.config import ResizeConfig
 from pipelines.guard import Rejected
+from pipelines.image_checks import BLURRED_FACES, MEASURED_SIDE_PX, measured, without_faces
+from pipelines.image_config import FaceBlurConfig, ImageCheckConfig
 from pipelines.perceptual import signature
 from pipelines.resize import (
     Pixels,
@@ -83,6 +85,7 @@ class StoredImage:
     crop_top_px: int
     sha256: str
     signature: bytes | None = None
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 def sniff_format(body: bytes) -> str:
@@ -123,14 +126,32 @@ def check_body(body: bytes, bounds: Bounds) -> None:
         bounds.upright_size(_opened(body))
 
 
+@dataclass(frozen=True)
+class Looks:
+    """What is asked of the pixels and done to them, once they are decoded."""
+
+    signs: bool = False
+    checks: tuple[ImageCheckConfig, ...] = ()
+    blur_faces: FaceBlurConfig | None = None
+
+    @property
+    def min_side_px(self) -> int:
+        """What the shorter side of a decode must have where the image has it."""
+        return MEASURED_SIDE_PX if self.checks or self.blur_faces else 0
+
+
+NO_LOOKS = Looks()
+
+
 def store_images(
-    body: bytes, configs: Sequence[ResizeConfig], bounds: Bounds, *, signs: bool = False
+    body: bytes, configs: Sequence[ResizeConfig], bounds: Bounds, looks: Looks = NO_LOOKS
 ) -> list[StoredImage | Rejected]:
-    """Check and decode one body, and store it as each of ``configs`` says; ``signs`` it, too.
+    """Check and decode one body, and store it as each of ``configs`` says.
 
     What a configuration gets does not depend on the others: ``Rejected`` is returned where one
-    refuses the image (``image_too_small``, ``decode``), and raised for what ``bounds`` or the
-    header refuse (``format``, ``pixels``, ``image_too_small``, ``image_aspect_ratio``, ``decode``).
+    refuses the image (``image_too_small``, ``decode``, ``image_check``), and raised for what
+    ``bounds`` or the header refuse (``format``, ``pixels``, ``image_too_small``,
+    ``image_aspect_ratio``, ``decode``).
     """
     found: dict[int, StoredImage | Rejected] = {}
     with _ONE_AT_A_TIME:
@@ -140,7 +161,7 @@ def store_images(
         groups: dict[int, list[int]] = {}
         for number, config in enumerate(configs):
             if is_large_enough(*size, config):
-                groups.setdefault(_reduction(image, size, config), []).append(number)
+                groups.setdefault(_reduction(image, size, config, looks), []).append(number)
             else:
                 found[number] = Rejected("image_too_small", f"{size[0]} x {size[1]}")
         for turn, (reduction, numbers) in enumerate(groups.items()):
@@ -148,14 +169,16 @@ def store_images(
                 image = _opened(body)  # a decoder takes its scale once
             try:
                 pixels = _decoded(image, reduction)
+                measures = measured(pixels, looks.checks)
             except Rejected as rejection:
                 found.update(dict.fromkeys(numbers, rejection))
                 continue
-            mark = signature(pixels) if signs else None
+            mark = signature(pixels) if looks.signs else None
+            if looks.blur_faces is not None:
+                pixels, measures[BLURRED_FACES] = without_faces(pixels, looks.blur_faces)
             for number in numbers:
-                found[number] = replace(
-                    _stored(pixels, configs[number], size, sha256), signature=mark
-                )
+                stored = _stored(pixels, configs[number], size, sha256)
+                found[number] = replace(stored, signature=mark, measures=measures)
     return [found[number] for number in range(len(configs))]
 
 
@@ -204,11 +227,15 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (height_px, width_px) if _orientation(image) in _SWAPPING_ORIENTATIONS else image.size
 
 
-def _reduction(image: Image.Image, size: tuple[int, int], config: ResizeConfig) -> int:
+def _reduction(
+    image: Image.Image, size: tuple[int, int], config: ResizeConfig, looks: Looks
+) -> int:
     """How many times smaller, per side, a JPEG is decoded: 1, 2, 4 or 8."""
     if image.format not in ("JPEG", "MPO"):
         return 1
     spare = spare_detail(*size, config) / _DRAFT_FACTOR
+    if looks.min_side_px:
+        spare = min(spare, min(size) / looks.min_side_px)
     return next((by for by in (8, 4, 2) if spare >= by), 1)
 
 

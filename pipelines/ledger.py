@@ -74,6 +74,7 @@ REASONS = (
     "image_too_small",
     "image_aspect_ratio",
     "decode",
+    "image_check",
     "duplicate_image",
     "near_duplicate",
 )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import polars as pl
 
+from infra.digests import canonical_json
 from pipelines.connection import Failed
 from pipelines.guard import Rejected
 from pipelines.images import StoredImage
@@ -43,6 +44,7 @@ OUTCOME_SCHEMA: dict[str, pl.DataType] = {
     "offset": pl.Int64(),
     "num_bytes": pl.Int64(),
     "signature": pl.Binary(),
+    "measures": pl.String(),
 }
 
 
@@ -63,6 +65,7 @@ def outcome_columns(outcome: StoredImage | NotStored | None, offset: int = 0) ->
         "offset": offset,
         "num_bytes": len(outcome.data),
         "signature": outcome.signature,
+        "measures": canonical_json(outcome.measures).decode() if outcome.measures else None,
     }
 
 

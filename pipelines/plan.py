@@ -16,6 +16,7 @@ from pipelines.build import Build, PartMarker, ReadMarker, StagedMarker
 from pipelines.caption_tokens import tokenizer_part
 from pipelines.config import CurationConfig
 from pipelines.decontaminate import decontamination_part
+from pipelines.image_checks import checks_part
 from pipelines.inputs import READ_AGAIN_BYTES, InputFile, Unit, find_inputs, units_of
 from pipelines.tombstones import Tombstones, load_tombstones
 from pipelines.workspace import noted_version
@@ -131,6 +132,7 @@ def _build(
         "code": code_digest("pipelines"),
         **tokenizer_part(config),
         **decontamination_part(config.decontaminate),
+        **checks_part(config.image_checks),
     }
     base_key = sha256_bytes(canonical_json(identity))
     dataset_root = storage.join(store_uri, "datasets", name)

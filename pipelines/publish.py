@@ -11,6 +11,7 @@ from pipelines.buckets import SHARD_SIZES
 from pipelines.build import PartMarker, ReadMarker
 from pipelines.caption_tokens import tokenizer_part
 from pipelines.decontaminate import decontamination_part
+from pipelines.image_checks import checks_part
 from pipelines.inputs import units_of
 from pipelines.ledger import COMMITTED, FAILED, REASONS, REJECTED
 from pipelines.plan import CurationPlan
@@ -79,6 +80,7 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
             "captions": dict(sorted(captions.items())),
             **tokenizer_part(build.config),
             **decontamination_part(build.config.decontaminate),
+            **checks_part(build.config.image_checks),
             "recipe": recipe,
             **({"recorded_sha256": dict(matches)} if matches else {}),
             **({SHARD_SIZES: sizes} if build.config.resize.crop == "bucket" else {}),

@@ -81,13 +81,13 @@ def shrunk(pixels_HW3: Pixels, config: ResizeConfig, bucket: Size | None = None)
     if bucket == (width_px, height_px) or (bucket is None and scale >= 1):
         return pixels_HW3
     size = bucket or (max(1, round(width_px * scale)), max(1, round(height_px * scale)))
-    cv2 = _cv2()
+    cv2 = opencv()
     return np.asarray(cv2.resize(pixels_HW3, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def encoded(pixels_HW3: Pixels, config: ResizeConfig) -> bytes:
     """The pixels in ``config.encode_format``, without any metadata."""
-    cv2 = _cv2()
+    cv2 = opencv()
     quality = {
         "jpg": cv2.IMWRITE_JPEG_QUALITY,
         "webp": cv2.IMWRITE_WEBP_QUALITY,
@@ -102,7 +102,7 @@ def encoded(pixels_HW3: Pixels, config: ResizeConfig) -> bytes:
 
 
 @functools.cache
-def _cv2() -> ModuleType:
+def opencv() -> ModuleType:
     """OpenCV, with one thread: Spark runs a task per core."""
     import cv2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -120,6 +121,8 @@ def sample_members(
         "source": row["source"],
     }
     known |= {name: row[name] for name in _WHERE_KNOWN if row.get(name) is not None}
+    if row.get("measures") is not None:
+        known["measures"] = json.loads(row["measures"])
     return {
         extension: image,
         "json": canonical_json(known),

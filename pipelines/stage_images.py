@@ -30,7 +30,7 @@ from pipelines.decontaminate import CONTAMINATED, contaminated
 from pipelines.duplicates import row_duplicates
 from pipelines.fetch import Fetcher, shared_fetcher
 from pipelines.filters import caption_filters, first_reason
-from pipelines.images import Bounds, StoredImage
+from pipelines.images import Bounds, Looks, StoredImage
 from pipelines.img2dataset_engine import outcomes_by_img2dataset
 from pipelines.ledger import FAILED, REJECTED, is_worth_a_retry
 from pipelines.outcomes import (
@@ -53,7 +53,15 @@ from pipelines.tombstones import TAKEDOWN, Tombstones
 # Fewer downloads than this say nothing about the network.
 MIN_ATTEMPTS_TO_JUDGE = 20
 # Reasons that only a body that arrived can give.
-_ARRIVED = ("hash_mismatch", "format", "pixels", "image_too_small", "image_aspect_ratio", "decode")
+_ARRIVED = (
+    "hash_mismatch",
+    "format",
+    "pixels",
+    "image_too_small",
+    "image_aspect_ratio",
+    "decode",
+    "image_check",
+)
 
 
 def stage_images(
@@ -302,9 +310,8 @@ def images_of(
         if changed is not None:
             return [changed] * len(configs)
     try:
-        signs = first.duplicates.perceptual is not None
         resizes = [each.resize for each in configs]
-        decoder = shared_decoder(resizes, bounds_of(first), signs=signs)
+        decoder = shared_decoder(resizes, bounds_of(first), looks_of(first))
         found = decoder.store(body)
     except Exception as error:
         return [not_stored(error)] * len(configs)
@@ -326,6 +333,12 @@ def bounds_of(config: CurationConfig) -> Bounds:
         min_height_px=config.filters.min_height_px,
         max_aspect_ratio=config.filters.max_aspect_ratio,
     )
+
+
+def looks_of(config: CurationConfig) -> Looks:
+    """What the recipe asks of the pixels."""
+    signs = config.duplicates.perceptual is not None
+    return Looks(signs, tuple(config.image_checks), config.blur_faces)
 
 
 def _check_network(rows: pl.DataFrame, config: CurationConfig, partition: int) -> None:

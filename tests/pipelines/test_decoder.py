@@ -13,7 +13,7 @@ from pipelines.config import ResizeConfig
 from pipelines.connection import Failed
 from pipelines.decoder import Decoder
 from pipelines.guard import Rejected
-from pipelines.images import Bounds, StoredImage, store_images
+from pipelines.images import Bounds, Looks, StoredImage, store_images
 from pipelines.outcomes import NotStored
 from pipelines.stage_images import images_of
 
@@ -26,7 +26,7 @@ import os, signal, sys, time
 from pipelines import decoder
 real = decoder.store_images
 
-def store(body, configs, bounds, *, signs):
+def store(body, configs, bounds, looks):
     if b"SEGV" in body[-20:]:
         os.kill(os.getpid(), signal.SIGSEGV)
     if b"EXIT" in body[-20:]:
@@ -40,7 +40,7 @@ def store(body, configs, bounds, *, signs):
             file.write("x")
     if b"KEYS" in body[-20:]:
         raise decoder.Rejected("format", " ".join(sorted(os.environ)))
-    return real(body, configs, bounds, signs=signs)
+    return real(body, configs, bounds, looks)
 
 decoder.store_images = store
 decoder.serve()
@@ -56,7 +56,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def decoder() -> Any:
-    found = Decoder(CONFIGS, BOUNDS, signs=True)
+    found = Decoder(CONFIGS, BOUNDS, Looks(signs=True))
     yield found
     found.close()
 
@@ -68,7 +68,7 @@ def test_what_comes_back_is_what_this_process_would_make(
         encode(make_picture(1)), encode(make_picture(2, 900, 700), "PNG"),
         encode(make_picture(3))[:4000],
     ):  # fmt: skip
-        here, there = store_images(body, CONFIGS, BOUNDS, signs=True), decoder.store(body)
+        here, there = store_images(body, CONFIGS, BOUNDS, Looks(signs=True)), decoder.store(body)
         assert list(map(str, here)) == list(map(str, there))
         assert [each.data for each in here if isinstance(each, StoredImage)] == [
             each.data for each in there if isinstance(each, StoredImage)
