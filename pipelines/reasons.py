@@ -73,6 +73,7 @@ WORDS = {
     "image_too_small": "smaller than asked for, once fetched",
     "image_aspect_ratio": "longer or wider than asked for, once fetched",
     "decode": "does not decode",
+    "image_check": "what was measured of the pixels is out of range",
     "duplicate_image": "the same bytes as another image",
     "near_duplicate": "looks like another image",
     "hash_mismatch": "not the bytes that the metadata recorded",
