@@ -90,8 +90,10 @@ class Tray:
 
 
 class StrangersThumbnails:
-    """Thumbnails of bodies from the web, decoded where all others are, in a child, and faces blurred
-    where the recipe asks for it."""
+    """Thumbnails of bodies from the web, decoded where all others are, in a child.
+
+    Faces are blurred where the recipe asks for it.
+    """
 
     def __init__(self, config: CurationConfig) -> None:
         small = ResizeConfig(

@@ -93,3 +93,15 @@ def test_versions_are_not_removed_where_the_registry_is_unknown(
     assert done.exit_code == 1
     assert "whose registry is known" in done.output
     assert all(storage.exists(uri) for uri in versions)
+
+
+def test_a_version_that_is_whole_is_said_to_be(store: str, tmp_path: Path) -> None:
+    root = storage.join(store, "datasets", "d")
+    uri, manifest = published(root, tmp_path, [ledger_rows(10)], b"no image")
+    done = CliRunner().invoke(app, ["repair", uri, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output)["version"] == manifest.version
+    storage.write_bytes(storage.join(root, manifest.ledger[0].path), b"x")
+    done = CliRunner().invoke(app, ["repair", "d", "--store", store])
+    assert done.exit_code == 1
+    assert "atelier run RECIPE --repair" in done.output
