@@ -75,6 +75,8 @@ REASONS = (
     "image_aspect_ratio",
     "decode",
     "image_check",
+    "placeholder",
+    "duplicate_of_other",
     "duplicate_image",
     "near_duplicate",
 )
