@@ -11,7 +11,14 @@ from typing import Annotated
 
 import typer
 
-from app import captioning_verbs, dataset_verbs, model_verbs, painting_verbs, scoring_verbs
+from app import (
+    captioning_verbs,
+    dataset_verbs,
+    model_verbs,
+    painting_verbs,
+    report_verbs,
+    scoring_verbs,
+)
 from app.verb import Output, verb
 
 HELP = """From LAION-shaped metadata to a text-to-image model: curate, train, paint.
@@ -300,6 +307,7 @@ painting_verbs.register(app)
 scoring_verbs.register(app)
 captioning_verbs.register(app)
 dataset_verbs.register(app)
+report_verbs.register(app)
 model_verbs.register(app)
 
 

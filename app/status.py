@@ -219,6 +219,19 @@ def read_made(home: Path) -> RunStatus | None:
     return newest
 
 
+def newest_of_each_recipe(home: Path) -> list[RunStatus]:
+    """Of every recipe that ran in this home its runs, until one ended well; newest first."""
+    found: list[RunStatus] = []
+    ended: set[str] = set()
+    for path in sorted((home / "runs").glob("*/status.json"), reverse=True):
+        status = None if path.parent.name == "latest" else _read(path)
+        if status is not None and status.recipe_name not in ended:
+            found.append(status)
+            if status.state == DONE and status.command.startswith("atelier run "):
+                ended.add(status.recipe_name)
+    return found
+
+
 def _read(path: Path) -> RunStatus | None:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

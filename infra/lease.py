@@ -198,6 +198,20 @@ class Lease:
                 continue  # storage is away: the next beat tries again, check() will tell
 
 
+def refuse_if_held(uri: str, *, also_by_this_process: bool = True) -> bool:
+    """Raise ``LeaseHeld`` when the lease's holder is alive; takes nothing.
+
+    Returns whether the lease is marked as held by somebody who is not alive any more.
+    """
+    found = _read(uri)
+    if found is None or not found.held:
+        return False
+    if found.token in _TOKENS_HELD_HERE and not also_by_this_process:
+        return False
+    Lease(uri, "")._refuse_if_alive(found)
+    return True
+
+
 def _read(uri: str) -> LeaseRecord | None:
     try:
         raw = storage.read_json(uri)

@@ -49,7 +49,7 @@ class PartMarker:
     ``shard_sizes``: width and height of every image of a shard, px, where they are alike.
     ``captions``: what was done to the captions of its rows -> how many rows.
     ``hash_matches``: how many committed rows have the ``same`` sha256 as recorded, or a
-    ``different`` one.
+    ``different`` one. ``pictures``: of copies that stay out, see ``rejected``.
     """
 
     shards: list[ShardEntry]
@@ -61,6 +61,7 @@ class PartMarker:
     shard_sizes: dict[str, list[int]] = field(default_factory=dict)
     captions: dict[str, int] = field(default_factory=dict)
     hash_matches: dict[str, int] = field(default_factory=dict)
+    pictures: FileEntry | None = None
 
     @property
     def num_rows(self) -> int:
@@ -72,7 +73,7 @@ class StagedMarker:
     """A partition was fetched: its rows, and the encoded images they point into.
 
     After a retry, both are those of the ``round`` alone; ``carried`` is what the rounds before it
-    came to.
+    came to. ``pictures``: of bodies that were rejected, see ``rejected``.
     """
 
     rows: FileEntry
@@ -80,6 +81,7 @@ class StagedMarker:
     round: int = 0
     captions: dict[str, int] = field(default_factory=dict)
     carried: PartMarker | None = None
+    pictures: FileEntry | None = None
 
     @property
     def carried_files(self) -> list[FileEntry | ShardEntry | None]:

@@ -39,6 +39,7 @@ from pipelines.caption_local import identify_local
 from pipelines.captioning_config import CaptioningConfig, TakeConfig
 from pipelines.captions import choose_caption, within_budget
 from pipelines.derive import Derivation, Members
+from pipelines.exclusive import refuse_while_removing
 from pipelines.units import ProgressCallback, run_units, watching
 from pipelines.workspace import Workspace
 
@@ -308,6 +309,7 @@ def ask_captions(
         applied(job.environment),
         Lease(storage.join(job.folder, "lease.json"), f"captions of {job.manifest.name}") as lease,
     ):
+        refuse_while_removing(job.unit.dataset_root)
         done = finished_shards(job.unit, shards, retry_failed=job.retry_failed)
         missing = [shard for shard in shards if shard.sha256 not in done]
         if missing:

@@ -14,8 +14,10 @@ from pipelines import engine
 from pipelines.build import Build, PartMarker
 from pipelines.companions import companions_of
 from pipelines.config import CurationConfig
+from pipelines.exclusive import refuse_while_removing
 from pipelines.plan import CurationPlan, companion_build, plan_curation
 from pipelines.publish import assemble_manifest, funnel_of
+from pipelines.rejected import of_build, publish_rejected
 from pipelines.report import write_report
 from pipelines.watch import ProgressCallback, watching
 
@@ -77,6 +79,7 @@ def curate(
             companions = companions_of(name, {**(others or {}), name: config})
         with ExitStack() as stack:
             lease = stack.enter_context(Lease(build.lease_uri, f"curation of {name}"))
+            refuse_while_removing(build.dataset_root)
             found = [companion_build(n, their, store_uri, plan) for n, their in companions.items()]
             # Other takedowns would leave other rows to fetch.
             builds = [each for each in found if each.tombstones == build.tombstones]
@@ -99,7 +102,8 @@ def curate(
             manifest = assemble_manifest(name, plan)
             lease.check()
             manifest_uri = publish_manifest(build.dataset_root, manifest)
-            write_report(manifest_uri, manifest)
+            publish_rejected(build.dataset_root, manifest, of_build(build))
+            write_report(manifest_uri, manifest, spark, environment)
             build.finish(manifest.version)
         return _result(plan, manifest_uri, manifest)
 

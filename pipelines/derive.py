@@ -26,9 +26,20 @@ from pipelines.buckets import SHARD_SIZES, moved
 from pipelines.build import KEY_CHARS
 from pipelines.config import ShardConfig
 from pipelines.embed import checked_bytes, publish_file
+from pipelines.exclusive import refuse_while_removing
 from pipelines.ledger import COMMITTED, FAILED, LEDGER_SCHEMA, REJECTED, LedgerFile, count
+from pipelines.rejected import (
+    Tray,
+    offer_sample,
+    publish_rejected,
+    read_pictures,
+    shards_pictured,
+    without_taken_down,
+    write_pictures,
+)
 from pipelines.report import write_report
 from pipelines.shards import ShardWriter, read_shard
+from pipelines.tombstones import load_tombstones
 from pipelines.units import ProgressCallback, run_units, watching
 from pipelines.workspace import Workspace
 
@@ -99,10 +110,12 @@ class Derivation(Workspace):
 
 @dataclass(frozen=True)
 class DerivedShard:
-    """What one shard became: itself, another one, or none. ``changes`` has what was decided."""
+    """What one shard became: itself, another one, or none. ``changes`` has what was decided,
+    ``pictures`` shows some of what left."""
 
     shards: list[ShardEntry]
     changes: FileEntry | None
+    pictures: FileEntry | None = None
 
     @property
     def files(self) -> list[FileEntry | ShardEntry]:
@@ -147,12 +160,17 @@ def derive(
         applied(job.environment),
         Lease(storage.join(job.folder, "lease.json"), held_by) as lease,
     ):
+        refuse_while_removing(job.dataset_root)
         shards = _finish(job, SHARDS, DerivedShard, spark, progress)
         ledgers = _finish(job, LEDGER, DerivedLedger, spark, None)
         manifest = assemble(job, shards, ledgers)
         lease.check()
         uri = publish_manifest(job.dataset_root, manifest)
-        write_report(uri, manifest)
+        pictures = (each.pictures for each in shards if each.pictures is not None)
+        made = read_pictures(storage.join(job.dataset_root, entry.path) for entry in pictures)
+        publish_rejected(job.dataset_root, manifest, made, job.manifest.version)
+        write_report(uri, manifest, spark, job.environment)
+        storage.write_json(storage.join(job.folder, "result.json"), {"version": manifest.version})
     return DerivationResult(uri, manifest, sum(each.changes is not None for each in shards))
 
 
@@ -224,6 +242,8 @@ def _derive_shard(job: Derivation, index: int, folder: Path) -> DerivedShard:
         return DerivedShard([shard], None)
     by_id = {row["sample_id"]: row for row in decided.iter_rows(named=True)}
     data = checked_bytes(storage.join(job.dataset_root, shard.path), shard.sha256)
+    tray = Tray()
+    is_pictured = shard.path in shards_pictured(job.manifest)
     with ShardWriter(_WHOLE_SHARD, job.dataset_root, folder) as writer:
         for key, members in read_shard(data):
             row = by_id.pop(key, None)
@@ -231,6 +251,8 @@ def _derive_shard(job: Derivation, index: int, folder: Path) -> DerivedShard:
                 writer.add(key, members)
             elif row["reason"] is None:
                 writer.add(key, job.rewrite(members, row))
+            elif is_pictured:
+                offer_sample(tray, row["reason"], key, members)
         shards = writer.finish()
     if by_id:
         raise RuntimeError(f"{shard.path} has no sample {min(by_id)}")
@@ -239,7 +261,13 @@ def _derive_shard(job: Derivation, index: int, folder: Path) -> DerivedShard:
     decided.select(known).write_parquet(path)
     relative = f"{job.relative}/changes"
     entry = publish_file(path, job.dataset_root, relative, "parquet", decided.height)
-    return DerivedShard(shards, entry)
+    pictures = without_taken_down(tray.frame(), load_tombstones(job.dataset_root))
+    if pictures.is_empty():
+        return DerivedShard(shards, entry)
+    path = write_pictures(pictures, folder)
+    relative = f"{job.relative}/pictures"
+    shown = publish_file(path, job.dataset_root, relative, "parquet", pictures.height)
+    return DerivedShard(shards, entry, shown)
 
 
 def _derive_ledger(job: Derivation, ledger: FileEntry, folder: Path) -> DerivedLedger:

@@ -23,6 +23,7 @@ from infra.lease import Lease
 from infra.manifest import DatasetManifest, FileEntry, ShardEntry, dataset_root, load_manifest
 from pipelines.clip_model import ClipIdentity, identify, publish_weights
 from pipelines.embed import EmbeddedShard, EmbedTask, embed_shard, embeddings_folder
+from pipelines.exclusive import refuse_while_removing
 from pipelines.scoring_config import ClipConfig
 from pipelines.units import ProgressCallback, run_units, watching
 from pipelines.workspace import Workspace
@@ -126,6 +127,7 @@ def embed_dataset(
     with applied(environment or {}):
         job = replace(plan_embeddings(manifest_uri, config), environment=dict(environment or {}))
         with Lease(storage.join(job.folder, "lease.json"), "embedding") as lease:
+            refuse_while_removing(dataset_root(manifest_uri))
             done = finished_units(job)
             missing = [shard for shard in job.manifest.shards if shard.sha256 not in done]
             if missing:

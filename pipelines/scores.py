@@ -33,6 +33,7 @@ from pipelines.embed import (
     read_rows,
 )
 from pipelines.embeddings import EmbeddingsManifest
+from pipelines.exclusive import refuse_while_removing
 from pipelines.heads import Head
 from pipelines.units import ProgressCallback, run_units, watching
 from pipelines.workspace import Workspace
@@ -164,6 +165,7 @@ def score_dataset(
     with applied(environment or {}):
         job = ScoresJob(root, embeddings, tuple(heads), dict(environment or {}))
         with Lease(storage.join(job.folder, "lease.json"), "scoring") as lease:
+            refuse_while_removing(root)
             done = finished_scores(job)
             missing = [unit for unit in embeddings.units if unit.shard_sha256 not in done]
             if missing:

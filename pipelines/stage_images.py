@@ -20,6 +20,7 @@ import polars as pl
 import pyarrow as pa
 
 from infra.errors import UserError
+from infra.manifest import FileEntry
 from pipelines.build import Build, PartMarker, StagedMarker
 from pipelines.captions import CAPTION_COLUMNS, caption_counts, with_captions
 from pipelines.columns import CANONICAL_SCHEMA
@@ -39,6 +40,14 @@ from pipelines.outcomes import (
     outcome_columns,
 )
 from pipelines.read_rows import TRAVEL_SCHEMA, without_removed
+from pipelines.rejected import (
+    NUM_PLACES,
+    Show,
+    Tray,
+    offering,
+    without_taken_down,
+    write_pictures,
+)
 from pipelines.tombstones import TAKEDOWN, Tombstones
 
 # Fewer downloads than this say nothing about the network.
@@ -71,13 +80,18 @@ def stage_images(
         rows = prepared_rows(pa.Table.from_batches(batches, TRAVEL_SCHEMA), build.config)
         rows = without_removed(rows, build.tombstones)
         fetcher = shared_fetcher(build.config.fetch)
-        fetched = fetch_rows(rows, [each.config for each in builds], fetcher, folder)
+        trays = [Tray() for _ in builds if partition < NUM_PLACES]
+        fetched = fetch_rows(rows, [each.config for each in builds], fetcher, folder, trays)
         _check_network(fetched[0], build.config, partition)
         # The one whose partition this is comes last: until it is marked, all is done again.
         for number, each in reversed(list(enumerate(builds))):
             staged = without_removed_images(fetched[number], build.tombstones)
             staged = staged.with_columns(_round(0))
-            _leave(each, partition, staged, folder, images_path(folder, number), round=0)
+            pictures = None
+            if trays:
+                pictures = without_taken_down(trays[number].frame(), build.tombstones)
+            images = images_path(folder, number)
+            _leave(each, partition, staged, folder, images, round=0, pictures=pictures)
 
 
 def retry_images(build: Build, partition: int, round: int) -> None:
@@ -104,7 +118,8 @@ def retry_images(build: Build, partition: int, round: int) -> None:
         again = again.with_columns(_round(round)).select(rows.columns)
         rows = pl.concat([rows.filter(~is_worth_a_retry()), again])
         images = images_path(folder, 0)
-        _leave(build, partition, rows, folder, images, round=round, carried=part)
+        pictures = staged.pictures
+        _leave(build, partition, rows, folder, images, round=round, carried=part, kept=pictures)
 
 
 def _round(number: int) -> pl.Expr:
@@ -120,8 +135,15 @@ def _leave(
     *,
     round: int,
     carried: PartMarker | None = None,
+    pictures: pl.DataFrame | None = None,
+    kept: FileEntry | None = None,
 ) -> None:
-    """Upload ``rows`` and the images they point into, and say so."""
+    """Upload ``rows``, the images they point into and ``pictures``, and say so.
+
+    ``kept`` are pictures that an earlier round uploaded.
+    """
+    if pictures is not None and not pictures.is_empty():
+        kept = build.stage(write_pictures(pictures, folder), "pictures", pictures.height)
     rows_path = folder / "rows"
     rows.write_parquet(rows_path, row_group_size=10_000)
     num_images = rows.filter(pl.col("round") == round)["offset"].count()
@@ -131,6 +153,7 @@ def _leave(
         captions=caption_counts(rows),
         round=round,
         carried=carried,
+        pictures=kept,
     )
     build.write(marker, partition)
 
@@ -175,11 +198,16 @@ def images_path(folder: Path, number: int) -> Path:
 
 
 def fetch_rows(
-    rows: pl.DataFrame, configs: Sequence[CurationConfig], fetcher: Fetcher, folder: Path
+    rows: pl.DataFrame,
+    configs: Sequence[CurationConfig],
+    fetcher: Fetcher,
+    folder: Path,
+    trays: Sequence[Tray] = (),
 ) -> list[pl.DataFrame]:
     """Fetch every row without a reason, once, and store its image as each of ``configs`` says.
 
     Per configuration the rows with their outcomes in columns; the images are at ``images_path``.
+    ``trays``, one per configuration, are offered bodies that were rejected.
     """
     refused = [
         outcome_columns(None if reason is None else NotStored(REJECTED, reason, False, ""))
@@ -194,7 +222,8 @@ def fetch_rows(
         ]
         recorded = rows["recorded_sha256"].to_list()
         todo = spread_by_host(rows)
-        for index, found in _outcomes(todo, recorded, configs, fetcher, folder):
+        show = stack.enter_context(offering(rows, trays, configs[0].fetch.max_pixels))
+        for index, found in _outcomes(todo, recorded, configs, fetcher, folder, show):
             for number, outcome in enumerate(found):
                 outcomes[number][index] = outcome_columns(outcome, offsets[number])
                 if isinstance(outcome, StoredImage):
@@ -230,6 +259,7 @@ def _outcomes(
     configs: Sequence[CurationConfig],
     fetcher: Fetcher,
     folder: Path,
+    show: Show,
 ) -> Iterator[tuple[int, Sequence[StoredImage | NotStored]]]:
     """Outcomes as they come; at most ``num_threads`` bodies are under way or waiting."""
     first = configs[0]
@@ -257,7 +287,9 @@ def _outcomes(
             if isinstance(found, NotStored):
                 yield index, [found] * len(configs)
             else:
-                yield index, images_of(found, configs, recorded[index])
+                images = images_of(found, configs, recorded[index])
+                show(index, found, images)
+                yield index, images
 
 
 def fetch_body(url: str, fetcher: Fetcher) -> bytes | NotStored:

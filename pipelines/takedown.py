@@ -8,10 +8,7 @@ scores, tokens, indexes and working files.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,25 +20,29 @@ from pydantic import TypeAdapter, ValidationError
 from infra import storage
 from infra.digests import canonical_json, sha256_bytes
 from infra.environment import applied
-from infra.lease import Lease
 from infra.manifest import (
     MANIFEST_NAME,
-    WITHDRAWN_NAME,
     DatasetManifest,
     FileEntry,
-    load_manifest,
     successor_of,
     withdraw,
 )
 from pipelines.build import KEY_CHARS
 from pipelines.derive import Derivation, derive
 from pipelines.embed import checked_bytes, publish_file
+from pipelines.exclusive import nobody_else
 from pipelines.ledger import COMMITTED, REJECTED, without_addresses
 from pipelines.plan import build_key
+from pipelines.rejected import forget_taken_down
+from pipelines.report import write_report
 from pipelines.score import Bars
-from pipelines.search import LATEST
+from pipelines.stored import (
+    listed_paths,
+    live_versions,
+    paths_beside,
+    sizes_under,
+)
 from pipelines.tombstones import (
-    FOLDER,
     TAKEDOWN,
     Tombstones,
     load_tombstones,
@@ -53,9 +54,6 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 TAKEDOWN_VERSION = 1
-_VERSION = re.compile(r"[0-9a-f]{64}")
-_STEM_CHARS = 32
-_BY_SHARD = ("captions", "embeddings", "scores", "tokens")
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ def take_down(
 
     Raises ``LeaseHeld`` while a curation or a scoring of the dataset is at work.
     """
-    with applied(environment or {}), _nobody_else(dataset_root):
+    with applied(environment or {}), nobody_else(dataset_root, "takedown"):
         publish_tombstones(dataset_root, wanted)
         tombstones = load_tombstones(dataset_root)
         counts = look_for(dataset_root, tombstones, spark, bars, environment)
@@ -219,6 +217,10 @@ def take_down(
         for old, new in successors.items():
             withdraw(dataset_root, old, new)
         _point_builds(dataset_root, tombstones)
+        for manifest in live_versions(dataset_root):
+            if forget_taken_down(dataset_root, manifest.version, tombstones):
+                uri = storage.join(dataset_root, manifest.version, MANIFEST_NAME)
+                write_report(uri, manifest, spark, environment)
         num_bytes = purge(dataset_root)
         gone = [counts[old] for old in successors]
         name = dataset_root.rstrip("/").rpartition("/")[2]
@@ -228,31 +230,6 @@ def take_down(
 
 def _look(job: TakedownJob, missing: list[int], number: int) -> None:
     job.look(missing[number])
-
-
-def live_versions(dataset_root: str) -> list[DatasetManifest]:
-    """The manifests under a dataset's root, in order of version."""
-    found = []
-    for info in storage.list_objects(dataset_root):
-        folder, _, name = info.uri.rpartition("/")
-        version = folder.rpartition("/")[2]
-        if name == MANIFEST_NAME and folder == storage.join(dataset_root, version):
-            found.append(load_manifest(info.uri))
-    return sorted(found, key=lambda manifest: manifest.version)
-
-
-def _nobody_else(dataset_root: str) -> ExitStack:
-    """Every lease under the root, taken for the time of the takedown."""
-    with ExitStack() as stack:
-        leases = [storage.join(dataset_root, "work", "takedown-lease.json")]
-        leases += [
-            info.uri
-            for info in storage.list_objects(dataset_root)
-            if info.uri.endswith("/lease.json") and "/takedown-" not in info.uri
-        ]
-        for uri in leases:
-            stack.enter_context(Lease(uri, "takedown"))
-        return stack.pop_all()
 
 
 def _point_builds(dataset_root: str, tombstones: Tombstones) -> None:
@@ -276,58 +253,23 @@ def purge(dataset_root: str) -> int:
     Finished builds keep the note of their result. A build that was under way begins again.
     """
     live = live_versions(dataset_root)
-    versions = {manifest.version for manifest in live}
-    stems = {shard.sha256[:_STEM_CHARS] for manifest in live for shard in manifest.shards}
-    kept = {shard.path for manifest in live for shard in manifest.shards}
-    kept |= {file.path for manifest in live for file in manifest.ledger}
-    prefix = dataset_root.rstrip("/") + "/"
-    sizes = {
-        info.uri.removeprefix(prefix): info.num_bytes for info in storage.list_objects(dataset_root)
-    }
-    for path in sizes:
-        if _is_note(path, stems, versions) and path.endswith(".json"):
-            kept.add(path)
-            if path.startswith(_BY_SHARD):
-                kept.update(_paths_in(json.loads(storage.read_bytes(prefix + path))))
-        elif _is_note(path, stems, versions):
-            kept.add(path)
-    if LATEST in sizes and storage.read_json(prefix + LATEST).get("manifest") in kept:
-        kept.add(LATEST)
+    sizes = sizes_under(dataset_root)
+    kept = listed_paths(live) | paths_beside(dataset_root, live, sizes)
+    kept |= {path for path in sizes if _is_note_of_work(path)}
     num_bytes = 0
     for path, size in sizes.items():
         if path not in kept:
-            storage.delete(prefix + path)
+            storage.delete(storage.join(dataset_root, path))
             num_bytes += size
     return num_bytes
 
 
-def _is_note(path: str, stems: set[str], versions: set[str]) -> bool:
-    """Whether a file stays for what it is called."""
+def _is_note_of_work(path: str) -> bool:
+    """Results of builds, and what is known of inputs and verified files."""
     folder, _, name = path.rpartition("/")
-    parts = path.split("/")
-    if parts[0] == FOLDER or parts[0] in versions or name.endswith("lease.json"):
-        return True
-    if name == WITHDRAWN_NAME and _VERSION.fullmatch(parts[0]):
-        return True
-    if parts[0] == "work":
-        return name == "result.json" or folder in ("work/inputs", "work/verified")
-    if parts[0] in _BY_SHARD:
-        known = {*parts, name.partition(".")[0]}
-        return not (known.isdisjoint(stems) and known.isdisjoint(versions))
-    return False
-
-
-def _paths_in(value: Any) -> Iterator[str]:
-    """Every ``path`` in a JSON value."""
-    if isinstance(value, dict):
-        for name, found in value.items():
-            if name == "path" and isinstance(found, str):
-                yield found
-            else:
-                yield from _paths_in(found)
-    elif isinstance(value, list):
-        for found in value:
-            yield from _paths_in(found)
+    if not path.startswith("work/"):
+        return False
+    return name == "result.json" or folder in ("work/inputs", "work/verified")
 
 
 def _ledger_rows(dataset_root: str, entry: FileEntry) -> pl.DataFrame:

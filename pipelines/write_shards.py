@@ -5,12 +5,14 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from infra import storage
-from infra.manifest import ShardEntry
+from infra.manifest import FileEntry, ShardEntry
 from pipelines.build import Build, PartMarker, StagedMarker
 from pipelines.config import CurationConfig
 from pipelines.duplicates import rank_of
@@ -22,7 +24,9 @@ from pipelines.ledger import (
     count,
     is_worth_a_retry,
 )
+from pipelines.rejected import NUM_PLACES, Tray, without_taken_down, write_pictures
 from pipelines.shards import ShardWriter, sample_members
+from pipelines.thumbnails import thumbnail
 
 _ROWS_AT_ONCE = 1000
 
@@ -106,8 +110,32 @@ def write_shards(build: Build, partition: int, duplicates: pl.DataFrame) -> None
             shard_sizes=sizes,
             captions=staged.captions,
             hash_matches=_hash_matches(every),
+            pictures=_pictures(build, partition, staged, rows, images_path),
         )
         build.write(marker, partition)
+
+
+def _pictures(
+    build: Build, partition: int, staged: StagedMarker, rows: pl.DataFrame, images_path: Path
+) -> FileEntry | None:
+    """Those of copies that stay out; after a retry, what the rounds before left."""
+    if partition >= NUM_PLACES or staged.carried is not None:
+        return None if staged.carried is None else staged.carried.pictures
+    copies = rows.filter((pl.col("disposition") == REJECTED) & pl.col("offset").is_not_null())
+    tray = Tray()
+    with images_path.open("rb") as images:
+
+        def image(row: dict[str, Any]) -> bytes | None:
+            images.seek(row["offset"])
+            return thumbnail(images.read(row["num_bytes"]))
+
+        for row in copies.sort("sample_id").iter_rows(named=True):
+            row["text"] = f"{row['detail'] or 'the same bytes'}: {row['train_caption']}"
+            tray.offer(row["reason"], row, partial(image, row))
+    pictures = without_taken_down(tray.frame(), build.tombstones)
+    if pictures.is_empty():
+        return None
+    return build.stage(write_pictures(pictures, images_path.parent), "pictures", pictures.height)
 
 
 def _hash_matches(rows: pl.DataFrame) -> dict[str, int]:

@@ -26,6 +26,7 @@ from pipelines.decoder import Decoder
 from pipelines.plan import CurationPlan, plan_curation
 from pipelines.publish import assemble_manifest, funnel_of
 from pipelines.read_rows import Slots, read_rows, seeds
+from pipelines.rejected import of_build, publish_rejected
 from pipelines.report import write_report
 from pipelines.shards import read_shard
 from pipelines.stage_images import retry_images, stage_images
@@ -58,7 +59,9 @@ def run(plan: CurationPlan, backwards: bool = False) -> DatasetManifest:
         for partition in plan.parts[::direction]:
             write_shards(build, partition, copies.filter(pl.col("slot") == partition).drop("slot"))
     manifest = assemble_manifest("traps", plan)
-    write_report(publish_manifest(build.dataset_root, manifest), manifest)
+    manifest_uri = publish_manifest(build.dataset_root, manifest)
+    publish_rejected(build.dataset_root, manifest, of_build(build))
+    write_report(manifest_uri, manifest)
     build.finish(manifest.version)
     return manifest
 
@@ -364,7 +367,8 @@ def test_the_report_shows_the_funnel_and_runs_nothing(trap_world: Any, tmp_path:
     page = storage.read_bytes(uri).decode()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
-    assert page.count("<img ") == min(manifest.counts["committed"], 48)
+    kept = page.partition("Some that did not")[0]
+    assert kept.count("<img ") == min(manifest.counts["committed"], 48)
     for reason in funnel_of(manifest):
         assert reason.replace("_", " ") in page
 
