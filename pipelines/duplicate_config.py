@@ -51,7 +51,7 @@ class DuplicateConfig(StrictModel):
 
 
 class DecontaminationConfig(StrictModel):
-    """Evaluation sets that must not be trained on. Rows like one of theirs: `contaminated`."""
+    """Evaluation sets that must not be trained on: `contaminated` and `contaminated_image`."""
 
     prompts: list[str] = operational(
         default_factory=list,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from pipelines.config import CurationConfig
-from pipelines.decontaminate import CONTAMINATED
 from pipelines.duplicate_config import PerceptualConfig
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ DUPLICATE_ROW = "duplicate_row"
 DUPLICATE_URL = "duplicate_url"
 DUPLICATE_IMAGE = "duplicate_image"
 DUPLICATE_OF_OTHER = "duplicate_of_other"
+CONTAMINATED_IMAGE = "contaminated_image"
 PLACEHOLDER = "placeholder"
 # What is compared of an image, and what comes of it. ``slot`` is whose task writes the image,
 # negative for none; ``caption`` tells captions apart.
@@ -33,7 +33,7 @@ _GREATEST = (1 << 63) - 1
 # What ranks of images that are in no partition begin with: before any round's, and by what is
 # said of images like them.
 REFERENCE = "!"
-_REFERENCES = {CONTAMINATED: f"{REFERENCE}0-", DUPLICATE_OF_OTHER: f"{REFERENCE}1-"}
+_REFERENCES = {CONTAMINATED_IMAGE: f"{REFERENCE}0-", DUPLICATE_OF_OTHER: f"{REFERENCE}1-"}
 
 
 def row_duplicates(rows: pl.DataFrame, *, same_url: bool) -> pl.Series:

@@ -76,6 +76,7 @@ REASONS = (
     "decode",
     "image_check",
     "placeholder",
+    "contaminated_image",
     "duplicate_of_other",
     "duplicate_image",
     "near_duplicate",

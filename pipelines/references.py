@@ -23,9 +23,8 @@ from infra.errors import UserError
 from infra.manifest import DatasetManifest, dataset_root, load_manifest
 from pipelines.clip_model import as_uri
 from pipelines.config import CurationConfig
-from pipelines.decontaminate import CONTAMINATED
 from pipelines.duplicate_config import DecontaminationConfig, DuplicateConfig
-from pipelines.duplicates import DUPLICATE_OF_OTHER, IMAGES, reference_rank
+from pipelines.duplicates import CONTAMINATED_IMAGE, DUPLICATE_OF_OTHER, IMAGES, reference_rank
 from pipelines.embed import checked_bytes
 from pipelines.guard import Rejected
 from pipelines.images import signature_of
@@ -86,7 +85,7 @@ def evaluation_images(config: DecontaminationConfig) -> list[Reference]:
     for address in config.images:
         uri = as_uri(address)
         if uri.endswith("manifest.json"):
-            found += _shards_of(uri, CONTAMINATED, is_signed=config.images_alike)
+            found += _shards_of(uri, CONTAMINATED_IMAGE, is_signed=config.images_alike)
             continue
         listed = [uri] if storage.exists(uri) else [i.uri for i in storage.list_objects(uri)]
         images = sorted(each for each in listed if each.lower().endswith(IMAGE_ENDINGS))
@@ -98,7 +97,7 @@ def evaluation_images(config: DecontaminationConfig) -> list[Reference]:
             )
         for image in images:
             sha256 = sha256_bytes(storage.read_bytes(image))
-            found.append(Reference(image, sha256, "image", CONTAMINATED, config.images_alike))
+            found.append(Reference(image, sha256, "image", CONTAMINATED_IMAGE, config.images_alike))
     return found
 
 

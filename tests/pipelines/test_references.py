@@ -38,7 +38,7 @@ def image_id(number: int) -> str:
 
 def frame_of(pictures: list[Any], num_references: int) -> pl.DataFrame:
     ranks = [
-        reference_rank("contaminated", image_id(n))
+        reference_rank("contaminated_image", image_id(n))
         if n < num_references
         else rank_of(0, 5.0, image_id(n))
         for n in range(len(pictures))
@@ -167,8 +167,10 @@ def test_a_curation_keeps_out_what_others_hold(
         scenes.add(f"/other/{number}.png", scene(number), "duplicate_of_other")
         scenes.add(f"/near/{number}.png", altered(scene(number), rng, "encode"), near_other)
     for number in range(20, 24):
-        scenes.add(f"/test/{number}.png", scene(number), "contaminated")
-        scenes.add(f"/test-like/{number}.png", altered(scene(number), rng, "crop"), "contaminated")
+        scenes.add(f"/test/{number}.png", scene(number), "contaminated_image")
+        scenes.add(
+            f"/test-like/{number}.png", altered(scene(number), rng, "crop"), "contaminated_image"
+        )
     for number in range(5):
         scenes.add(f"/gone/{number}.png", scene(40), "placeholder")
         # As often, and of one caption: no placeholder, but copies.
