@@ -36,4 +36,5 @@ def _asked_for(config: CurationConfig) -> dict[str, Any]:
         "metadata": config.metadata,
         "caption_files": config.captions.files,
         "prompts": config.decontaminate.prompts,
+        "signs_images": config.signs_images,
     }

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from infra.config import StrictModel, operational, semantic
 from pipelines.caption_config import CaptionConfig
+from pipelines.duplicate_config import DecontaminationConfig, DuplicateConfig
 from pipelines.image_config import FaceBlurConfig, ImageCheckConfig
 
 # keep: as if it passed; drop: rejected; later: goes on as unknown, for a scorer after the fetch.
@@ -209,51 +210,6 @@ class ShardConfig(StrictModel):
     max_bytes: int = semantic(256_000_000, "image, text and json bytes per shard", ge=1)
 
 
-class PerceptualConfig(StrictModel):
-    """What looks the same. Any size, encoding, brightness and contrast count as the same."""
-
-    min_similarity: float = semantic(
-        0.8,
-        "cosine of the low frequencies, in [0.7, 1], from which two images are the same",
-        ge=0.7,
-        le=1,
-    )
-    max_crop_ratio: float = semantic(
-        0.1,
-        "of each side that may be cut off, in [0, 0.15]; 0 is eight times as fast",
-        ge=0,
-        le=0.15,
-    )
-    mirrored: bool = semantic(False, "an image and its mirror image are the same")
-
-
-class DuplicateConfig(StrictModel):
-    """Which samples count as the same. The highest aesthetic score stays, then the smallest id."""
-
-    same_url: bool = semantic(True, "rows with the same URL")
-    same_bytes: bool = semantic(True, "images with the same sha256 as fetched")
-    perceptual: PerceptualConfig | None = semantic(
-        None, "images that look the same: {} for the defaults, null: not asked"
-    )
-
-
-class DecontaminationConfig(StrictModel):
-    """Evaluation sets that must not be trained on. Rows like one of theirs: `contaminated`."""
-
-    prompts: list[str] = operational(
-        default_factory=list,
-        description="files of prompts (.txt: a line each; .jsonl, .parquet: prompt, caption or "
-        "text), paths or URIs, known by their content",
-    )
-    min_prompt_likeness: float | None = semantic(
-        0.75,
-        "captions that share so much of a prompt's weighted letter trigrams, in (0, 1]; null: only "
-        "the same words",
-        gt=0,
-        le=1,
-    )
-
-
 class PreferenceConfig(StrictModel):
     """preference_score = offset + scale * aesthetic_score, or ``unknown`` without a score."""
 
@@ -351,6 +307,13 @@ class CurationConfig(StrictModel):
         default_factory=EstimateConfig, description="what `plan` reckons with"
     )
 
+    @property
+    def signs_images(self) -> bool:
+        """Whether images are compared by what they look like."""
+        evaluation = self.decontaminate
+        by_evaluation = bool(evaluation.images) and evaluation.images_alike
+        return self.duplicates.perceptual is not None or by_evaluation
+
     @model_validator(mode="after")
     def _engine_can(self) -> CurationConfig:
         if self.fetch.engine == "atelier":
@@ -358,7 +321,7 @@ class CurationConfig(StrictModel):
         for name, is_asked in {
             "resize.crop: bucket": self.resize.crop == "bucket",
             "also_sizes_px": bool(self.also_sizes_px),
-            "duplicates.perceptual": self.duplicates.perceptual is not None,
+            "duplicates.perceptual or decontaminate.images": self.signs_images,
             "image_checks": bool(self.image_checks),
             "blur_faces": self.blur_faces is not None,
         }.items():

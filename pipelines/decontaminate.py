@@ -24,7 +24,7 @@ from infra import storage
 from infra.digests import canonical_json, sha256_bytes
 from infra.errors import UserError
 from pipelines.clip_model import as_uri
-from pipelines.config import DecontaminationConfig
+from pipelines.duplicate_config import DecontaminationConfig
 
 CONTAMINATED = "contaminated"
 PROMPT_FIELDS = ("prompt", "Prompt", "caption", "text", "TEXT")

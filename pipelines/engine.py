@@ -89,6 +89,7 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
 
     from pipelines import write_shards as task
     from pipelines.duplicates import IMAGES, duplicates_among
+    from pipelines.references import find_references, reference_images
 
     pending = list(partitions)
     one_thread_per_task(spark)
@@ -112,13 +113,18 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
         no_duplicate = [f"cast(null as string) as {n}" for n in ("sample_id", "reason", "detail")]
         seeds = slots.selectExpr("slot", *no_duplicate)
         asked = build.config.duplicates
-        if asked.same_bytes or asked.perceptual is not None:
+        references = find_references(build.config)
+        if references or asked.compares_images:
             num_tasks = math.ceil(build.num_partitions / _INDEXED_PER_TASK)
             every = spark.range(0, build.num_partitions, 1, numPartitions=num_tasks)
             images = every.mapInArrow(index, IMAGES)
             staged = build.read_all(StagedMarker, build.num_partitions).values()
             num_images = sum(each.rows.num_rows for each in staged)
-            seeds = seeds.union(duplicates_among(images, asked, num_images).where("slot >= 0"))
+            if references:
+                images = images.union(reference_images(spark, build, references))
+                num_images += sum(each.num_images for each in references)
+            found = duplicates_among(images, build.config, num_images)
+            seeds = seeds.union(found.where("slot >= 0"))
         _run_by_slot(seeds, len(pending), write)
 
 

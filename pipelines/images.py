@@ -182,6 +182,12 @@ def store_images(
     return [found[number] for number in range(len(configs))]
 
 
+def signature_of(body: bytes) -> bytes:
+    """The signature of an encoded image; ``Rejected`` when it cannot be decoded."""
+    with _ONE_AT_A_TIME:
+        return signature(_decoded(_opened(body), 1))
+
+
 def _stored(
     pixels: Pixels, config: ResizeConfig, size: tuple[int, int], sha256: str
 ) -> StoredImage:

@@ -75,6 +75,9 @@ REASONS = (
     "image_aspect_ratio",
     "decode",
     "image_check",
+    "placeholder",
+    "contaminated_image",
+    "duplicate_of_other",
     "duplicate_image",
     "near_duplicate",
 )

@@ -17,7 +17,8 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.config import PerceptualConfig
+from pipelines.duplicate_config import PerceptualConfig
+from pipelines.duplicates import REFERENCE
 from pipelines.perceptual import NUM_TABLES, Floats, Signatures, Views, alike, bits_for, buckets
 
 if TYPE_CHECKING:
@@ -45,9 +46,12 @@ _PAIR_SCHEMA: dict[str, pl.DataType] = {
 }
 
 
-def near_images(images: DataFrame, config: PerceptualConfig, num_images: int) -> DataFrame:
+def near_images(
+    images: DataFrame, config: PerceptualConfig, num_images: int, *, among_all: bool = True
+) -> DataFrame:
     """``slot, rank, kept`` of every image that one which stays, ``kept``, looks like.
 
+    References are never lost; without ``among_all``, only what looks like one of them is.
     ``images`` has ``slot, rank, signature``, ranks being those of ``rank_of``; Spark shuffles by
     bucket, some 120 entries of 480 bytes an image, or 3 when nothing may be cropped.
     """
@@ -65,7 +69,7 @@ def near_images(images: DataFrame, config: PerceptualConfig, num_images: int) ->
     def compare(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         frames = [pl.DataFrame(batch) for batch in batches]
         if frames:
-            found = pairs(pl.concat(frames), config)
+            found = pairs(pl.concat(frames), config, among_all=among_all)
             yield from found.to_arrow(compat_level=pl.CompatLevel.oldest()).to_batches()
 
     entered = images.mapInArrow(enter, ENTRIES).repartition(num_tasks, "bucket")
@@ -116,7 +120,9 @@ def entries(
         yield distinct.select("bucket", "is_whole", "view").hstack(taken)
 
 
-def pairs(entries: pl.DataFrame, config: PerceptualConfig) -> pl.DataFrame:
+def pairs(
+    entries: pl.DataFrame, config: PerceptualConfig, *, among_all: bool = True
+) -> pl.DataFrame:
     """``kept, lost, slot, similarity`` of the images that share a bucket and look alike.
 
     ``kept`` ranks above ``lost``; ``slot`` is that of ``lost``. A pair may come several times.
@@ -125,6 +131,11 @@ def pairs(entries: pl.DataFrame, config: PerceptualConfig) -> pl.DataFrame:
         return pl.DataFrame(schema=_PAIR_SCHEMA)
     images = entries.unique("rank", keep="first").sort("rank").select("slot", "rank", "signature")
     number = pl.DataFrame({"rank": images["rank"], "number": np.arange(images.height)})
+    # They sort first, so the smaller number of a pair tells.
+    num_references = int(images["rank"].str.starts_with(REFERENCE).sum())
+    smaller = pl.min_horizontal("number", "other")
+    larger = pl.max_horizontal("number", "other")
+    is_asked = (larger >= num_references) & (pl.lit(among_all) | (smaller < num_references))
     placed = entries.select("bucket", "is_whole", "view", "rank").join(number, on="rank")
     whole = placed.filter("is_whole").select("bucket", pl.col("number").alias("other"))
     crowded = whole.group_by("bucket").len().filter(pl.col("len") > MAX_IN_BUCKET)["bucket"]
@@ -133,13 +144,15 @@ def pairs(entries: pl.DataFrame, config: PerceptualConfig) -> pl.DataFrame:
         placed.filter(~is_crowded)
         .join(whole.filter(~is_crowded), on="bucket")
         .filter(pl.col("number") != pl.col("other"))
+        .filter(is_asked)
         .select("number", "view", "other")
         .unique()
     )
     known = _Known(images["signature"], config)
     found = _compare(known, _promising(known, met, config), config)
     for _, members in placed.filter(is_crowded).group_by("bucket", maintain_order=True):
-        found += _compare_to_first(known, members["number"].unique().sort().to_numpy(), config)
+        numbers = members["number"].unique().sort().to_numpy()
+        found += _compare_to_first(known, numbers, num_references, among_all=among_all)
     return _oriented(images, found)
 
 
@@ -207,7 +220,7 @@ def _compare(known: _Known, close: pl.DataFrame, config: PerceptualConfig) -> _F
 
 
 def _compare_to_first(
-    known: _Known, numbers: NDArray[np.int64], config: PerceptualConfig
+    known: _Known, numbers: NDArray[np.int64], num_references: int, *, among_all: bool
 ) -> _Found:
     """In a crowded bucket, each image is compared with those that look like none before them.
 
@@ -218,9 +231,12 @@ def _compare_to_first(
     for batch in _parts(numbers):
         lumas, chromas = known.views(batch)
         for number, luma, chroma in zip(batch.tolist(), lumas, chromas, strict=True):
+            if number < num_references:
+                first.append(number)
+                continue
             hits = known.alike(luma, chroma, np.asarray(first, np.int64))
             found += [(number, *hit) for hit in hits]
-            if not hits:
+            if among_all and not hits:
                 first.append(number)
     return found
 

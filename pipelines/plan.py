@@ -18,6 +18,7 @@ from pipelines.config import CurationConfig
 from pipelines.decontaminate import decontamination_part
 from pipelines.image_checks import checks_part
 from pipelines.inputs import READ_AGAIN_BYTES, InputFile, Unit, find_inputs, units_of
+from pipelines.references import references_part
 from pipelines.tombstones import Tombstones, load_tombstones
 from pipelines.workspace import noted_version
 
@@ -132,6 +133,7 @@ def _build(
         "code": code_digest("pipelines"),
         **tokenizer_part(config),
         **decontamination_part(config.decontaminate),
+        **references_part(config.duplicates, config.decontaminate),
         **checks_part(config.image_checks),
     }
     base_key = sha256_bytes(canonical_json(identity))

@@ -15,6 +15,7 @@ from pipelines.image_checks import checks_part
 from pipelines.inputs import units_of
 from pipelines.ledger import COMMITTED, FAILED, REASONS, REJECTED
 from pipelines.plan import CurationPlan
+from pipelines.references import references_part
 
 
 def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
@@ -80,6 +81,7 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
             "captions": dict(sorted(captions.items())),
             **tokenizer_part(build.config),
             **decontamination_part(build.config.decontaminate),
+            **references_part(build.config.duplicates, build.config.decontaminate),
             **checks_part(build.config.image_checks),
             "recipe": recipe,
             **({"recorded_sha256": dict(matches)} if matches else {}),

@@ -38,7 +38,13 @@ PER_REASON = 12
 MAX_TEXT_CHARS = 300
 FILE_NAME = "rejected.parquet"
 # Which other image they are like is not in every such row, so they go with any takedown.
-_LOOK_LIKE_OTHERS = ("duplicate_image", "near_duplicate")
+_LOOK_LIKE_OTHERS = (
+    "duplicate_image",
+    "near_duplicate",
+    "duplicate_of_other",
+    "contaminated_image",
+    "placeholder",
+)
 _UNDECODABLE = ("format", "pixels", "decode", TAKEDOWN)
 SCHEMA: dict[str, pl.DataType] = {
     "sample_id": pl.String(),

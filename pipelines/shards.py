@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -121,6 +122,8 @@ def sample_members(
         "source": row["source"],
     }
     known |= {name: row[name] for name in _WHERE_KNOWN if row.get(name) is not None}
+    if row.get("signature") is not None:
+        known["signature"] = base64.b64encode(row["signature"]).decode()
     if row.get("measures") is not None:
         known["measures"] = json.loads(row["measures"])
     return {

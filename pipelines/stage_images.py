@@ -337,8 +337,7 @@ def bounds_of(config: CurationConfig) -> Bounds:
 
 def looks_of(config: CurationConfig) -> Looks:
     """What the recipe asks of the pixels."""
-    signs = config.duplicates.perceptual is not None
-    return Looks(signs, tuple(config.image_checks), config.blur_faces)
+    return Looks(config.signs_images, tuple(config.image_checks), config.blur_faces)
 
 
 def _check_network(rows: pl.DataFrame, config: CurationConfig, partition: int) -> None:

@@ -35,12 +35,15 @@ def staged_images(build: Build, partition: int, slot: int) -> pl.DataFrame:
     """The ``IMAGES`` of the partition, for its task's ``slot``."""
     with build.task(f"index-{partition:05d}") as folder:
         rows_path = build.fetch_staged(_staged(build, partition).rows, folder)
-        columns = ["sample_id", "aesthetic_score", "sha256", "round", "signature"]
+        columns = [
+            "sample_id", "aesthetic_score", "sha256", "round", "signature", "train_caption",
+        ]  # fmt: skip
         rows = pl.read_parquet(rows_path, columns=columns).drop_nulls("sha256")
         ranked = rows.select("round", "aesthetic_score", "sample_id").iter_rows()
         ranks = pl.Series("rank", [rank_of(*row) for row in ranked], dtype=pl.String)
         place = pl.lit(slot, dtype=pl.Int32).alias("slot")
-        return rows.select(place, ranks, "sha256", "signature")
+        caption = pl.col("train_caption").hash().reinterpret(signed=True).alias("caption")
+        return rows.select(place, ranks, "sha256", "signature", caption)
 
 
 def write_shards(build: Build, partition: int, duplicates: pl.DataFrame) -> None:

@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 from numpy.typing import NDArray
 
-from pipelines.config import PerceptualConfig
+from pipelines.duplicate_config import PerceptualConfig
 from pipelines.duplicates import rank_of
 from pipelines.near_images import ENTRIES_PER_TASK, entries, losers, pairs
 from pipelines.perceptual import bits_for, signature

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from infra.errors import UserError
 from pipelines.captions import CAPTIONS_TYPE
-from pipelines.config import DecontaminationConfig
 from pipelines.decontaminate import (
     MIN_NEAR_WORDS,
     PromptIndex,
@@ -23,6 +22,7 @@ from pipelines.decontaminate import (
     read_prompts,
     words_of,
 )
+from pipelines.duplicate_config import DecontaminationConfig
 from pipelines.plan import plan_curation
 from tests.pipelines.conftest import EvilWeb, make_trap_world
 from tests.pipelines.test_build import ledger, run

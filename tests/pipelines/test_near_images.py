@@ -19,9 +19,10 @@ import pipelines.near_images
 from infra import storage
 from infra.manifest import load_manifest
 from infra.sessions import ClusterConfig, spark_session, stop_spark
-from pipelines.config import PerceptualConfig
+from pipelines.config import CurationConfig
 from pipelines.curate import curate
-from pipelines.duplicates import duplicates_among, rank_of
+from pipelines.duplicate_config import DuplicateConfig, PerceptualConfig
+from pipelines.duplicates import IMAGES, duplicates_among, rank_of
 from pipelines.near_images import entries, losers, pairs
 from pipelines.perceptual import Signatures, Views, alike, bits_for, signature
 from tests.pipelines.alike import KINDS, altered, scene
@@ -215,12 +216,13 @@ def test_spark_finds_the_same(
         expected[lost.split("-")[2]] = min(by_lost[lost] - gone).split("-")[2]
     monkeypatch.setattr(pipelines.near_images, "MAX_PAIRS_ON_DRIVER", on_driver)
     monkeypatch.setattr(pipelines.near_images, "ENTRIES_PER_TASK", 20_000)
-    rows = [(1, rank, image_id(n), bytes(mark)) for n, (_, rank, mark) in enumerate(images.rows())]
+    rows = [
+        (1, rank, image_id(number), bytes(mark), number)
+        for number, (_, rank, mark) in enumerate(images.rows())
+    ]
     random.Random(0).shuffle(rows)
-    table = spark.createDataFrame(
-        rows, "slot int, rank string, sha256 string, signature binary"
-    ).repartition(3)
-    asked = pipelines.config.DuplicateConfig(perceptual=CONFIG)
+    table = spark.createDataFrame(rows, IMAGES).repartition(3)
+    asked = CurationConfig(metadata=["x"], duplicates=DuplicateConfig(perceptual=CONFIG))
     found = duplicates_among(table, asked, len(rows)).collect()
     assert {row.sample_id: row.detail for row in found} == {
         lost: f"like {kept}" for lost, kept in expected.items()
