@@ -43,6 +43,7 @@ print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_ma
 def ledger_of(folder: Path, num_rows: int) -> tuple[str, FileEntry]:
     """A ledger file like that of metadata alone: many hosts, most rows rejected."""
     rng = np.random.default_rng(0)
+    folder.mkdir()
     root = storage.file_uri(folder / "d")
     with LedgerFile(folder, "bench") as file:
         for first in range(0, num_rows, 500_000):

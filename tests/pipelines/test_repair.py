@@ -247,8 +247,10 @@ def test_what_does_not_come_back_is_named_in_a_new_version(
 
 @pytest.mark.slow
 def test_without_working_files_other_versions_help(
-    published: Published, spark: Callable[[], SparkSession]
+    published: Published, spark: Callable[[], SparkSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("UNITS_ON_DRIVER", "ROWS_ON_DRIVER"):
+        monkeypatch.setattr(f"pipelines.repair.{name}", -1)
     from tests.pipelines.test_rejected import Drop, derived
 
     second = derived(Drop(published.root, published.manifest))
