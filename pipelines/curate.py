@@ -79,12 +79,13 @@ def curate(
             companions = companions_of(name, {**(others or {}), name: config})
         with ExitStack() as stack:
             lease = stack.enter_context(Lease(build.lease_uri, f"curation of {name}"))
-            refuse_while_removing(build.dataset_root)
             found = [companion_build(n, their, store_uri, plan) for n, their in companions.items()]
             # Other takedowns would leave other rows to fetch.
             builds = [each for each in found if each.tombstones == build.tombstones]
             for each in builds:
                 stack.enter_context(Lease(each.lease_uri, f"curation of {name}"))
+            for each in (build, *builds):
+                refuse_while_removing(each.dataset_root)
             stack.enter_context(watching(plan, progress))
             if plan.units:
                 engine.fetch_images(spark(), build, plan.units, plan.partitions, builds)

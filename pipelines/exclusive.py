@@ -27,11 +27,13 @@ def refuse_while_removing(dataset_root: str) -> None:
 def nobody_else(dataset_root: str, owner: str) -> Iterator[Lease]:
     """The exclusive lease, with no driver at work under the root; ``LeaseHeld`` names one that is.
 
-    Leases that the dead left held are taken for the time, so that who was only frozen notices.
+    Leases that the dead left held are taken for the time, so that who was only frozen notices; a
+    takedown's own is left to the takedown, which takes it when it goes on.
     """
     with ExitStack() as stack:
         lease = stack.enter_context(Lease(exclusive_lease_uri(dataset_root), owner))
         for info in list(storage.list_objects(dataset_root)):
-            if info.uri.endswith("/lease.json") and refuse_if_held(info.uri):
+            is_left = info.uri.endswith("/lease.json") and refuse_if_held(info.uri)
+            if is_left and "/takedown-" not in info.uri:
                 stack.enter_context(Lease(info.uri, owner))
         yield lease

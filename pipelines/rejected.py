@@ -45,7 +45,8 @@ _LOOK_LIKE_OTHERS = (
     "contaminated_image",
     "placeholder",
 )
-_UNDECODABLE = ("format", "pixels", "decode", TAKEDOWN)
+# What does not decode, what has to go, and what nobody should come upon in a report.
+_NOT_SHOWN = ("format", "pixels", "decode", TAKEDOWN, "unsafe")
 SCHEMA: dict[str, pl.DataType] = {
     "sample_id": pl.String(),
     "reason": pl.String(),
@@ -74,7 +75,7 @@ class Tray:
         """
         kept = self._kept.setdefault(reason, {})
         sample_id = str(row["sample_id"])
-        if reason in _UNDECODABLE or sample_id in kept:
+        if reason in _NOT_SHOWN or sample_id in kept:
             return
         if len(kept) >= PER_PLACE and sample_id > max(kept):
             return

@@ -218,11 +218,13 @@ def test_a_driver_does_not_begin_while_files_are_removed(trap_world: Any, tmp_pa
 def test_a_lease_that_the_dead_left_is_taken(trap_world: Any, tmp_path: Path) -> None:
     plan = plan_curation("traps", trap_world.config(), tmp_path.as_uri())
     run(plan)
-    holder = _holder(plan.build.lease_uri)
-    assert _line(holder) == "attempt 1"
-    holder.kill()
-    holder.communicate()
-    with nobody_else(plan.build.dataset_root, "cleaning"):
+    own = storage.join(plan.build.dataset_root, "work", "takedown-0123", "lease.json")
+    for uri in (plan.build.lease_uri, own):
+        holder = _holder(uri)
+        assert _line(holder) == "attempt 1"
+        holder.kill()
+        holder.communicate()
+    with nobody_else(plan.build.dataset_root, "cleaning"), Lease(own, "takedown"):
         frozen = storage.read_json(plan.build.lease_uri)
         assert (frozen["owner"], frozen["attempt"]) == ("cleaning", 2)
     with Lease(plan.build.lease_uri, "next") as lease:

@@ -54,7 +54,7 @@ def test_a_tray_keeps_the_smallest_ids_whatever_the_order(seed: int) -> None:
     tray = Tray()
     for sample_id in ids:
         row = {"sample_id": sample_id, "url": None, "sha256": None, "text": " a\n b "}
-        for reason in ("image_too_small", "format"):
+        for reason in ("image_too_small", "format", "unsafe"):
             tray.offer(reason, row, partial(make, sample_id))
     frame = tray.frame()
     smallest = [sample_id for sample_id in sorted(ids) if int(sample_id, 16) % 3]
