@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ class Request:
     samples: tuple[str, ...]
     like: tuple[str, ...] = ()
     min_similarity: float = 0.95
+    listed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -52,25 +53,23 @@ class Request:
         min_similarity: float = 0.95,
     ) -> Request:
         """From the options and the file's lines; ``UserError`` names the first that is odd."""
-        known = {"url": [*urls], "domain": [*domains], "sha256": [*images], "sample": [*samples]}
+        listed: dict[str, list[str]] = {}
         if file is not None:
+            from pipelines.tombstones import parse_list
+
             try:
-                lines = file.read_text(encoding="utf-8").splitlines()
+                text = file.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{file} cannot be read: {error}") from error
-            for line in (line.strip() for line in lines):
-                kind, _, value = line.partition(":")
-                if kind in known and not value.startswith("//"):
-                    known[kind].append(value.strip())
-                elif line and not line.startswith("#"):
-                    known["url"].append(line)
+            listed = parse_list(text, str(file))
         request = cls(
-            tuple(known["url"]),
-            tuple(domain.strip().strip(".").lower() for domain in known["domain"]),
-            tuple(image.lower() for image in known["sha256"]),
-            tuple(sample.lower() for sample in known["sample"]),
+            tuple(urls),
+            tuple(domain.strip().strip(".").lower() for domain in domains),
+            tuple(image.lower() for image in images),
+            tuple(sample.lower() for sample in samples),
             tuple(like),
             min_similarity,
+            {kind: tuple(values) for kind, values in listed.items() if values},
         )
         request._check()
         return request
@@ -88,7 +87,8 @@ class Request:
         for like in self.like:
             if not _SAMPLE.fullmatch(like.lower()) and not Path(like).is_file():
                 raise UserError(expected="a sample id of 32 hex digits or an image file", got=like)
-        if not any((self.urls, self.domains, self.images, self.samples, self.like)):
+        named = (self.urls, self.domains, self.images, self.samples, self.like, self.listed)
+        if not any(named):
             raise UserError(
                 "name what is to go: --url, --domain, --sha256, --sample, --like or --file; "
                 "`atelier takedown --help` has examples"
@@ -97,9 +97,10 @@ class Request:
     @property
     def tombstones(self) -> Tombstones:
         """The same as digests."""
-        from pipelines.tombstones import Tombstones
+        from pipelines.tombstones import Tombstones, named_by
 
-        return Tombstones.of(self.urls, self.domains, self.images, self.samples)
+        plain = Tombstones.of(self.urls, self.domains, self.images, self.samples)
+        return plain | named_by(self.listed)
 
 
 def take_down_everywhere(
