@@ -48,7 +48,7 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(help="a YAML file of recipes/")]
-ManifestUri = Annotated[str, typer.Argument(help="the address of a dataset's manifest.json")]
+Version = Annotated[str, typer.Argument(help="name/version, or a manifest.json's address")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, no progress")]
 Overrides = Annotated[
     list[str] | None,
@@ -289,18 +289,33 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(epilog=_examples("atelier diff <old manifest.json> <new manifest.json>"))
+@app.command(
+    epilog=_examples(
+        "atelier diff concepts/3f9a12c0 concepts/77be01d2",
+        "atelier diff <old manifest.json> <new manifest.json> --captions --moves moves.parquet",
+    )
+)
 @verb
-def diff(old: ManifestUri, new: ManifestUri, json_: Json = False) -> None:
+def diff(
+    old: Version,
+    new: Version,
+    captions: Annotated[
+        bool, typer.Option("--captions", help="compare captions to train on: reads changed shards")
+    ] = False,
+    moves: Annotated[
+        Path | None, typer.Option("--moves", help="write every row that ends otherwise (parquet)")
+    ] = None,
+    json_: Json = False,
+) -> None:
     """Compare two versions of a dataset.
 
     Samples added, removed and changed, rows that now end otherwise, and scores that moved; from
-    the ledgers alone, without reading a shard.
+    the ledgers alone, unless captions are asked for.
     """
     from app.diff import show_diff
 
     out = Output(json_)
-    out.result(show_diff(old, new, out))
+    out.result(show_diff(old, new, out, with_texts=captions, moves_path=moves))
 
 
 painting_verbs.register(app)

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.report import table
+from app.report import shortened, table
 from app.verb import Output
-from app.verify import reach
+from infra.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.diff import DatasetDiff
 
+MOVES_SHOWN = 2
+TEXTS_SHOWN = 3
 
-def show_diff(old_uri: str, new_uri: str, out: Output) -> dict[str, Any]:
+
+def show_diff(
+    old: str, new: str, out: Output, *, with_texts: bool = False, moves_path: Path | None = None
+) -> dict[str, Any]:
     """Print the difference of two versions and return it as JSON values."""
+    from app.upkeep import find_version
     from infra.progress import progress
     from pipelines.diff import diff_datasets
 
-    reach(old_uri)
-    reach(new_uri)
+    old_uri, new_uri = (find_version(each, None, out) for each in (old, new))
+    if moves_path is not None and not moves_path.absolute().parent.is_dir():
+        raise UserError(expected=f"a folder for {moves_path}", got="none", remedy="make it first")
     with progress("reading ledgers", None, "rows") as bar:
-        found = diff_datasets(old_uri, new_uri, bar)
+        found = diff_datasets(old_uri, new_uri, bar, with_texts=with_texts, moves_path=moves_path)
     for line in diff_lines(found):
         out.say(line)
     return asdict(found)
@@ -45,11 +53,24 @@ def diff_lines(found: DatasetDiff) -> list[str]:
         f"{found.changed:,} with another image, {found.kept:,} as they were; "
         f"{found.captions_changed:,} URLs with another caption"
     )
+    lines.append(
+        f"in both: {found.rows_in_both:,} rows, {found.kept + found.changed:,} samples "
+        f"({100 * found.overlap:.1f} % of those in either)"
+    )
     for name, ids in found.examples.items():
         lines += [f"  {name}  {sample_id}" for sample_id in ids[:3]]
-    lines += [
-        f"{number:,} rows: {before} -> {after}" for before, after, number in found.outcomes_changed
-    ]
+    for before, after, number in found.outcomes_changed:
+        lines.append(f"{number:,} rows: {before} -> {after}")
+        ids = found.moves.get(f"{before} -> {after}", [])
+        lines += [f"  {sample_id}" for sample_id in ids[:MOVES_SHOWN]]
+    if found.texts_changed is not None:
+        lines.append(f"{found.texts_changed:,} samples of both have another caption to train on")
+    for sample_id, before, after in found.texts[:TEXTS_SHOWN]:
+        lines += [
+            f"  {sample_id}",
+            f"    - {shortened(before, 90)}",
+            f"    + {shortened(after, 90)}",
+        ]
     lines += [
         f"{name}: {100 * moved:.1f} % of the histogram moved"
         for name, moved in found.scores_moved.items()

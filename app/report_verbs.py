@@ -1,4 +1,4 @@
-"""Verbs that look after what is stored: `report` and `clean`."""
+"""Verbs that look after what is stored: `report`, `repair` and `clean`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ Examples
   atelier report s3://atelier/datasets/concepts/<version>/manifest.json --card"""
 
 
+REPAIR_EXAMPLES = """\b
+Examples
+  atelier repair concepts                     after `atelier verify` found damage
+  atelier repair s3://atelier/datasets/concepts/<version>/manifest.json"""
+
 CLEAN_EXAMPLES = """\b
 Examples
   atelier clean                     what is stored, for whom, and what nobody needs: nothing goes
@@ -35,6 +40,7 @@ Examples
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command."""
     app.command(epilog=REPORT_EXAMPLES)(report)
+    app.command(epilog=REPAIR_EXAMPLES)(repair)
     app.command(epilog=CLEAN_EXAMPLES)(clean)
 
 
@@ -58,6 +64,20 @@ def report(
 
     out = Output(json_)
     out.result(make_report(dataset, store, output, out, with_card=card))
+
+
+@verb
+def repair(dataset: Dataset, store: Store = None, json_: Json = False) -> None:
+    """Make a damaged version whole again.
+
+    Every byte is read. A damaged shard is put together from what is left of it, other versions, the
+    build's working files and, as far as needed, the web; it is put back when its digest is the
+    listed one. Else a new version is published without the samples that were lost, and names them.
+    """
+    from app.upkeep import repair_version
+
+    out = Output(json_)
+    out.result(repair_version(dataset, store, out))
 
 
 @verb

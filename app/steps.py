@@ -101,7 +101,9 @@ def curate_dataset(session: Session, name: str, selection: Selection, repair: bo
                 refuse_damage(name, plan)
             if not selection.may_curate:
                 raise _not_curated(session, f"dataset {name} is not curated for this recipe")
-            uri = _curate(session, step, name, config, plan.rows_in, selection)
+            uri = _mend(session, step, name, plan) or _curate(
+                session, step, name, config, plan.rows_in, selection
+            )
         else:
             uri = plan.manifest_uri
         manifest = load_manifest(uri)
@@ -167,6 +169,37 @@ def refuse_damaged(name: str, problems: Sequence[str]) -> None:
         raise UserError(f"dataset {name} is damaged: {problems[0]}{more}; {REMEDY}")
 
 
+def _mend(session: Session, step: StepStatus, name: str, plan: CurationPlan) -> str | None:
+    """What a finished version with damaged or missing files became; None when curating it again
+    is the way: nothing is finished, or shards are not what is damaged."""
+    from app.upkeep import say_repair
+    from pipelines.repair import CannotRepair, repair
+    from pipelines.workspace import noted_version
+
+    version = noted_version(plan.build.result_uri)
+    if version is None or plan.manifest_uri is not None or plan.build.open_round() is not None:
+        return None
+    uri = storage.join(plan.build.dataset_root, version, "manifest.json")
+    fetch = _reaching(session, name, plan.build.config).fetch
+    try:
+        environment = session.place.environment
+        result = repair(uri, session.spark, session.bars(step), environment, fetch)
+    except (CannotRepair, storage.ObjectMissing, storage.DigestMismatch) as error:
+        session.out.say(f"{name}: {error}")
+        return None
+    say_repair(result, version, session.out)
+    return result.manifest_uri
+
+
+def _reaching(session: Session, name: str, config: CurationConfig) -> CurationConfig:
+    """The configuration with the way to the painted world's web server, where it is used."""
+    if not uses_world(session.recipe.datasets[name]):
+        return config
+    connect_to = {**session.connect_to(), **config.fetch.connect_to}
+    fetch = config.fetch.model_copy(update={"connect_to": connect_to})
+    return config.model_copy(update={"fetch": fetch})
+
+
 def _curate(
     session: Session,
     step: StepStatus,
@@ -178,10 +211,7 @@ def _curate(
     """Curate; returns the manifest's address."""
     from pipelines.curate import curate
 
-    if uses_world(session.recipe.datasets[name]):
-        connect_to = {**session.connect_to(), **config.fetch.connect_to}
-        fetch = config.fetch.model_copy(update={"connect_to": connect_to})
-        config = config.model_copy(update={"fetch": fetch})
+    config = _reaching(session, name, config)
     place = session.place
     with progress(f"curating {name}", num_rows, "rows") as bar:
 

@@ -1,4 +1,4 @@
-"""What `report` does: a version found by its name, its page and its card made again."""
+"""What `report` and `repair` do: a version found by its name, its page or its bytes made again."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app.place import Place
 from app.scoring import LazySpark, newest_store
@@ -18,8 +19,12 @@ from infra import storage
 from infra.cluster import ClusterConfig
 from infra.config import atelier_home
 from infra.errors import UserError
-from infra.manifest import MANIFEST_NAME, dataset_root, load_manifest, successor_of
+from infra.manifest import MANIFEST_NAME, dataset_root, dataset_version, load_manifest, successor_of
 
+if TYPE_CHECKING:
+    from pipelines.repair import RepairResult
+
+_LOST_SHOWN = 20
 _VERSION = re.compile(r"[0-9a-f]{64}")
 
 
@@ -52,6 +57,36 @@ def make_report(
         "report": page,
         "card": card(manifest) if with_card else None,
     }
+
+
+def repair_version(dataset: str, store: str | None, out: Output) -> dict[str, Any]:
+    """Make a version whole; returns the JSON."""
+    from infra.progress import progress
+    from pipelines.repair import repair
+
+    uri = find_version(dataset, store, out)
+    with ExitStack() as stack:
+        spark, environment = lazy_spark(stack)
+        result = repair(uri, spark, progress, environment)
+    say_repair(result, dataset_version(uri), out)
+    return asdict(result)
+
+
+def say_repair(result: RepairResult, version: str, out: Output) -> None:
+    """What came of a repair of ``version``."""
+    for path in result.restored:
+        out.say(f"{path}: put back as it was")
+    if result.version == version:
+        out.say(f"version {version[:12]} is whole")
+        return
+    for sample_id in result.lost[:_LOST_SHOWN]:
+        out.say(f"lost: {sample_id}")
+    if len(result.lost) > _LOST_SHOWN:
+        out.say(f"and {len(result.lost) - _LOST_SHOWN:,} more; the ledger names all")
+    out.say(
+        f"version {version[:12]} could not be had again; {result.version[:12]} takes its place, "
+        f"with {len(result.lost):,} samples less and {result.unproven:,} taken from damaged tars"
+    )
 
 
 def lazy_spark(stack: ExitStack) -> tuple[LazySpark, Mapping[str, str]]:

@@ -169,6 +169,8 @@ def _copies(duplicates: Mapping[str, Any]) -> Iterator[str]:
 
 def _chosen(manifest: DatasetManifest, recipe: Mapping[str, Any]) -> str:
     lines = [f"- {line}" for line in filters_in_words(recipe)] if recipe else []
+    if recipe.get("image_checks"):
+        lines.append(f"- by measures of the pixels: `{_json(recipe['image_checks'])}`")
     if "decontaminated" in manifest.attributes:
         lines.append(
             "- no row whose caption repeats a prompt of the evaluation sets: "
@@ -239,7 +241,10 @@ def _gaps(manifest: DatasetManifest, recipe: Mapping[str, Any]) -> str:
     if recipe.get("duplicates", {}).get("perceptual") is None:
         lines.append("- copies that differ in a byte were not looked for")
     lines.append("- scores are models' guesses and carry these models' preferences")
-    lines.append("- faces and people were not looked for, and are in the images")
+    if recipe.get("blur_faces") is None:
+        lines.append("- people are in the images, and their faces were not blurred")
+    else:
+        lines.append("- faces that a detector found were blurred; it does not find all of them")
     return "\n".join(lines)
 
 

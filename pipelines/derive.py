@@ -8,7 +8,7 @@ the ledger, with the reason. The version it came from stays as it was, and is na
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -76,6 +76,12 @@ class Derivation(Workspace):
     def rewrite(self, members: Members, decided: Mapping[str, Any]) -> Members:
         """A sample that stays and changes: its members from the old ones and its decided row."""
         return members
+
+    def samples(self, index: int) -> Iterable[tuple[str, Members]]:
+        """The samples of the n-th shard, in its order; those that leave may be empty."""
+        shard = self.manifest.shards[index]
+        data = checked_bytes(storage.join(self.dataset_root, shard.path), shard.sha256)
+        return read_shard(data)
 
     def edit_ledger(self, rows: pl.DataFrame) -> pl.DataFrame:
         """A ledger file's rows, after those that left or changed; as many, in the same order."""
@@ -241,17 +247,16 @@ def _derive_shard(job: Derivation, index: int, folder: Path) -> DerivedShard:
     if decided.is_empty():
         return DerivedShard([shard], None)
     by_id = {row["sample_id"]: row for row in decided.iter_rows(named=True)}
-    data = checked_bytes(storage.join(job.dataset_root, shard.path), shard.sha256)
     tray = Tray()
     is_pictured = shard.path in shards_pictured(job.manifest)
     with ShardWriter(_WHOLE_SHARD, job.dataset_root, folder) as writer:
-        for key, members in read_shard(data):
+        for key, members in job.samples(index):
             row = by_id.pop(key, None)
             if row is None:
                 writer.add(key, members)
             elif row["reason"] is None:
                 writer.add(key, job.rewrite(members, row))
-            elif is_pictured:
+            elif is_pictured and members:
                 offer_sample(tray, row["reason"], key, members)
         shards = writer.finish()
     if by_id:

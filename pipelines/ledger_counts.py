@@ -118,7 +118,14 @@ def counts_of_rows(rows: pl.DataFrame) -> LedgerCounts:
     values = {name: named.select(value.alias(name))[name] for name, value in LEDGER_VALUES.items()}
     passing = named.filter((pl.col("disposition") == FAILED) & pl.col("retryable"))
     hosts: dict[str, dict[str, int]] = {}
-    by_host = named.drop_nulls("host").group_by("outcome", "host").len()
+    by_host = (
+        named.drop_nulls("host")
+        .group_by("outcome", "host")
+        .len()
+        .sort(["len", "host"], descending=[True, False])
+        .group_by("outcome", maintain_order=True)
+        .head(HOSTS_IN_MEMORY)
+    )
     for outcome, host, number in by_host.iter_rows():
         hosts.setdefault(outcome, {})[host] = number
     return LedgerCounts(
@@ -134,7 +141,7 @@ def counts_of_rows(rows: pl.DataFrame) -> LedgerCounts:
         },
         languages=_by_value(named, "language"),
         sources=_by_value(named, "source"),
-        hosts={outcome: largest(found, HOSTS_IN_MEMORY) for outcome, found in hosts.items()},
+        hosts=hosts,
     )
 
 

@@ -21,11 +21,11 @@ from infra import storage
 from infra.digests import sha256_bytes
 from infra.manifest import DatasetManifest, ShardEntry
 from pipelines.build import Build, PartMarker, StagedMarker
-from pipelines.config import ResizeConfig
+from pipelines.config import CurationConfig, ResizeConfig
 from pipelines.connection import Failed
 from pipelines.decoder import Decoder
 from pipelines.guard import Rejected
-from pipelines.images import Bounds, StoredImage
+from pipelines.images import Bounds, Looks, StoredImage
 from pipelines.ledger import REJECTED
 from pipelines.outcomes import NotStored
 from pipelines.shard_sample import Picture
@@ -96,13 +96,17 @@ class Tray:
 
 
 class StrangersThumbnails:
-    """Thumbnails of bodies from the web, decoded where all others are: in a child."""
+    """Thumbnails of bodies from the web, decoded where all others are, in a child.
 
-    def __init__(self, max_pixels: int) -> None:
+    Faces are blurred where the recipe asks for it.
+    """
+
+    def __init__(self, config: CurationConfig) -> None:
         small = ResizeConfig(
             image_size_px=SIDE_PX, crop="none", encode_format="jpg", encode_quality=QUALITY
         )
-        self._decoder = Decoder([small], Bounds(max_pixels))
+        looks = Looks(blur_faces=config.blur_faces)
+        self._decoder = Decoder([small], Bounds(config.fetch.max_pixels), looks)
 
     def __call__(self, body: bytes) -> bytes | None:
         """The thumbnail, or None of what does not decode."""
@@ -121,12 +125,12 @@ Show = Callable[[int, bytes, Sequence[StoredImage | NotStored]], None]
 
 
 @contextmanager
-def offering(rows: pl.DataFrame, trays: Sequence[Tray], max_pixels: int) -> Iterator[Show]:
+def offering(rows: pl.DataFrame, trays: Sequence[Tray], config: CurationConfig) -> Iterator[Show]:
     """What offers a row's body, by the row's index, to the trays of those that rejected it.
 
     The engine that hands no bodies over (img2dataset) offers none.
     """
-    make = StrangersThumbnails(max_pixels)
+    make = StrangersThumbnails(config)
     known = rows.select("sample_id", "url", text="train_caption") if trays else rows
 
     def show(index: int, body: bytes, found: Sequence[StoredImage | NotStored]) -> None:

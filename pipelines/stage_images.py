@@ -222,7 +222,7 @@ def fetch_rows(
         ]
         recorded = rows["recorded_sha256"].to_list()
         todo = spread_by_host(rows)
-        show = stack.enter_context(offering(rows, trays, configs[0].fetch.max_pixels))
+        show = stack.enter_context(offering(rows, trays, configs[0]))
         for index, found in _outcomes(todo, recorded, configs, fetcher, folder, show):
             for number, outcome in enumerate(found):
                 outcomes[number][index] = outcome_columns(outcome, offsets[number])

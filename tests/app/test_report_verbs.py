@@ -93,3 +93,30 @@ def test_versions_are_not_removed_where_the_registry_is_unknown(
     assert done.exit_code == 1
     assert "whose registry is known" in done.output
     assert all(storage.exists(uri) for uri in versions)
+
+
+def test_a_version_that_is_whole_is_said_to_be(store: str, tmp_path: Path) -> None:
+    root = storage.join(store, "datasets", "d")
+    uri, manifest = published(root, tmp_path, [ledger_rows(10)], b"no image")
+    done = CliRunner().invoke(app, ["repair", uri, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output)["version"] == manifest.version
+    storage.write_bytes(storage.join(root, manifest.ledger[0].path), b"x")
+    done = CliRunner().invoke(app, ["repair", "d", "--store", store])
+    assert done.exit_code == 1
+    assert "atelier run RECIPE --repair" in done.output
+
+
+def test_versions_are_compared_by_name_and_moves_written(
+    versions: list[str], store: str, tmp_path: Path
+) -> None:
+    moves = tmp_path / "moves.parquet"
+    done = CliRunner().invoke(app, ["diff", *versions, "--moves", str(moves)])
+    assert done.exit_code == 0, done.output
+    assert "samples: 4 added, 0 removed, 0 with another image, 4 as they were" in done.output
+    assert "in both: 10 rows, 4 samples (50.0 % of those in either)" in done.output
+    assert "4 rows: no row -> committed" in done.output
+    assert moves.stat().st_size > 0
+    done = CliRunner().invoke(app, ["diff", *versions, "--moves", str(tmp_path / "x" / "y")])
+    assert done.exit_code == 1
+    assert "make it first" in done.output

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 import pytest
 
 from infra import storage
-from infra.manifest import DatasetManifest, ShardEntry, publish_manifest
+from infra.manifest import DatasetManifest, ShardEntry, load_manifest, publish_manifest
 from pipelines import diff
+from pipelines.config import ShardConfig
 from pipelines.ledger import LEDGER_SCHEMA, LedgerFile, count
+from pipelines.shard_sample import first_samples
+from pipelines.shards import ShardWriter
 
 Row = tuple[str, str, str, str | None, str | None, float | None]
 OLD: list[Row] = [
@@ -85,3 +90,64 @@ def test_a_version_does_not_differ_from_itself(tmp_path: Path) -> None:
     assert found.outcomes_changed == []
     assert found.captions_changed == 0
     assert set(found.scores_moved.values()) == {0.0}
+
+
+def test_moves_are_named_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diff, "ROWS_PER_BUCKET", 2)
+    root = storage.file_uri(tmp_path / "d")
+    old, new = (published(root, tmp_path, rows) for rows in (OLD, NEW))
+    path = tmp_path / "moves.parquet"
+    found = diff.diff_datasets(old, new, moves_path=path)
+    assert found.rows_in_both == 4
+    assert found.overlap == pytest.approx(2 / 5)
+    assert found.texts_changed is None
+    expected = {
+        "committed -> no row": ["d"], "failed:timeout -> format": ["e"],
+        "no row -> committed": ["d2"], "unsafe -> committed": ["c"],
+    }  # fmt: skip
+    assert found.moves == expected
+    written = pl.read_parquet(path).sort("sample_id")
+    assert written.rows() == [
+        ("c", "unsafe", "committed"), ("d", "committed", "no row"),
+        ("d2", "no row", "committed"), ("e", "failed:timeout", "format"),
+    ]  # fmt: skip
+
+
+def test_captions_to_train_on_are_compared_in_shards_that_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = storage.file_uri(tmp_path / "d")
+    keys = [f"{number:032x}" for number in range(6)]
+
+    def version(texts: dict[str, str]) -> str:
+        shards = []
+        for part in (keys[:3], keys[3:]):
+            with ShardWriter(ShardConfig(), root, tmp_path) as writer:
+                for key in part:
+                    if key in texts:
+                        writer.add(key, {"txt": texts[key].encode(), "json": b"{}", "jpg": b"i"})
+                shards += writer.finish()
+        rows: list[Row] = [(key, f"http://x/{key}", "committed", None, key, 5.0) for key in texts]
+        uri = published(root, tmp_path, rows)
+        manifest = dataclasses.replace(load_manifest(uri), shards=shards)
+        return publish_manifest(root, manifest)
+
+    texts = {key: f"a fox {key}" for key in keys}
+    old = version(texts)
+    changed = {**texts, keys[4]: "a red fox \N{FOX FACE}" * 50}
+    del changed[keys[5]]
+    new = version(changed)
+    read: list[str] = []
+
+    def noting(root: str, shard: ShardEntry) -> Iterator[tuple[str, dict[str, bytes]]]:
+        read.append(shard.path)
+        return first_samples(root, shard)
+
+    monkeypatch.setattr("pipelines.diff.first_samples", noting)
+    found = diff.diff_datasets(old, new, with_texts=True)
+    assert found.texts_changed == 1
+    ((key, before, after),) = found.texts
+    assert (key, before) == (keys[4], f"a fox {keys[4]}")
+    assert len(after) == diff.TEXT_CHARS
+    assert len(read) == 2
+    assert len(set(read)) == 2

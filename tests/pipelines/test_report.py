@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from infra import storage
+from infra.errors import UserError
 from infra.manifest import DatasetManifest, ShardEntry, load_manifest, publish_manifest
+from infra.sessions import ClusterConfig, spark_session, stop_spark
 from pipelines import ledger_counts
 from pipelines.card import card
 from pipelines.config import ShardConfig
@@ -168,6 +170,26 @@ def test_a_ledger_file_is_counted_once_and_damaged_counts_again(
     storage.delete(storage.join(root, counts_path(second.ledger[0])))
     with pytest.raises(storage.DigestMismatch):
         count_ledgers(root, second)
+
+
+@pytest.mark.slow
+def test_many_rows_are_counted_by_spark(
+    tmp_path: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(ledger_counts, "ROWS_ON_DRIVER", 10)
+    rows = ledger_rows(100)
+    root = (tmp_path / "datasets" / "d").as_uri()
+    _, manifest = published(root, tmp_path, [rows[:30], rows[30:50], rows[50:]], image)
+    session = spark_session("report", ClusterConfig(), {})
+    try:
+        assert count_ledgers(root, manifest, lambda: session) == counts_of_rows(rows)
+        storage.write_bytes(storage.join(root, manifest.ledger[0].path), b"x" * 1000)
+        storage.delete_prefix(storage.join(root, "report"))
+        with pytest.raises(UserError, match=manifest.ledger[0].path):
+            count_ledgers(root, manifest, lambda: session)
+    finally:
+        stop_spark(session)
 
 
 def test_hosts_are_bounded_and_the_largest_stay() -> None:
