@@ -16,7 +16,8 @@ Examples
   atelier takedown --url https://a.example/me.jpg --dry-run
   atelier takedown --domain a.example --url https://b.example/2.jpg
   atelier takedown --file requests.txt        one address a line; or domain:…, sha256:…, sample:…
-  atelier takedown --sha256 9f86d0… --dataset laion-256"""
+  atelier takedown --sha256 9f86d0… --dataset laion-256
+  atelier takedown --like portrait.jpg --min-similarity 0.9 --dry-run"""
 
 
 def register(app: typer.Typer) -> None:
@@ -39,6 +40,14 @@ def takedown(
     sample: Annotated[
         list[str] | None, typer.Option("--sample", help="a sample id; may be repeated")
     ] = None,
+    like: Annotated[
+        list[str] | None,
+        typer.Option("--like", help="an image file or a sample id: what looks like it, by CLIP"),
+    ] = None,
+    min_similarity: Annotated[
+        float,
+        typer.Option("--min-similarity", min=0.0, max=1.0, help="cosine from which --like holds"),
+    ] = 0.95,
     file: Annotated[
         Path | None, typer.Option("--file", help="such requests, one a line; # begins a comment")
     ] = None,
@@ -63,5 +72,7 @@ def takedown(
     from app.takedown import Request, take_down_everywhere
 
     out = Output(json_)
-    request = Request.of(url or (), domain or (), sha256 or (), sample or (), file)
+    request = Request.of(
+        url or (), domain or (), sha256 or (), sample or (), file, like or (), min_similarity
+    )
     out.result(take_down_everywhere(request, dataset or (), store, out, dry_run=dry_run))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,10 @@ from infra.config import atelier_home
 from infra.errors import UserError
 
 if TYPE_CHECKING:
+    from pipelines.neighbourhood import Neighbour
     from pipelines.tombstones import Tombstones
 
+_SHOWN = 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SAMPLE = re.compile(r"[0-9a-f]{32}")
 _HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
@@ -34,6 +37,9 @@ class Request:
     domains: tuple[str, ...]
     images: tuple[str, ...]
     samples: tuple[str, ...]
+    like: tuple[str, ...] = ()
+    min_similarity: float = 0.95
+    listed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -43,25 +49,27 @@ class Request:
         images: Iterable[str],
         samples: Iterable[str],
         file: Path | None,
+        like: Iterable[str] = (),
+        min_similarity: float = 0.95,
     ) -> Request:
         """From the options and the file's lines; ``UserError`` names the first that is odd."""
-        known = {"url": [*urls], "domain": [*domains], "sha256": [*images], "sample": [*samples]}
+        listed: dict[str, list[str]] = {}
         if file is not None:
+            from pipelines.tombstones import parse_list
+
             try:
-                lines = file.read_text(encoding="utf-8").splitlines()
+                text = file.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{file} cannot be read: {error}") from error
-            for line in (line.strip() for line in lines):
-                kind, _, value = line.partition(":")
-                if kind in known and not value.startswith("//"):
-                    known[kind].append(value.strip())
-                elif line and not line.startswith("#"):
-                    known["url"].append(line)
+            listed = parse_list(text, str(file))
         request = cls(
-            tuple(known["url"]),
-            tuple(domain.strip().strip(".").lower() for domain in known["domain"]),
-            tuple(image.lower() for image in known["sha256"]),
-            tuple(sample.lower() for sample in known["sample"]),
+            tuple(urls),
+            tuple(domain.strip().strip(".").lower() for domain in domains),
+            tuple(image.lower() for image in images),
+            tuple(sample.lower() for sample in samples),
+            tuple(like),
+            min_similarity,
+            {kind: tuple(values) for kind, values in listed.items() if values},
         )
         request._check()
         return request
@@ -76,18 +84,23 @@ class Request:
             for value in values:
                 if not is_right(value):
                     raise UserError(expected=expected, got=repr(value))
-        if not any((self.urls, self.domains, self.images, self.samples)):
+        for like in self.like:
+            if not _SAMPLE.fullmatch(like.lower()) and not Path(like).is_file():
+                raise UserError(expected="a sample id of 32 hex digits or an image file", got=like)
+        named = (self.urls, self.domains, self.images, self.samples, self.like, self.listed)
+        if not any(named):
             raise UserError(
-                "name what is to go: --url, --domain, --sha256, --sample or --file; "
+                "name what is to go: --url, --domain, --sha256, --sample, --like or --file; "
                 "`atelier takedown --help` has examples"
             )
 
     @property
     def tombstones(self) -> Tombstones:
         """The same as digests."""
-        from pipelines.tombstones import Tombstones
+        from pipelines.tombstones import Tombstones, named_by
 
-        return Tombstones.of(self.urls, self.domains, self.images, self.samples)
+        plain = Tombstones.of(self.urls, self.domains, self.images, self.samples)
+        return plain | named_by(self.listed)
 
 
 def take_down_everywhere(
@@ -96,6 +109,7 @@ def take_down_everywhere(
     """Carry it out, or with ``dry_run`` count, in these datasets or all; returns the JSON."""
     from infra.progress import progress
     from pipelines.takedown import look_for, take_down
+    from pipelines.tombstones import Tombstones
 
     place = connect(ServicesConfig(), atelier_home(), out.say)
     store_uri = store or newest_store(out)
@@ -103,15 +117,29 @@ def take_down_everywhere(
     withdrawn: list[str] = []
     with ExitStack() as stack:
         spark = LazySpark(ClusterConfig(), place, stack)
-        for name in _datasets(store_uri, names):
-            root = storage.join(store_uri, "datasets", name)
-            wanted = request.tombstones
+        chosen = _datasets(store_uri, names)
+        roots = {name: storage.join(store_uri, "datasets", name) for name in chosen}
+        likeness = None
+        if request.like:
+            environment = place.environment
+            likeness = _Likeness(request, store_uri, roots.values(), spark, environment)
+        for name, root in roots.items():
+            near = likeness.near(root, out) if likeness is not None else []
+            samples_near = [each.sample_id for each in near]
+            wanted = request.tombstones | Tombstones.of(samples=samples_near)
             if dry_run:
                 counts = look_for(root, wanted, spark, progress, place.environment)
                 hit = {version: found for version, found in counts.items() if found[1]}
                 withdrawn += hit
                 samples, rows = max(hit.values(), default=(0, 0))
-                done.append({"dataset": name, "versions": sorted(hit), "samples": samples})
+                done.append(
+                    {
+                        "dataset": name,
+                        "versions": sorted(hit),
+                        "samples": samples,
+                        "near": [asdict(each) for each in near],
+                    }
+                )
                 out.say(f"{name}: would remove {samples:,} samples, {rows:,} rows in all")
                 continue
             made = take_down(root, wanted, spark, progress, place.environment)
@@ -135,6 +163,59 @@ def take_down_everywhere(
     for model in models:
         out.say(f"trained on it: {model['model']} version {model['version']} ({model['stage']})")
     return {"datasets": done, "models": models, "dry_run": dry_run}
+
+
+class _Likeness:
+    """What ``--like`` names, as embeddings by every model that some dataset has been seen with."""
+
+    def __init__(
+        self, request: Request, store_uri: str, roots: Iterable[str], spark: LazySpark,
+        environment: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        from pipelines.clip_model import encoder_of, weights_uri
+        from pipelines.neighbourhood import Neighbourhood
+        from pipelines.search import image_query
+
+        self._spark, self._least = spark, request.min_similarity
+        self._around: dict[str, Neighbourhood] = {}
+        for root in roots:
+            with suppress(UserError):  # it has no embeddings
+                self._around[root] = Neighbourhood.of(root, environment)
+        ids = {each.lower() for each in request.like if _SAMPLE.fullmatch(each.lower())}
+        paths = [Path(each) for each in request.like if not _SAMPLE.fullmatch(each.lower())]
+        self._queries: dict[str, list[Any]] = defaultdict(list)
+        missing = set(ids)
+        for around in self._around.values():
+            found = around.vectors(spark(), sorted(ids)) if ids else {}
+            missing -= set(found)
+            self._queries[around.embeddings.identity.key] += found.values()
+        if missing:
+            raise UserError(
+                expected="after --like a sample with an embedding in one of the datasets",
+                got=min(missing),
+                remedy="run `atelier score RECIPE` for its dataset, or name an image file",
+            )
+        identities = [each.embeddings.identity for each in self._around.values()]
+        for identity in {each.key: each for each in identities}.values():
+            encoder = encoder_of(identity, weights_uri(store_uri, identity.weights_sha256))
+            self._queries[identity.key] += [image_query(encoder, path) for path in paths]
+
+    def near(self, root: str, out: Output) -> list[Neighbour]:
+        """The samples of a dataset near what was named, told; none where it has no embeddings."""
+        import numpy as np
+
+        name = root.rpartition("/")[2]
+        around = self._around.get(root)
+        queries = self._queries[around.embeddings.identity.key] if around is not None else []
+        if around is None or not queries:
+            out.say(f"{name}: no embeddings, so nothing is looked for by likeness")
+            return []
+        found = around.near(self._spark(), np.stack(queries), self._least)
+        out.say(f"{name}: {len(found):,} samples at a cosine of {self._least:g} or nearer")
+        few = len(found) <= _SHOWN
+        for each in found if few else [*found[: _SHOWN // 2], *found[-_SHOWN // 2 :]]:
+            out.say(f"  {each.cosine:7.4f}  {each.sample_id}  {each.url}")
+        return found
 
 
 def _datasets(store_uri: str, names: Collection[str]) -> list[str]:

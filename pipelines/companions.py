@@ -37,4 +37,5 @@ def _asked_for(config: CurationConfig) -> dict[str, Any]:
         "caption_files": config.captions.files,
         "prompts": config.decontaminate.prompts,
         "signs_images": config.signs_images,
+        "block": config.block,
     }

@@ -275,6 +275,11 @@ class CurationConfig(StrictModel):
     swapped_sizes: bool | None = semantic(
         None, "WIDTH and HEIGHT are swapped; null: as the format has them (only raw LAION files do)"
     )
+    block: list[str] = operational(
+        default_factory=list,
+        description="lists of what must never be asked for, known by their content: one address a "
+        "line, or domain:, sha256:, sample:, url-sha256:, domain-sha256:; reason takedown",
+    )
     partitions: int | None = semantic(
         None, "work units the rows are spread over; null: one per 5000 rows, 8 to 10000", ge=1
     )

@@ -14,12 +14,13 @@ from infra.errors import UserError
 from infra.manifest import FileEntry, ShardEntry, load_manifest, verify_dataset
 from pipelines.build import Build, PartMarker, ReadMarker, StagedMarker
 from pipelines.caption_tokens import tokenizer_part
+from pipelines.clip_model import as_uri
 from pipelines.config import CurationConfig
 from pipelines.decontaminate import decontamination_part
 from pipelines.image_checks import checks_part
 from pipelines.inputs import READ_AGAIN_BYTES, InputFile, Unit, find_inputs, units_of
 from pipelines.references import references_part
-from pipelines.tombstones import Tombstones, load_tombstones
+from pipelines.tombstones import Tombstones, load_tombstones, read_block_lists
 from pipelines.workspace import noted_version
 
 ROWS_PER_PARTITION = 5_000
@@ -136,6 +137,9 @@ def _build(
         **references_part(config.duplicates, config.decontaminate),
         **checks_part(config.image_checks),
     }
+    blocked = read_block_lists(map(as_uri, config.block))
+    if blocked:
+        identity["block"] = blocked.digest
     base_key = sha256_bytes(canonical_json(identity))
     dataset_root = storage.join(store_uri, "datasets", name)
     tombstones = load_tombstones(dataset_root)
@@ -147,7 +151,7 @@ def _build(
         config=config,
         num_partitions=config.partitions or automatic,
         base_key=base_key,
-        tombstones=tombstones,
+        tombstones=tombstones | blocked,
     )
 
 

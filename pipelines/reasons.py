@@ -37,7 +37,7 @@ BEFORE_FETCH = frozenset(
 WORDS = {
     "rows_in": "rows of the metadata",
     COMMITTED: "samples of this version",
-    "takedown": "removed on request",
+    "takedown": "removed on request, or on a block list",
     "no_url": "no address",
     "unknown_size": "width or height unknown",
     "too_small": "smaller than asked for, by the metadata",

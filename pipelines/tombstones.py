@@ -7,7 +7,8 @@ curation, retry and derived version of the dataset honours all of them, before a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from urllib.parse import urlsplit
 
@@ -16,10 +17,22 @@ from pydantic import TypeAdapter
 
 from infra import storage
 from infra.digests import canonical_json, sha256_bytes
+from infra.errors import UserError
 
 TAKEDOWN = "takedown"
 FOLDER = "tombstones"
 SCHEMA_VERSION = 1
+# What a line of a list may name.
+KINDS = ("url", "domain", "sha256", "sample", "url-sha256", "domain-sha256")
+_DIGEST = re.compile(r"\A[0-9a-fA-F]{64}\Z")
+_FORMS = {
+    "url": re.compile("://"),
+    "domain": re.compile(r"\A\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?\Z"),
+    "sha256": _DIGEST,
+    "sample": re.compile(r"\A[0-9a-fA-F]{32}\Z"),
+    "url-sha256": _DIGEST,
+    "domain-sha256": _DIGEST,
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,52 @@ class Tombstones:
         return any(
             digest_of(".".join(labels[start:])) in self.domains for start in range(len(labels))
         )
+
+
+def parse_list(text: str, name: str) -> dict[str, list[str]]:
+    """Kind -> values of a list: one address a line; or ``kind:value``; ``#`` begins a comment.
+
+    ``UserError`` names the line that is odd, and not what stands in it.
+    """
+    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+        if not line or line.startswith("#"):
+            continue
+        kind, _, value = line.partition(":")
+        if kind not in KINDS or value.startswith("//"):
+            kind, value = "url", line
+        value = value.strip()
+        if not _FORMS[kind].search(value):
+            raise UserError(
+                expected=f"in line {number} of {name} an address with its scheme, or after "
+                f"{', '.join(f'{each}:' for each in KINDS[1:])} a host name or hex digits",
+                got=f"something else after {kind}:",
+            )
+        found[kind].append(value)
+    return found
+
+
+def named_by(known: Mapping[str, Iterable[str]]) -> Tombstones:
+    """What ``parse_list`` found, as digests."""
+    plain = (known.get(kind, ()) for kind in ("url", "domain", "sha256", "sample"))
+    return Tombstones.of(*plain) | Tombstones(
+        urls=frozenset(each.lower() for each in known.get("url-sha256", ())),
+        domains=frozenset(each.lower() for each in known.get("domain-sha256", ())),
+    )
+
+
+def read_block_lists(uris: Iterable[str]) -> Tombstones:
+    """What the lists at these addresses name, together; ``UserError`` for one that is not there."""
+    found = Tombstones()
+    for uri in uris:
+        try:
+            text = storage.read_bytes(uri).decode("utf-8")
+        except (storage.ObjectMissing, UnicodeDecodeError) as error:
+            raise UserError(
+                expected=f"a block list, UTF-8 text, at {uri}", got=type(error).__name__
+            ) from error
+        found |= named_by(parse_list(text, uri))
+    return found
 
 
 def digest_of(text: str) -> str:

@@ -124,6 +124,20 @@ def test_score_refilter_and_search(tmp_path: Path) -> None:
         }  # fmt: skip
         (rescored,) = atelier("score", str(recipe))["datasets"]
         assert rescored["counts"]["samples"] == committed - 1
+        like = found["hits"][1]["sample_id"]
+        (near, elsewhere) = sorted(
+            atelier("takedown", "--like", like, "--min-similarity", "0.999", "--dry-run")[
+                "datasets"
+            ],
+            key=lambda each: -len(each["near"]),
+        )
+        assert near["dataset"] == "painted"
+        assert near["near"][0]["sample_id"] == like
+        assert near["near"][0]["cosine"] == pytest.approx(1, abs=1e-3)
+        assert near["samples"] == len(near["near"]) < committed / 2
+        assert elsewhere["near"] == []  # it has no embeddings of its own
+        stranger = atelier("takedown", "--like", "0" * 32, "--dry-run", returns=1)
+        assert "with an embedding" in stranger["error"][0]
         assert rescored["shards_embedded_now"] == 1
         (published,) = atelier("refilter", str(recipe), *higher)["datasets"]
         left = atelier("search", "a red circle", "--dataset", "painted", "-k", "5")["hits"]
