@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipelines.plan import plan_curation
 from pipelines.repair import CannotRepair, RepairResult, repair
 from pipelines.salvage import salvaged
 from pipelines.shards import read_shard
+from tests.pipelines.conftest import EvilWeb, make_trap_world
 from tests.pipelines.test_build import Crash, crash_after, run
 from tests.pipelines.test_rejected import no_spark
 
@@ -38,7 +40,8 @@ class Published:
         self.config = world.config()
         plan = plan_curation("traps", self.config, store_uri)
         self.build: Build = plan.build
-        self.manifest: DatasetManifest = run(plan)
+        uri = plan.manifest_uri
+        self.manifest: DatasetManifest = run(plan) if uri is None else load_manifest(uri)
         self.root = plan.build.dataset_root
         self.uri = storage.join(self.root, self.manifest.version, "manifest.json")
         self.shard = max(self.manifest.shards, key=lambda shard: shard.num_samples)
@@ -79,9 +82,20 @@ class Published:
         )
 
 
+@pytest.fixture(scope="module")
+def curated_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+    folder, web = tmp_path_factory.mktemp("curated"), EvilWeb()
+    world = make_trap_world(folder / "world", web)
+    Published(world, (folder / "store").as_uri())
+    yield world, folder / "store"
+    web.stop()
+
+
 @pytest.fixture
-def published(trap_world: Any, tmp_path: Path) -> Published:
-    return Published(trap_world, (tmp_path / "store").as_uri())
+def published(curated_once: tuple[Any, Path], tmp_path: Path) -> Published:
+    world, store = curated_once
+    shutil.copytree(store, tmp_path / "store")
+    return Published(world, (tmp_path / "store").as_uri())
 
 
 def place_of(data: bytes, name: str) -> tuple[int, int]:
