@@ -127,6 +127,13 @@ def contaminated(rows: pl.DataFrame, config: DecontaminationConfig) -> pl.Series
     return pl.Series("contaminated", found, dtype=pl.Boolean)
 
 
+def repeats_a_prompt(text: str, config: DecontaminationConfig) -> bool:
+    """Whether one caption does."""
+    if not config.prompts:
+        return False
+    return prompt_index(tuple(config.prompts), config.min_prompt_likeness).holds(text)
+
+
 @functools.lru_cache(maxsize=2)
 def prompt_index(files: tuple[str, ...], min_likeness: float | None) -> PromptIndex:
     """The index over the prompts of ``files``; a process keeps the last."""

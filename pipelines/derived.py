@@ -26,8 +26,9 @@ from pipelines.clip_model import identify
 from pipelines.derive import derive
 from pipelines.heads import load_head
 from pipelines.plan import verify_unless_unchanged
+from pipelines.prune import PRUNE_VERSION, judge, prune_job, prune_part
 from pipelines.score import Bars, score, select, selection
-from pipelines.scoring_config import DerivedConfig, ScoringConfig
+from pipelines.scoring_config import DerivedConfig, PruneConfig, ScoringConfig
 from pipelines.verdicts import REFILTER_VERSION
 from pipelines.workspace import noted_version
 
@@ -86,6 +87,12 @@ def plan_derived(manifest_uri: str, sections: Sections, config: DerivedConfig) -
             "keep": semantic_part(config.keep),
             "version": REFILTER_VERSION,
         }
+    if config.prune is not None:
+        identity |= {
+            "prune": semantic_part(config.prune),
+            "prune_against": prune_part(config.prune),
+            "prune_version": PRUNE_VERSION,
+        }
     if config.caption:
         captioning = _needed(sections.captioning, "captioning")
         model = None if captioning.local is None else identify_local(captioning.local)
@@ -130,6 +137,8 @@ def make_derived(
             scored = score(uri, scoring, spark, bars, environment)
             job = selection(scored, scoring, config.keep, bars, environment)
             uri = select(job, spark, bars)[0].manifest_uri
+        if config.prune is not None:
+            uri = prune(uri, config.prune, spark, bars, environment)
         if config.caption:
             asking = plan_captions(uri, _needed(sections.captioning, "captioning"), environment)
             total = asking.manifest.counts["committed"]
@@ -140,6 +149,20 @@ def make_derived(
         manifest = load_manifest(uri)
         storage.write_json(plan.result_uri, {"version": manifest.version})
     return uri, manifest
+
+
+def prune(
+    manifest_uri: str,
+    config: PruneConfig,
+    spark: Callable[[], SparkSession],
+    bars: Bars,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Publish a version without copies and evaluation sets; returns its manifest's address."""
+    job = prune_job(manifest_uri, config, environment)
+    with bars("pruning", job.manifest.counts["committed"], "samples") as bar:
+        judge(job, spark)
+        return derive(job, spark, bar.update).manifest_uri
 
 
 def _needed(section: _Section | None, name: str) -> _Section:

@@ -60,7 +60,7 @@ def fetch_images(
         numbers = spark.range(0, len(pending), 1, numPartitions=len(pending))
         rows = numbers.mapInArrow(read, _ddl(task.TRAVEL_SCHEMA))
         if partitions:
-            _run_by_slot(rows, len(partitions), fetch)
+            run_by_slot(rows, len(partitions), fetch)
         else:
             rows.write.format("noop").mode("overwrite").save()
 
@@ -125,7 +125,7 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
                 num_images += sum(each.num_images for each in references)
             found = duplicates_among(images, build.config, num_images)
             seeds = seeds.union(found.where("slot >= 0"))
-        _run_by_slot(seeds, len(pending), write)
+        run_by_slot(seeds, len(pending), write)
 
 
 def one_thread_per_task(spark: SparkSession) -> None:
@@ -133,7 +133,7 @@ def one_thread_per_task(spark: SparkSession) -> None:
     spark.sparkContext.environment.setdefault("POLARS_MAX_THREADS", "1")
 
 
-def _run_by_slot(rows: DataFrame, num_slots: int, run: Callable[[int, Batches], int]) -> None:
+def run_by_slot(rows: DataFrame, num_slots: int, run: Callable[[int, Batches], int]) -> None:
     """Send each row to the task of its ``slot`` and wait until all have run."""
 
     def at_slot(batches: Batches) -> Batches:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from infra.config import StrictModel, operational, semantic
+from pipelines.duplicate_config import DecontaminationConfig, DuplicateConfig
 
 ScoreColumn = Literal["aesthetic_score", "unsafe_prob", "watermark_prob"]
 HeadLayout = Literal[
@@ -135,9 +136,20 @@ class ScoringConfig(StrictModel):
         return self
 
 
+class PruneConfig(StrictModel):
+    """What is taken out of a published version: copies, and what evaluation sets hold."""
+
+    duplicates: DuplicateConfig = semantic(
+        default_factory=DuplicateConfig, description="which copies go; same_url counts for nothing"
+    )
+    decontaminate: DecontaminationConfig = semantic(
+        default_factory=DecontaminationConfig, description="evaluation sets to keep out"
+    )
+
+
 class DerivedConfig(StrictModel):
-    """A version of a curated dataset by other thresholds, or with captions; stages take it like a
-    dataset.
+    """A version of a curated dataset by other thresholds, without copies, or with captions; stages
+    take it like a dataset. What is asked for is done in this order.
 
     Several may come from one dataset: it is fetched and scored once.
     """
@@ -146,12 +158,15 @@ class DerivedConfig(StrictModel):
     keep: RefilterConfig | None = semantic(
         None, "thresholds on stored and computed scores (section `scoring`); null: all stay"
     )
+    prune: PruneConfig | None = semantic(
+        None, "copies and evaluation sets to take out; null: all stay"
+    )
     caption: bool = semantic(
         False, "whether its images, those that stay, get captions (section `captioning`)"
     )
 
     @model_validator(mode="after")
     def _derives(self) -> DerivedConfig:
-        if self.keep is None and not self.caption:
-            raise ValueError("expected `keep`, `caption: true`, or both; got neither")
+        if self.keep is None and self.prune is None and not self.caption:
+            raise ValueError("expected `keep`, `prune` or `caption: true`, or several; got none")
         return self

@@ -71,7 +71,7 @@ def test_a_missing_key_says_what_it_is() -> None:
         ("services={store_uri: 's3://x'}", "together, or neither"),
         ("derived={best: {dataset: captioned, keep: {}}}", "there is no `scoring` section"),
         ("derived={best: {dataset: captioned, caption: true}}", "no `captioning` section"),
-        ("derived={best: {dataset: captioned}}", "got neither"),
+        ("derived={best: {dataset: captioned}}", "got none"),
         ("derived={captioned: {dataset: captioned, keep: {}}}", "has this name already"),
         ("derived={best: {dataset: captiond, keep: {}}}", "did you mean captioned?"),
         ("name=Tiny Recipe", "expected string should match pattern"),
