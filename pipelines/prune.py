@@ -21,6 +21,7 @@ from infra import storage
 from infra.config import semantic_part
 from infra.digests import canonical_json, sha256_bytes
 from infra.environment import applied
+from infra.lease import Lease
 from infra.manifest import DatasetManifest, dataset_root, load_manifest
 from pipelines.config import CurationConfig
 from pipelines.decontaminate import CONTAMINATED, decontamination_part, repeats_a_prompt
@@ -28,6 +29,7 @@ from pipelines.derive import Derivation
 from pipelines.duplicates import DUPLICATES, IMAGES, duplicates_among, rank_of
 from pipelines.embed import checked_bytes
 from pipelines.engine import run_by_slot
+from pipelines.exclusive import refuse_while_removing
 from pipelines.images import signature_of
 from pipelines.references import find_references, reference_images, references_part
 from pipelines.scoring_config import PruneConfig
@@ -119,8 +121,16 @@ def prune_part(config: PruneConfig) -> dict[str, Any]:
 
 
 def judge(job: PruneJob, spark: Callable[[], SparkSession]) -> None:
-    """Find out what leaves each shard, unless that is known. Killed, it is found out again."""
-    with applied(job.environment):
+    """Find out what leaves each shard, unless that is known. Killed, it is found out again.
+
+    ``LeaseHeld`` while another does.
+    """
+    held_by = f"{job.kind} of {job.manifest.name}"
+    with (
+        applied(job.environment),
+        Lease(storage.join(job.folder, "lease.json"), held_by) as lease,
+    ):
+        refuse_while_removing(job.dataset_root)
         if storage.exists(job.judged_uri):
             return
         num_shards = len(job.manifest.shards)
@@ -128,6 +138,7 @@ def judge(job: PruneJob, spark: Callable[[], SparkSession]) -> None:
             session = spark()
             with one_line_errors(job):
                 run_by_slot(_verdicts(job, session), num_shards, lambda n, b: _note(job, n, b))
+        lease.check()
         storage.write_json(job.judged_uri, {"shards": num_shards})
 
 
