@@ -31,7 +31,13 @@ from infra import storage
 from infra.digests import sha256_file
 from infra.errors import UserError
 from infra.manifest import FileEntry, ShardEntry
-from pipelines.clip_model import ClipEncoder, ClipIdentity, decoded, encoder_of
+from pipelines.clip_model import (
+    ClipEncoder,
+    ClipIdentity,
+    decoded,
+    encoder_of,
+    runner_and_mapper,
+)
 from pipelines.shards import read_shard
 
 if TYPE_CHECKING:
@@ -126,16 +132,12 @@ def embed_shard(task: EmbedTask, shard: ShardEntry, folder: Path) -> EmbeddedSha
 
 def _run(encoder: ClipEncoder, reader: ShardReader, writer: ShardEmbeddings) -> None:
     import contextlib
-    import warnings
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what clip-retrieval imports
-        from clip_retrieval.clip_inference.mapper import ClipMapper
-        from clip_retrieval.clip_inference.runner import Runner
+    runner, clip_mapper = runner_and_mapper()
 
     def mapper() -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
-            made = ClipMapper(
+            made = clip_mapper(
                 enable_image=True,
                 enable_text=True,
                 enable_metadata=False,
@@ -148,7 +150,7 @@ def _run(encoder: ClipEncoder, reader: ShardReader, writer: ShardEmbeddings) -> 
         made.model_img, made.model_txt = encoder.encode_image, encoder.encode_text
         return made
 
-    Runner(lambda _: reader, mapper, lambda _: writer, lambda _: _NoLog(), 1)(0)
+    runner(lambda _: reader, mapper, lambda _: writer, lambda _: _NoLog(), 1)(0)
 
 
 class _NoLog:

@@ -21,7 +21,7 @@ from infra.environment import applied
 from infra.errors import UserError
 from infra.lease import Lease
 from infra.manifest import DatasetManifest, FileEntry, ShardEntry, dataset_root, load_manifest
-from pipelines.clip_model import ClipIdentity, identify, publish_weights
+from pipelines.clip_model import LIBRARIES, ClipIdentity, identify, publish_weights
 from pipelines.embed import EmbeddedShard, EmbedTask, embed_shard, embeddings_folder
 from pipelines.exclusive import refuse_while_removing
 from pipelines.scoring_config import ClipConfig
@@ -137,7 +137,9 @@ def embed_dataset(
                 job = replace(job, unit=replace(job.unit, weights_uri=uri))
                 sizes = {job.unit.marker_uri(s.sha256): s.num_samples for s in missing}
                 with watching(sizes, job.manifest.counts["committed"], progress):
-                    run_units(spark(), job, len(missing), lambda i: _embed(job, missing[i]))
+                    run_units(
+                        spark(), job, len(missing), lambda i: _embed(job, missing[i]), LIBRARIES
+                    )
                 done = finished_units(job)
             lease.check()
             embeddings = publish_embeddings(job, done)
