@@ -24,6 +24,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEADLINE_SECONDS = 900.0
+MAX_FAILURES = 5  # of the command in a row, while nothing disturbs it
+LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -123,23 +125,25 @@ def kill_all(found: list[psutil.Process]) -> bool:
 
 def kill_driver(home: DrillHome) -> bool:
     assert home.driver is not None
+    is_alive = home.driver.poll() is None
     home.driver.kill()
-    return True
+    return is_alive
 
 
 def kill_everything(home: DrillHome) -> bool:
     """The driver and all its processes at once, as when the power fails."""
     assert home.driver is not None
-    found = home.processes("")
+    is_alive, found = home.driver.poll() is None, home.processes("")
     home.driver.kill()
     kill_all(found)
-    return True
+    return is_alive
 
 
 def terminate_driver(home: DrillHome) -> bool:
     assert home.driver is not None
+    is_alive = home.driver.poll() is None
     home.driver.terminate()
-    return True
+    return is_alive
 
 
 def restart_s3(home: DrillHome) -> bool:
@@ -193,6 +197,10 @@ class Job(ABC):
     def place(self, home: DrillHome) -> tuple[str, int, int]:
         """The stage at work, its step, and what a kill now would cost."""
 
+    def stages(self) -> tuple[str, ...]:
+        """The stages that every other kill looks for; none: all kills come by the clock."""
+        return ()
+
 
 def say_line(line: str) -> None:
     print(line, flush=True)
@@ -202,7 +210,9 @@ def say_line(line: str) -> None:
 class Drill:
     """A prepared home, its undisturbed result, and copies of it that are disturbed.
 
-    Between two kills lie up to ``max_pause_seconds``; 0: a quarter of the undisturbed run.
+    Between two kills lie up to ``max_pause_seconds``; 0: a quarter of the undisturbed run. Every
+    other kill waits, for as long at most, until the stage that was hit least is at work.
+    ``record`` is a file for the page, written after every round.
     """
 
     job: Job
@@ -212,9 +222,12 @@ class Drill:
     max_pause_seconds: float = 0.0
     mlflow_away_seconds: float = 60.0
     say: Callable[[str], None] = say_line
+    record: Path | None = None
     kills: list[Kill] = field(default_factory=list)
     rounds: int = 0
     rounds_equal: int = 0
+    undisturbed_seconds: float = 0.0
+    num_results: int = 0
 
     def run(self) -> bool:
         """Whether every round came to what the undisturbed run came to."""
@@ -227,12 +240,13 @@ class Drill:
         began = time.monotonic()
         if self.job.start(straight).wait(timeout=DEADLINE_SECONDS):
             raise RuntimeError(straight.log.read_text()[-3000:])
-        seconds = time.monotonic() - began
+        self.undisturbed_seconds = time.monotonic() - began
         straight.do("down")
-        self.say(f"undisturbed: {seconds:.0f} s")
-        self.max_pause_seconds = self.max_pause_seconds or seconds / 4
+        self.say(f"undisturbed: {self.undisturbed_seconds:.0f} s")
+        self.max_pause_seconds = self.max_pause_seconds or self.undisturbed_seconds / 4
         expected = self.job.result(straight)
-        self.say(f"results to compare: {len(expected)}")
+        self.num_results = len(expected)
+        self.say(f"results to compare: {self.num_results}")
         while len(self.kills) < self.num_kills:
             home = self._copy(base, f"round-{self.rounds}")
             home.mlflow_away_seconds = self.mlflow_away_seconds
@@ -246,6 +260,8 @@ class Drill:
             self.rounds += 1
             self.rounds_equal += is_equal
             self.say(f"round {self.rounds}: {len(self.kills)} kills, equal: {is_equal}")
+            if self.record is not None:
+                self.record.write_text(self.page() + "\n")
             if is_equal:
                 shutil.rmtree(home.path)
             else:
@@ -261,31 +277,51 @@ class Drill:
         """Kill, and start again whoever ended, until the command is done."""
         kinds = self.job.kinds()
         driver = self.job.start(home)
+        failures = 0
         while True:
             wants_kill = len(self.kills) < self.num_kills
-            pause = rng.uniform(0.5, self.max_pause_seconds) if wants_kill else DEADLINE_SECONDS
-            code = _ended(driver, pause)
+            code = self._let_work(home, driver, rng) if wants_kill else _ended(driver)
             if code == 0:
                 return
+            failures += 1
+            if failures > MAX_FAILURES or (code is None and not wants_kill):
+                raise RuntimeError(f"the run does not end: {home.log.read_text()[-3000:]}")
             if code is not None:
                 if self.kills:
                     self.kills[-1] = replace(self.kills[-1], restarts=True, exit_code=code)
                 driver = self.job.start(home)  # what failed is given again, as its message says
                 continue
-            if not wants_kill:  # nothing disturbs it any more
-                raise RuntimeError(f"the run in {home.path} does not end")
-            kind = rng.choice(sorted(kinds))
             stage, step, lost = self.job.place(home)
-            if not kinds[kind](home):
-                continue  # there was nothing of that kind to kill now
+            shuffled = rng.sample(sorted(kinds), len(kinds))  # the first that there is to kill
+            kind = next((each for each in shuffled if kinds[each](home)), None)
+            if kind is None:
+                continue
+            failures = 0
             code = _ended(driver, 45.0 if "driver" in kind or "everything" in kind else 1.0)
             self.kills.append(Kill(kind, stage, step, lost, code is not None, code))
             self.say(f"{len(self.kills)}: {self.kills[-1]}")
             if code is not None and code != 0:
                 driver = self.job.start(home)
 
+    def _let_work(
+        self, home: DrillHome, driver: subprocess.Popen[bytes], rng: random.Random
+    ) -> int | None:
+        """Wait until a random moment; the exit code of a command that ended before."""
+        pause = rng.uniform(0.5, self.max_pause_seconds)
+        stages = self.job.stages()
+        if not stages or rng.random() < 0.5:
+            return _ended(driver, pause)
+        hits = Counter(kill.stage for kill in self.kills)
+        wanted = min(stages, key=lambda stage: (hits[stage], rng.random()))
+        until = time.monotonic() + self.max_pause_seconds
+        while time.monotonic() < until and self.job.place(home)[0] != wanted:
+            code = _ended(driver, LOOK_SECONDS)
+            if code is not None:
+                return code
+        return _ended(driver, rng.uniform(0.0, 1.0))
+
     def page(self) -> str:
-        """What happened, as a table."""
+        """What happened so far, as tables."""
         cost = self.job.lost_words
         lines = ["| killed | times | command given again |", "|---|---|---|"]
         if cost is not None:
@@ -300,16 +336,19 @@ class Drill:
             if cost is not None:
                 row += f" {statistics.median(lost):g} ({max(lost)}) |"
             lines.append(row)
-        stages = Counter(each.stage for each in self.kills)
-        lines += ["", f"Stages hit: {', '.join(f'{n} {c}' for n, c in stages.most_common())}."]
-        lines.append(
-            f"{len(self.kills)} kills in {self.rounds} runs of the recipe; {self.job.result_words} "
-            f"equal to the undisturbed run's in {self.rounds_equal} of {self.rounds}."
-        )
+        hits = Counter(each.stage for each in self.kills)
+        lines += ["", "| at work | kills |", "|---|---|"]
+        lines += [f"| {stage} | {count} |" for stage, count in hits.most_common()]
+        lines += [
+            "",
+            f"{len(self.kills)} kills in {self.rounds} runs of the recipe (undisturbed: "
+            f"{self.undisturbed_seconds:.0f} s); {self.job.result_words} equal to the undisturbed "
+            f"run's ({self.num_results}) in {self.rounds_equal} of {self.rounds}.",
+        ]
         return "\n".join(lines)
 
 
-def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+def _ended(process: subprocess.Popen[bytes], seconds: float = DEADLINE_SECONDS) -> int | None:
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -324,9 +363,10 @@ def kills_wanted(default: int) -> int:
 def drill(job: Job, folder: Path, num_kills: int) -> Drill:
     """Kill as often, print what came of it, and return the finished drill.
 
-    ``ATELIER_PAUSE`` is the longest time between two kills, in seconds, and ``ATELIER_SEED`` says
-    where they fall.
+    ``ATELIER_PAUSE`` is the longest time between two kills, in seconds, ``ATELIER_SEED`` says
+    where they fall, and ``ATELIER_RECORD`` names a file for the page, which grows with every round.
     """
+    record = os.environ.get("ATELIER_RECORD")
     drill = Drill(
         job,
         folder,
@@ -334,6 +374,7 @@ def drill(job: Job, folder: Path, num_kills: int) -> Drill:
         seed=int(os.environ.get("ATELIER_SEED", "7")),
         max_pause_seconds=float(os.environ.get("ATELIER_PAUSE", "0")),
         mlflow_away_seconds=5.0,
+        record=Path(record) if record else None,
     )
     try:
         drill.run()
