@@ -24,7 +24,8 @@ import yaml
 
 from infra.local.programs import LEFTOVERS
 from tests.app.test_scoring import make_models
-from tests.faults.drill import KINDS, DrillHome, Job, kill_all
+from tests.faults.drill import Job
+from tests.faults.drill_home import KINDS, DrillHome, kill_all
 from tests.pipelines.captions.conftest import KEY, CaptionServer
 
 NUM_ROWS = 80
