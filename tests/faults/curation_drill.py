@@ -115,8 +115,9 @@ class CurationJob(Job):
 
     def prepare(self, home: DrillHome) -> None:
         models = self.folder / "models"
-        models_section = make_models(models)
-        self.recipe.write_text(yaml.safe_dump(self._recipe(models_section)))
+        scoring = make_models(models)
+        scoring["clip"] |= {"batch_size": 4, "checkpoint_seconds": 0.0}  # parts of every shard
+        self.recipe.write_text(yaml.safe_dump(self._recipe(scoring)))
         home.do("up")
 
     def _recipe(self, scoring: dict[str, Any]) -> dict[str, Any]:
@@ -140,11 +141,12 @@ class CurationJob(Job):
                 "told": {"dataset": "painted", "caption": True},
             },
             "captioning": {
+                "checkpoint_samples": 4,
                 "endpoint": {
                     "url": self.server.url,
                     "model": "captioner",
                     "api_key_env": KEY_VARIABLE,
-                }
+                },
             },
         }
 
