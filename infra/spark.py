@@ -24,6 +24,7 @@ from infra.environment import applied
 from infra.errors import UserError
 from infra.java import Java, find_java
 from infra.spark_archive import archive_path
+from infra.spark_daemon import MODULE as DAEMON
 
 if TYPE_CHECKING:
     from pyspark import SparkConf
@@ -114,6 +115,7 @@ def _settings(app_name: str, cluster: ClusterConfig, environment: Mapping[str, s
             "spark.driver.bindAddress": HOST,
             "spark.driver.host": HOST,
             "spark.local.dir": str(scratch),
+            "spark.python.daemon.module": DAEMON,
             **_private_sockets(),
             "spark.sql.warehouse.dir": (scratch / "warehouse").as_uri(),
         }

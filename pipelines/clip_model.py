@@ -38,6 +38,7 @@ PREPROCESSING_VERSION = 1
 BF16_MAX_COSINE_LOSS = 1e-3
 CONFIG_NAME = "open_clip_config.json"
 _CHECKED_AT_ONCE = 4
+LIBRARIES = "pipelines.clip_model:import_libraries"
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,21 @@ def _imports() -> tuple[Any, Any]:
         import open_clip
         from all_clip import load_clip
     return load_clip, open_clip
+
+
+def runner_and_mapper() -> tuple[Any, Any]:
+    """clip-retrieval's ``Runner`` and ``ClipMapper``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what clip-retrieval imports
+        from clip_retrieval.clip_inference.mapper import ClipMapper
+        from clip_retrieval.clip_inference.runner import Runner
+    return Runner, ClipMapper
+
+
+def import_libraries() -> None:
+    """All that embedding imports of others: 10 s of a core, once for all workers of a machine."""
+    _imports()
+    runner_and_mapper()
 
 
 @functools.lru_cache(maxsize=1)

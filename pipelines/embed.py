@@ -7,13 +7,15 @@ partition of up to a million samples in memory until its end and then writes thr
 another at their final names, with no mark of what is whole, so nothing can be resumed. Its Spark
 distributor can run no other reader or writer than these. Here a unit is a shard: read with its
 digest checked, every sample either embedded or named with its error, and published whole, under
-content-derived names, before its marker is written.
+content-derived names, before its marker is written. What a task has of a shard that takes long is
+stored now and then (``embed_parts``).
 """
 
 from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
@@ -31,7 +32,14 @@ from infra import storage
 from infra.digests import sha256_file
 from infra.errors import UserError
 from infra.manifest import FileEntry, ShardEntry
-from pipelines.clip_model import ClipEncoder, ClipIdentity, decoded, encoder_of
+from pipelines.clip_model import (
+    ClipEncoder,
+    ClipIdentity,
+    decoded,
+    encoder_of,
+    runner_and_mapper,
+)
+from pipelines.embed_parts import PARTS, STEM_CHARS, Embeddings, Part, store_part, stored_parts
 from pipelines.shards import read_shard
 
 if TYPE_CHECKING:
@@ -39,7 +47,6 @@ if TYPE_CHECKING:
 
 KEY_CHARS = 12
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
-Embeddings = npt.NDArray[np.float16]
 
 # One row per sample of the shard, in its order, with the scores that the sample carries. ``row``
 # counts the shard's embedded samples and is null beside an ``error``.
@@ -83,6 +90,7 @@ class EmbedTask:
     batch_size: int
     num_threads: int | None
     decode_threads: int
+    checkpoint_seconds: float
 
     @property
     def folder(self) -> str:
@@ -92,6 +100,10 @@ class EmbedTask:
     def marker_uri(self, shard_sha256: str) -> str:
         """The marker of one shard."""
         return storage.join(self.dataset_root, self.folder, "units", f"{shard_sha256[:32]}.json")
+
+    def parts(self, shard_sha256: str) -> str:
+        """The folder of a shard's embeddings while they are made."""
+        return storage.join(self.dataset_root, self.folder, PARTS, shard_sha256[:STEM_CHARS])
 
     def read_marker(self, shard: ShardEntry) -> EmbeddedShard | None:
         """The shard's marker, or None when it is missing or unreadable."""
@@ -111,13 +123,14 @@ def embeddings_folder(model_key: str) -> str:
 def embed_shard(task: EmbedTask, shard: ShardEntry, folder: Path) -> EmbeddedShard:
     """Embed every image and caption of ``shard``, publish, and write the marker last.
 
-    ``folder`` is a temporary one. Raises ``DigestMismatch`` when the shard's bytes are not those
-    of the dataset's manifest.
+    A task that was killed goes on after the last part that it stored. ``folder`` is a temporary
+    one. Raises ``DigestMismatch`` when the shard's bytes are not those of the dataset's manifest.
     """
     encoder = encoder_of(task.identity, task.weights_uri, task.num_threads)
     data = checked_bytes(storage.join(task.dataset_root, shard.path), shard.sha256)
-    reader = ShardReader(data, encoder, task.batch_size, task.decode_threads)
-    writer = ShardEmbeddings(task, shard, reader, folder)
+    begun = stored_parts(task.parts(shard.sha256), task.batch_size)
+    reader = ShardReader(data, encoder, task.batch_size, task.decode_threads, begun.end)
+    writer = ShardEmbeddings(task, shard, reader, folder, begun)
     _run(encoder, reader, writer)
     if writer.marker is None:
         raise RuntimeError("clip-retrieval's runner did not flush its writer")
@@ -126,16 +139,12 @@ def embed_shard(task: EmbedTask, shard: ShardEntry, folder: Path) -> EmbeddedSha
 
 def _run(encoder: ClipEncoder, reader: ShardReader, writer: ShardEmbeddings) -> None:
     import contextlib
-    import warnings
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what clip-retrieval imports
-        from clip_retrieval.clip_inference.mapper import ClipMapper
-        from clip_retrieval.clip_inference.runner import Runner
+    runner, clip_mapper = runner_and_mapper()
 
     def mapper() -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
-            made = ClipMapper(
+            made = clip_mapper(
                 enable_image=True,
                 enable_text=True,
                 enable_metadata=False,
@@ -148,7 +157,7 @@ def _run(encoder: ClipEncoder, reader: ShardReader, writer: ShardEmbeddings) -> 
         made.model_img, made.model_txt = encoder.encode_image, encoder.encode_text
         return made
 
-    Runner(lambda _: reader, mapper, lambda _: writer, lambda _: _NoLog(), 1)(0)
+    runner(lambda _: reader, mapper, lambda _: writer, lambda _: _NoLog(), 1)(0)
 
 
 class _NoLog:
@@ -164,12 +173,18 @@ class _NoLog:
 class ShardReader:
     """The batches of one shard in its order, the next one decoded while the model works.
 
-    ``errors`` names the samples that could not be decoded, ``samples`` holds what the others say
-    of themselves; both are complete when the iteration is.
+    ``first`` samples are passed by. ``errors`` names the samples after them that could not be
+    decoded, ``samples`` holds what all say of themselves; both are complete when the iteration is.
+    ``end`` is how many samples there are up to and with the batch that was given last.
     """
 
     def __init__(
-        self, shard: bytes, encoder: ClipEncoder, batch_size: int, decode_threads: int
+        self,
+        shard: bytes,
+        encoder: ClipEncoder,
+        batch_size: int,
+        decode_threads: int,
+        first: int = 0,
     ) -> None:
         self._shard = shard
         self._encoder = encoder
@@ -177,14 +192,18 @@ class ShardReader:
         self._decode_threads = decode_threads
         self.errors: dict[str, str] = {}
         self.samples: dict[str, dict[str, Any]] = {}
+        self.end = first
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         samples = read_shard(self._shard)
+        for key, members in islice(samples, self.end):
+            self.samples[key] = _described(members)
         with ThreadPoolExecutor(self._decode_threads) as pool:
             pending = self._submit(samples, pool)
             while pending:
                 current, pending = pending, self._submit(samples, pool)
                 batch = self._collect(current)
+                self.end += len(current)
                 if batch is not None:
                     yield batch
 
@@ -230,51 +249,69 @@ def _described(members: Mapping[str, bytes]) -> dict[str, Any]:
 class ShardEmbeddings:
     """Gathers a shard's embeddings and publishes them together when all are there.
 
-    Memory: 4 bytes x dimension per sample, so 60 MB for 10,000 samples of ViT-L/14.
+    ``begun`` is what an earlier task stored of them. Memory: 4 bytes x dimension per sample, so
+    60 MB for 10,000 samples of ViT-L/14.
     """
 
     def __init__(
-        self, task: EmbedTask, shard: ShardEntry, reader: ShardReader, folder: Path
+        self, task: EmbedTask, shard: ShardEntry, reader: ShardReader, folder: Path, begun: Part
     ) -> None:
         self._task = task
         self._shard = shard
         self._reader = reader
         self._folder = folder
-        self._keys: list[str] = []
-        self._images: list[Embeddings] = []
-        self._texts: list[Embeddings] = []
+        self._made = begun
+        self._since = Part(first=begun.end)
+        self._stored_at = time.monotonic()
         self.marker: EmbeddedShard | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> None:
-        """Take what the mapper made of one batch."""
+        """Take what the mapper made of one batch; store a part when it is time."""
         images, texts = batch["image_embs"], batch["text_embs"]
         whole = np.isfinite(images).all(axis=1) & np.isfinite(texts).all(axis=1)
         for key, is_whole in zip(batch["image_filename"], whole, strict=True):
             if is_whole:
-                self._keys.append(key)
+                self._since.keys.append(key)
             else:
                 self._reader.errors[key] = "embedding: not finite"
-        self._images.append(images[whole])
-        self._texts.append(texts[whole])
+        self._since.images.append(images[whole])
+        self._since.texts.append(texts[whole])
+        if time.monotonic() - self._stored_at >= self._task.checkpoint_seconds:
+            since = self._take_in()
+            store_part(self._task.parts(self._shard.sha256), since, self._task.batch_size)
+            self._stored_at = time.monotonic()
+
+    def _take_in(self) -> Part:
+        """Add what came since the last part to what is made; returns it."""
+        since = self._since
+        since.end = self._reader.end
+        known = self._made.errors
+        since.errors = {k: v for k, v in self._reader.errors.items() if k not in known}
+        self._made.add(since)
+        self._since = Part(first=since.end)
+        return since
 
     def flush(self) -> None:
-        """Publish the files, then the marker."""
-        samples, errors = self._reader.samples, self._reader.errors
-        if len(samples) != self._shard.num_samples or len(self._keys) + len(errors) != len(samples):
+        """Publish the files, then the marker; then no part is needed any more."""
+        self._take_in()
+        samples, made = self._reader.samples, self._made
+        num_ended = len(made.keys) + len(made.errors)
+        if len(samples) != self._shard.num_samples or num_ended != len(samples):
             raise RuntimeError(
                 f"{self._shard.path} has {self._shard.num_samples} samples by its manifest, "
-                f"{len(samples)} were read, {len(self._keys)} embedded and {len(errors)} failed"
+                f"{len(samples)} were read, {len(made.keys)} embedded, {len(made.errors)} failed"
             )
         marker = EmbeddedShard(
             shard=self._shard.path,
             shard_sha256=self._shard.sha256,
             num_samples=len(samples),
-            num_embedded=len(self._keys),
-            images=self._publish_array("images", self._images),
-            texts=self._publish_array("texts", self._texts),
+            num_embedded=len(made.keys),
+            images=self._publish_array("images", made.images),
+            texts=self._publish_array("texts", made.texts),
             rows=self._publish_rows(),
         )
         storage.write_json(self._task.marker_uri(self._shard.sha256), asdict(marker))
+        storage.delete_prefix(self._task.parts(self._shard.sha256))
         self.marker = marker
 
     def _publish_array(self, kind: str, parts: list[Embeddings]) -> FileEntry:
@@ -286,12 +323,12 @@ class ShardEmbeddings:
         return self._publish(path, kind, "npy", len(array))
 
     def _publish_rows(self) -> FileEntry:
-        row_of = {key: row for row, key in enumerate(self._keys)}
+        row_of = {key: row for row, key in enumerate(self._made.keys)}
         rows = [
             {
                 "sample_id": key,
                 "row": row_of.get(key),
-                "error": self._reader.errors.get(key),
+                "error": self._made.errors.get(key),
                 **known,
             }
             for key, known in self._reader.samples.items()
