@@ -107,6 +107,7 @@ def plan_embeddings(manifest_uri: str, config: ClipConfig) -> EmbeddingsJob:
         batch_size=config.batch_size,
         num_threads=config.num_threads,
         decode_threads=config.decode_threads,
+        decode_deadline_seconds=config.decode_deadline_seconds,
     )
     return EmbeddingsJob(manifest, manifest.version, unit, weights)
 

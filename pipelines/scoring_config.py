@@ -39,6 +39,9 @@ class ClipConfig(StrictModel):
         None, "torch threads per Spark task; null: what Spark gives a task, one", ge=1
     )
     decode_threads: int = operational(2, "images decoded at once per Spark task", ge=1, le=256)
+    decode_deadline_seconds: float = operational(
+        60.0, "an image whose decoding takes longer fails, and the others go on", gt=0
+    )
 
 
 class HeadConfig(StrictModel):
