@@ -70,7 +70,7 @@ def clean_datasets(
     for folder, num_bytes in others.items():
         out.say(f"{folder}/ beside the datasets: {_size(num_bytes)}, not looked into")
     freed = sum(each.get("removable_bytes", 0) for each in found)
-    if not removes and freed:
+    if not removes and (freed or any(each.get("unfinished_uploads") for each in found)):
         out.say(f"nothing was removed; with --gc, {_size(freed)} would go")
     return {"datasets": found, "removed": removes, "bytes": freed, "beside": others}
 
@@ -84,6 +84,9 @@ def _say(stock: Stock, out: Output, *, removes: bool) -> None:
     ):
         for kind, (files, num_bytes) in stock.by_kind(paths).items():
             out.say(f"  {word:<8}  {_size(num_bytes):>11}  {files:>9,} files  {kind}")
+    if stock.uploads:
+        word = "removed" if removes else "may go"
+        out.say(f"  {word:<8}  {len(stock.uploads):,} uploads that killed writers left unfinished")
     for version in stock.going:
         out.say(f"  {'removed' if removes else 'may go'}: version {version[:12]}")
 
@@ -101,6 +104,7 @@ def _json(stock: Stock, *, removes: bool) -> dict[str, Any]:
         "removed" if removes else "may_go": told(stock.removable),
         "versions": stock.going,
         "removable_bytes": stock.removable_bytes,
+        "unfinished_uploads": len(stock.uploads),
     }
 
 

@@ -24,6 +24,7 @@ from infra.manifest import (
     manifest_problems,
 )
 from infra.progress import Progress
+from infra.shard_members import Inventory
 
 MIN_THREADS = 4  # more than cores where storage answers slowly; hashing lets go of the lock
 _Entry = TypeVar("_Entry", ShardEntry, FileEntry)
@@ -196,18 +197,16 @@ def _check_shard(root: str, shard: ShardEntry, meter: _Meter) -> list[str]:
 
 def _read_tar(path: str, stream: _Hashed) -> tuple[set[str], list[str]]:
     """The distinct sample keys (member name up to its first dot) and what is wrong inside."""
-    keys: set[str] = set()
+    inventory = Inventory()
     problems: list[str] = []
     try:
         with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|") as tar:
             for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                if not member.isreg() or folder or base.startswith("."):
-                    problems.append(f"{path}: member {member.name!r} is not a plain sample file")
-                keys.add(base.split(".", 1)[0])
+                if (problem := inventory.problem_with(member)) is not None:
+                    problems.append(f"{path}: {problem}")
     except tarfile.TarError as error:
         problems.append(f"{path}: not a readable tar ({error})")
-    return keys, problems
+    return inventory.keys, problems
 
 
 def _check_ledger(root: str, file: FileEntry, meter: _Meter) -> list[str]:

@@ -12,17 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import quote, unquote
 
 from infra import storage_s3 as s3
+from infra import storage_upload
 from infra.digests import canonical_json
 from infra.errors import UserError
 from infra.storage_errors import (
@@ -32,6 +32,8 @@ from infra.storage_errors import (
     StorageUnavailable,
     local_errors,
 )
+from infra.storage_files import TEMPORARY_PREFIX, copied, replacing
+from infra.storage_upload import UnfinishedUpload
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -42,11 +44,13 @@ __all__ = [
     "ObjectMissing",
     "StorageUnavailable",
     "StoredObject",
+    "UnfinishedUpload",
     "arrow_filesystem",
     "delete",
     "delete_prefix",
     "download",
     "download_folder",
+    "drop_upload",
     "exists",
     "file_uri",
     "fingerprint",
@@ -56,17 +60,16 @@ __all__ = [
     "read_bytes",
     "read_json",
     "stat",
+    "unfinished_uploads",
     "upload",
     "upload_folder",
     "write_bytes",
     "write_json",
 ]
 
-CHUNK_BYTES = 1 << 20
 READ_ATTEMPTS = 3
 LOCAL_CLOCK_NS = 50_000_000  # file systems note times by the kernel's tick
 FOLDER_THREADS = 4
-TEMPORARY_PREFIX = ".atelier-tmp-"
 RESERVED_PREFIXES = (TEMPORARY_PREFIX, ".rclone_temp_", ".rclone_multipart_upload_")
 
 
@@ -157,59 +160,55 @@ def open_stream(uri: str) -> Iterator[IO[bytes]]:
             yield cast("IO[bytes]", GuardedReader(file, lambda: local_errors("read", uri)))
 
 
-def read_bytes(uri: str) -> bytes:
-    """All bytes of an object; raises ``ObjectMissing``."""
+def read_bytes(uri: str, sha256: str | None = None) -> bytes:
+    """All bytes of an object; raises ``ObjectMissing`` or, by ``sha256``, ``DigestMismatch``."""
+
+    def read() -> bytes:
+        with open_stream(uri) as stream:
+            data = stream.read()
+        _compare(uri, sha256, hashlib.sha256(data).hexdigest() if sha256 else "")
+        return data
+
+    return _retried(uri, read)
+
+
+def _compare(uri: str, expected_sha256: str | None, got_sha256: str) -> None:
+    if expected_sha256 is not None and expected_sha256 != got_sha256:
+        raise DigestMismatch(uri, expected_sha256=expected_sha256, got_sha256=got_sha256)
+
+
+_Result = TypeVar("_Result")
+
+
+def _retried(uri: str, read: Callable[[], _Result]) -> _Result:
+    """A cut connection is worth another try; a server that is down or refuses is not.
+
+    Bytes with another digest may have changed on their way: S3 is asked for them once more.
+    """
+    mismatches = 0 if uri.startswith("s3://") else 1
     for attempt in range(READ_ATTEMPTS):
         try:
-            with open_stream(uri) as stream:
-                return stream.read()
+            return read()
+        except DigestMismatch:
+            if mismatches:
+                raise
+            mismatches += 1
         except StorageUnavailable as error:
-            _wait_or_raise(error, attempt)
-    raise AssertionError("unreachable")
-
-
-def _wait_or_raise(error: StorageUnavailable, attempt: int) -> None:
-    """A cut connection is worth another try; a server that is down or refuses is not."""
-    if not error.broken_off or attempt == READ_ATTEMPTS - 1:
-        raise error
-    time.sleep(0.2 * 2**attempt)
+            if not error.broken_off or attempt == READ_ATTEMPTS - 1:
+                raise
+            time.sleep(0.2 * 2**attempt)
+    return read()
 
 
 def write_bytes(uri: str, data: bytes) -> StoredObject:
     """Write a whole object, replacing what was there."""
     location = _object_location(uri)
     if location.path is None:
-        s3.put(uri, location.bucket, location.key, data)
+        storage_upload.put(uri, location.bucket, location.key, data)
     else:
-        with _replacing(uri, location.path) as file:
+        with replacing(uri, location.path) as file:
             file.write(data)
     return StoredObject(uri, len(data), hashlib.sha256(data).hexdigest())
-
-
-@contextmanager
-def _replacing(uri: str, path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file beside ``path`` that becomes ``path``, synced, when the block ends well."""
-    with local_errors("write", uri):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def stat(uri: str) -> ObjectInfo:
@@ -309,21 +308,11 @@ def upload(path: str | Path, uri: str) -> StoredObject:
         if not source.is_file():
             raise ObjectMissing(str(source))
     if location.path is None:
-        num_bytes, sha256 = s3.upload(uri, location.bucket, location.key, source)
+        num_bytes, sha256 = storage_upload.upload(uri, location.bucket, location.key, source)
         return StoredObject(uri, num_bytes, sha256)
-    with open(source, "rb") as reader, _replacing(uri, location.path) as writer:
-        num_bytes, sha256 = _copy(reader, writer)
+    with open(source, "rb") as reader, replacing(uri, location.path) as writer:
+        num_bytes, sha256 = copied(reader, writer)
     return StoredObject(uri, num_bytes, sha256)
-
-
-def _copy(reader: IO[bytes], writer: IO[bytes]) -> tuple[int, str]:
-    digest = hashlib.sha256()
-    num_bytes = 0
-    while chunk := reader.read(CHUNK_BYTES):
-        digest.update(chunk)
-        writer.write(chunk)
-        num_bytes += len(chunk)
-    return num_bytes, digest.hexdigest()
 
 
 def download(uri: str, path: str | Path, sha256: str | None = None) -> StoredObject:
@@ -332,16 +321,28 @@ def download(uri: str, path: str | Path, sha256: str | None = None) -> StoredObj
     Raises ``ObjectMissing``, or ``DigestMismatch`` and leaves no file.
     """
     target = Path(path).absolute()
-    for attempt in range(READ_ATTEMPTS):
-        try:
-            with open_stream(uri) as reader, _replacing(file_uri(target), target) as writer:
-                num_bytes, found = _copy(reader, writer)
-                if sha256 is not None and found != sha256:
-                    raise DigestMismatch(uri, expected_sha256=sha256, got_sha256=found)
-            return StoredObject(uri, num_bytes, found)
-        except StorageUnavailable as error:
-            _wait_or_raise(error, attempt)
-    raise AssertionError("unreachable")
+
+    def read() -> StoredObject:
+        with open_stream(uri) as reader, replacing(file_uri(target), target) as writer:
+            num_bytes, found = copied(reader, writer)
+            _compare(uri, sha256, found)
+        return StoredObject(uri, num_bytes, found)
+
+    return _retried(uri, read)
+
+
+def unfinished_uploads(prefix_uri: str) -> list[UnfinishedUpload]:
+    """What killed writers left in the folder ``prefix_uri``: parts that became no object."""
+    location = _parse(prefix_uri)
+    if location.path is not None:
+        return []
+    return list(storage_upload.unfinished(prefix_uri, location.bucket, location.key))
+
+
+def drop_upload(unfinished: UnfinishedUpload) -> None:
+    """Drop the parts of an upload that nobody will finish."""
+    location = _object_location(unfinished.uri)
+    storage_upload.drop(unfinished.uri, location.bucket, location.key, unfinished.upload_id)
 
 
 def upload_folder(path: str | Path, uri: str) -> dict[str, StoredObject]:

@@ -6,17 +6,12 @@ limits and bounded retries, sent bytes carry their MD5, and plain HTTP stays on 
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 import shutil
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
@@ -27,16 +22,12 @@ from infra.storage_errors import (
     ObjectMissing,
     StorageUnavailable,
     disk_full,
-    local_errors,
 )
 
 if TYPE_CHECKING:
     import pyarrow.fs
     from mypy_boto3_s3 import S3Client
 
-PART_BYTES = 16 << 20
-MAX_PARTS = 10_000
-PART_THREADS = 4  # memory bound of an upload: (PART_THREADS + 1) * PART_BYTES
 DELETE_BATCH = 1_000
 CLOCK_SECONDS = 2.0
 CONNECT_TIMEOUT_SECONDS = 5
@@ -130,7 +121,7 @@ def _on_this_machine(url: str | None) -> bool:
 
 
 @contextmanager
-def _errors(action: str, uri: str) -> Iterator[None]:
+def errors(action: str, uri: str) -> Iterator[None]:
     """Turn botocore's and urllib3's errors into one line each."""
     from botocore import exceptions as boto
     from urllib3.exceptions import HTTPError
@@ -214,17 +205,17 @@ def _local_server_failed(action: str, uri: str, code: str) -> StorageUnavailable
 @contextmanager
 def open_stream(uri: str, bucket: str, key: str) -> Iterator[IO[bytes]]:
     """The body of an object; a body shorter than announced raises on the last read."""
-    with _errors("read", uri):
+    with errors("read", uri):
         body = client().get_object(Bucket=bucket, Key=key)["Body"]
     try:
-        yield cast("IO[bytes]", GuardedReader(body, lambda: _errors("read", uri)))
+        yield cast("IO[bytes]", GuardedReader(body, lambda: errors("read", uri)))
     finally:
         body.close()
 
 
 def head(uri: str, bucket: str, key: str) -> int:
     """The object's size in bytes."""
-    with _errors("look at", uri):
+    with errors("look at", uri):
         return client().head_object(Bucket=bucket, Key=key)["ContentLength"]
 
 
@@ -233,7 +224,7 @@ def fingerprint(uri: str, bucket: str, key: str) -> str | None:
 
     Times are whole seconds, and not every server's tags are digests.
     """
-    with _errors("look at", uri):
+    with errors("look at", uri):
         found = client().head_object(Bucket=bucket, Key=key)
     told = found["ResponseMetadata"]["HTTPHeaders"].get("date")
     if told is None:
@@ -244,82 +235,6 @@ def fingerprint(uri: str, bucket: str, key: str) -> str | None:
     return f"{found['ETag']} {found['ContentLength']} {found['LastModified'].timestamp()}"
 
 
-def put(uri: str, bucket: str, key: str, data: bytes) -> None:
-    """Write a whole object in one request."""
-    with _errors("write", uri):
-        client().put_object(Bucket=bucket, Key=key, Body=data, ContentMD5=_md5(data))
-
-
-def _md5(data: bytes) -> str:
-    digest = hashlib.md5(data, usedforsecurity=False).digest()
-    return base64.b64encode(digest).decode()
-
-
-def upload(uri: str, bucket: str, key: str, source: Path) -> tuple[int, str]:
-    """Send a file, in parts when it is large; returns its bytes and the sha256 of what was sent."""
-    with local_errors("read", str(source)), open(source, "rb") as file:
-        num_bytes = os.fstat(file.fileno()).st_size
-        part_bytes = max(PART_BYTES, -(-num_bytes // MAX_PARTS))
-        if num_bytes <= part_bytes:
-            data = file.read()
-            put(uri, bucket, key, data)
-            return len(data), hashlib.sha256(data).hexdigest()
-        return _upload_parts(uri, bucket, key, file, part_bytes)
-
-
-def _upload_parts(
-    uri: str, bucket: str, key: str, file: IO[bytes], part_bytes: int
-) -> tuple[int, str]:
-    s3 = client()
-    with _errors("write", uri):
-        upload_id = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
-
-    def send(number: int, data: bytes) -> dict[str, Any]:
-        response = s3.upload_part(
-            Bucket=bucket,
-            Key=key,
-            UploadId=upload_id,
-            PartNumber=number,
-            Body=data,
-            ContentMD5=_md5(data),
-        )
-        return {"ETag": response["ETag"], "PartNumber": number}
-
-    digest = hashlib.sha256()
-    num_bytes = 0
-    parts: list[dict[str, Any]] = []
-    try:
-        with _errors("write", uri), ThreadPoolExecutor(PART_THREADS) as pool:
-            waiting: deque[Future[dict[str, Any]]] = deque()
-            while data := file.read(part_bytes):
-                digest.update(data)
-                num_bytes += len(data)
-                waiting.append(pool.submit(send, len(parts) + len(waiting) + 1, data))
-                if len(waiting) >= PART_THREADS:
-                    parts.append(waiting.popleft().result())
-            parts.extend(future.result() for future in waiting)
-            s3.complete_multipart_upload(
-                Bucket=bucket,
-                Key=key,
-                UploadId=upload_id,
-                MultipartUpload={"Parts": cast(Any, parts)},
-            )
-    except BaseException:
-        _abort(bucket, key, upload_id)
-        raise
-    return num_bytes, digest.hexdigest()
-
-
-def _abort(bucket: str, key: str, upload_id: str) -> None:
-    """Drop the sent parts; when the server is gone its own expiry does."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
-    except (BotoCoreError, ClientError):
-        return
-
-
 def list_keys(uri: str, bucket: str, folder: str) -> Iterator[tuple[str, int]]:
     """(key, bytes) of every object below ``folder``, page by page."""
     pages = (
@@ -327,10 +242,10 @@ def list_keys(uri: str, bucket: str, folder: str) -> Iterator[tuple[str, int]]:
         .get_paginator("list_objects_v2")
         .paginate(Bucket=bucket, Prefix=f"{folder}/" if folder else "")
     )
-    with _errors("list", uri):
+    with errors("list", uri):
         iterator = iter(pages)
     while True:
-        with _errors("list", uri):
+        with errors("list", uri):
             page = next(iterator, None)
         if page is None:
             return
@@ -344,7 +259,7 @@ def delete_keys(uri: str, bucket: str, keys: Iterable[str]) -> int:
     wanted = list(keys)
     for start in range(0, len(wanted), DELETE_BATCH):
         batch = [{"Key": key} for key in wanted[start : start + DELETE_BATCH]]
-        with _errors("delete", uri):
+        with errors("delete", uri):
             response = client().delete_objects(
                 Bucket=bucket, Delete={"Objects": cast(Any, batch), "Quiet": True}
             )

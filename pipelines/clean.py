@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 from infra import storage
 from infra.environment import applied
@@ -38,6 +39,7 @@ from pipelines.tombstones import FOLDER as TOMBSTONES_FOLDER
 from pipelines.workspace import noted_version
 
 _DELETE_THREADS = 8
+_UPLOAD_OF_TRAINING = timedelta(days=1)
 _CACHES = ("work/inputs", "work/verified")
 _CONTENT_NAMED = ("shards", "ledger")
 
@@ -46,7 +48,8 @@ _CONTENT_NAMED = ("shards", "ledger")
 class Stock:
     """Path relative to the dataset's root -> what it is, for what stays and for what may go.
 
-    ``sizes`` has the bytes of both. ``going``: versions that are to be removed.
+    ``sizes`` has the bytes of both. ``going``: versions that are to be removed. ``uploads``: parts
+    on the server that killed writers left and that will become no object.
     """
 
     dataset_root: str
@@ -54,6 +57,7 @@ class Stock:
     kept: dict[str, str] = field(default_factory=dict)
     removable: dict[str, str] = field(default_factory=dict)
     going: list[str] = field(default_factory=list)
+    uploads: list[storage.UnfinishedUpload] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -83,6 +87,9 @@ def take_stock(
     retry, one under way begins again.
     """
     stock = Stock(dataset_root, sizes_under(dataset_root))
+    stock.uploads = [
+        each for each in storage.unfinished_uploads(dataset_root) if _is_given_up(stock, each)
+    ]
     every = live_versions(dataset_root)
     live = every if needed is None else _needed(every, needed)
     stock.going = sorted({each.version for each in every} - {each.version for each in live})
@@ -114,7 +121,17 @@ def clean(
         for some in _in_order(stock.removable):
             lease.check()
             _delete(dataset_root, some, bar)
+        lease.check()
+        for upload in stock.uploads:
+            storage.drop_upload(upload)
         return stock
+
+
+def _is_given_up(stock: Stock, upload: storage.UnfinishedUpload) -> bool:
+    """Whether nobody sends parts any more. Who cleans has the dataset alone, but for training,
+    which writes tokens and takes no lease of the dataset: those have a day."""
+    path = upload.uri.removeprefix(stock.dataset_root.rstrip("/") + "/")
+    return not path.startswith("tokens/") or upload.age > _UPLOAD_OF_TRAINING
 
 
 def _needed(every: list[DatasetManifest], needed: Collection[str]) -> list[DatasetManifest]:

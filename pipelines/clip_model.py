@@ -15,8 +15,6 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -285,15 +283,8 @@ def encoder_of(identity: ClipIdentity, uri: str, num_threads: int | None = None)
     return _encoder(canonical_json(identity.__dict__), uri, num_threads)
 
 
-def decoded(
-    encoder: ClipEncoder, samples: Sequence[tuple[str, bytes]], pool: ThreadPoolExecutor
-) -> Iterator[tuple[str, Future[torch.Tensor]]]:
-    """Key and, later, the model's input of each encoded image."""
-    for key, data in samples:
-        yield key, pool.submit(_prepare, encoder, data)
-
-
-def _prepare(encoder: ClipEncoder, data: bytes) -> torch.Tensor:
+def prepared(encoder: ClipEncoder, data: bytes) -> torch.Tensor:
+    """The model's input for an encoded image; Pillow's errors for bytes that are none."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:

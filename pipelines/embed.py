@@ -17,8 +17,9 @@ import io
 import json
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,10 +36,11 @@ from infra.manifest import FileEntry, ShardEntry
 from pipelines.clip_model import (
     ClipEncoder,
     ClipIdentity,
-    decoded,
     encoder_of,
+    prepared,
     runner_and_mapper,
 )
+from pipelines.decode_pool import DecodePool
 from pipelines.embed_parts import PARTS, STEM_CHARS, Embeddings, Part, store_part, stored_parts
 from pipelines.shards import read_shard
 
@@ -47,6 +49,10 @@ if TYPE_CHECKING:
 
 KEY_CHARS = 12
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+_Pool = DecodePool["torch.Tensor"]
+_Pending = list[tuple[str, "Future[torch.Tensor]"]]
+# Of an embedding, whose numbers are float16, each rounded by 0.05 % at most.
+_LENGTH_TOLERANCE = 0.01
 
 # One row per sample of the shard, in its order, with the scores that the sample carries. ``row``
 # counts the shard's embedded samples and is null beside an ``error``.
@@ -91,6 +97,7 @@ class EmbedTask:
     num_threads: int | None
     decode_threads: int
     checkpoint_seconds: float
+    decode_deadline_seconds: float
 
     @property
     def folder(self) -> str:
@@ -129,7 +136,7 @@ def embed_shard(task: EmbedTask, shard: ShardEntry, folder: Path) -> EmbeddedSha
     encoder = encoder_of(task.identity, task.weights_uri, task.num_threads)
     data = checked_bytes(storage.join(task.dataset_root, shard.path), shard.sha256)
     begun = stored_parts(task.parts(shard.sha256), task.batch_size)
-    reader = ShardReader(data, encoder, task.batch_size, task.decode_threads, begun.end)
+    reader = ShardReader(data, encoder, task, begun.end)
     writer = ShardEmbeddings(task, shard, reader, folder, begun)
     _run(encoder, reader, writer)
     if writer.marker is None:
@@ -179,17 +186,11 @@ class ShardReader:
     """
 
     def __init__(
-        self,
-        shard: bytes,
-        encoder: ClipEncoder,
-        batch_size: int,
-        decode_threads: int,
-        first: int = 0,
+        self, shard: bytes, encoder: ClipEncoder, task: EmbedTask, first: int = 0
     ) -> None:
         self._shard = shard
         self._encoder = encoder
-        self._batch_size = batch_size
-        self._decode_threads = decode_threads
+        self._task = task
         self.errors: dict[str, str] = {}
         self.samples: dict[str, dict[str, Any]] = {}
         self.end = first
@@ -198,34 +199,35 @@ class ShardReader:
         samples = read_shard(self._shard)
         for key, members in islice(samples, self.end):
             self.samples[key] = _described(members)
-        with ThreadPoolExecutor(self._decode_threads) as pool:
+        task = self._task
+        with _Pool(task.decode_threads, task.decode_deadline_seconds) as pool:
             pending = self._submit(samples, pool)
             while pending:
                 current, pending = pending, self._submit(samples, pool)
-                batch = self._collect(current)
+                batch = self._collect(current, pool)
                 self.end += len(current)
                 if batch is not None:
                     yield batch
 
-    def _submit(
-        self, samples: Iterator[tuple[str, dict[str, bytes]]], pool: ThreadPoolExecutor
-    ) -> list[tuple[str, Any]]:
-        images = []
-        for key, members in islice(samples, self._batch_size):
+    def _submit(self, samples: Iterator[tuple[str, dict[str, bytes]]], pool: _Pool) -> _Pending:
+        images: _Pending = []
+        for key, members in islice(samples, self._task.batch_size):
             self.samples[key] = _described(members)
             image = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), b"")
-            images.append((key, image))
-        return list(decoded(self._encoder, images, pool))
+            images.append((key, pool.submit(partial(prepared, self._encoder, image))))
+        return images
 
-    def _collect(self, pending: list[tuple[str, Any]]) -> dict[str, Any] | None:
+    def _collect(self, pending: _Pending, pool: _Pool) -> dict[str, Any] | None:
         import torch
 
         keys: list[str] = []
         images: list[torch.Tensor] = []
         for key, future in pending:
             try:
-                images.append(future.result())
+                images.append(pool.wait(future))
                 keys.append(key)
+            except TimeoutError as error:
+                self.errors[key] = f"decode: {error}"
             except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for bad bytes
                 self.errors[key] = f"decode: {type(error).__name__}"
         if not keys:
@@ -244,6 +246,16 @@ def _described(members: Mapping[str, bytes]) -> dict[str, Any]:
     known = json.loads(members.get("json", b"{}"))
     found = {name: known.get(name) for name in _FROM_JSON}
     return found | {"caption": members.get("txt", b"").decode("utf-8", "replace")}
+
+
+def _problem(image: Embeddings, text: Embeddings) -> str | None:
+    """Why a pair of embeddings is of no use: NaN, infinite or overflown, or of no length."""
+    for vector in (image, text):
+        if not np.isfinite(vector).all():
+            return "not finite"
+        if abs(float(np.linalg.norm(vector.astype(np.float64))) - 1.0) > _LENGTH_TOLERANCE:
+            return "not of length one"
+    return None
 
 
 class ShardEmbeddings:
@@ -268,12 +280,13 @@ class ShardEmbeddings:
     def __call__(self, batch: Mapping[str, Any]) -> None:
         """Take what the mapper made of one batch; store a part when it is time."""
         images, texts = batch["image_embs"], batch["text_embs"]
-        whole = np.isfinite(images).all(axis=1) & np.isfinite(texts).all(axis=1)
-        for key, is_whole in zip(batch["image_filename"], whole, strict=True):
-            if is_whole:
+        problems = [_problem(*pair) for pair in zip(images, texts, strict=True)]
+        whole = np.array([problem is None for problem in problems])
+        for key, problem in zip(batch["image_filename"], problems, strict=True):
+            if problem is None:
                 self._since.keys.append(key)
             else:
-                self._reader.errors[key] = "embedding: not finite"
+                self._reader.errors[key] = f"embedding: {problem}"
         self._since.images.append(images[whole])
         self._since.texts.append(texts[whole])
         if time.monotonic() - self._stored_at >= self._task.checkpoint_seconds:
@@ -301,14 +314,16 @@ class ShardEmbeddings:
                 f"{self._shard.path} has {self._shard.num_samples} samples by its manifest, "
                 f"{len(samples)} were read, {len(made.keys)} embedded, {len(made.errors)} failed"
             )
+        images = self._publish_array("images", made.images)
+        texts = self._publish_array("texts", made.texts)
         marker = EmbeddedShard(
             shard=self._shard.path,
             shard_sha256=self._shard.sha256,
             num_samples=len(samples),
             num_embedded=len(made.keys),
-            images=self._publish_array("images", made.images),
-            texts=self._publish_array("texts", made.texts),
-            rows=self._publish_rows(),
+            images=images,
+            texts=texts,
+            rows=self._publish_rows(_companions(images, texts)),
         )
         storage.write_json(self._task.marker_uri(self._shard.sha256), asdict(marker))
         storage.delete_prefix(self._task.parts(self._shard.sha256))
@@ -322,7 +337,7 @@ class ShardEmbeddings:
             np.lib.format.write_array(file, array, allow_pickle=False)
         return self._publish(path, kind, "npy", len(array))
 
-    def _publish_rows(self) -> FileEntry:
+    def _publish_rows(self, companions: dict[str, str]) -> FileEntry:
         row_of = {key: row for row, key in enumerate(self._made.keys)}
         rows = [
             {
@@ -334,7 +349,8 @@ class ShardEmbeddings:
             for key, known in self._reader.samples.items()
         ]
         path = self._folder / "rows.parquet"
-        pq.write_table(pa.Table.from_pylist(rows, ROWS_SCHEMA), path, compression="zstd")
+        table = pa.Table.from_pylist(rows, ROWS_SCHEMA.with_metadata(companions))
+        pq.write_table(table, path, compression="zstd")
         return self._publish(path, "rows", "parquet", len(rows))
 
     def _publish(self, path: Path, kind: str, suffix: str, num_rows: int) -> FileEntry:
@@ -352,15 +368,14 @@ def publish_file(
     return FileEntry(relative, stored.num_bytes, sha256, num_rows)
 
 
+def _companions(images: FileEntry, texts: FileEntry) -> dict[str, str]:
+    """What a file of rows says of itself: the arrays that its row numbers point into."""
+    return {"images_sha256": images.sha256, "texts_sha256": texts.sha256}
+
+
 def checked_bytes(uri: str, sha256: str) -> bytes:
     """An object's bytes; raises ``DigestMismatch`` when they have another sha256."""
-    from infra.digests import sha256_bytes
-
-    data = storage.read_bytes(uri)
-    found = sha256_bytes(data)
-    if found != sha256:
-        raise storage.DigestMismatch(uri, expected_sha256=sha256, got_sha256=found)
-    return data
+    return storage.read_bytes(uri, sha256)
 
 
 def read_embeddings(dataset_root: str, entry: FileEntry, dim: int) -> Embeddings:
@@ -376,7 +391,24 @@ def read_embeddings(dataset_root: str, entry: FileEntry, dim: int) -> Embeddings
     return array  # type: ignore[no-any-return]
 
 
-def read_rows(dataset_root: str, entry: FileEntry) -> pa.Table:
-    """The table of ``ROWS_SCHEMA`` of a listed file, its digest checked."""
-    data = checked_bytes(storage.join(dataset_root, entry.path), entry.sha256)
-    return pq.read_table(pa.BufferReader(data))
+def read_rows(dataset_root: str, unit: EmbeddedShard) -> pa.Table:
+    """The table of ``ROWS_SCHEMA`` of a shard, its digest checked.
+
+    Raises ``UserError`` when its rows do not belong to the unit's arrays, or not in their order.
+    """
+    data = checked_bytes(storage.join(dataset_root, unit.rows.path), unit.rows.sha256)
+    table = pq.read_table(pa.BufferReader(data))
+    told = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    expected = _companions(unit.images, unit.texts)
+    rows = table["row"].drop_null().to_pylist()
+    if (
+        any(told.get(name, sha256) != sha256 for name, sha256 in expected.items())
+        or table.num_rows != unit.num_samples
+        or rows != list(range(unit.num_embedded))
+    ):
+        raise UserError(
+            expected=f"rows of the embeddings {unit.images.path} in {unit.rows.path}",
+            got=f"{table.num_rows} rows of {told.get('images_sha256', 'others')[:12]}",
+            remedy="embed the dataset again",
+        )
+    return table

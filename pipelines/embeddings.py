@@ -109,6 +109,7 @@ def plan_embeddings(manifest_uri: str, config: ClipConfig) -> EmbeddingsJob:
         num_threads=config.num_threads,
         decode_threads=config.decode_threads,
         checkpoint_seconds=config.checkpoint_seconds,
+        decode_deadline_seconds=config.decode_deadline_seconds,
     )
     return EmbeddingsJob(manifest, manifest.version, unit, weights)
 

@@ -66,7 +66,7 @@ def _samples(job: RefilterJob) -> tuple[list[str], list[float | None], list[bool
     scores: list[float | None] = []
     stays: list[bool] = []
     for unit, scored in zip(job.embeddings.units, job.scores.units, strict=True):
-        rows = pl.DataFrame(pl.from_arrow(read_rows(job.dataset_root, unit.rows)))
+        rows = pl.DataFrame(pl.from_arrow(read_rows(job.dataset_root, unit)))
         found = verdicts(job, unit, scored.scores).with_columns(rows["row"])
         embedded = found.filter(pl.col("row").is_not_null()).sort("row")
         ids += embedded["sample_id"].to_list()

@@ -136,6 +136,6 @@ class Neighbourhood(Workspace):
 
 def _places(dataset_root: str, unit: EmbeddedShard) -> dict[str, tuple[int, str]]:
     """Sample id -> row of its vector, and URL."""
-    table = read_rows(dataset_root, unit.rows).select(["sample_id", "row", "url"])
+    table = read_rows(dataset_root, unit).select(["sample_id", "row", "url"])
     columns = (table[name].to_pylist() for name in ("sample_id", "row", "url"))
     return {key: (row, url) for key, row, url in zip(*columns, strict=True) if row is not None}

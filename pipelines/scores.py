@@ -201,7 +201,7 @@ def _score(job: ScoresJob, unit: EmbeddedShard) -> None:
 def score_shard(job: ScoresJob, unit: EmbeddedShard, folder: Path) -> ScoredShard:
     """Score one shard's embeddings, publish, and write the marker last."""
     dim = job.embeddings.identity.dim
-    rows = pl.DataFrame(pl.from_arrow(read_rows(job.dataset_root, unit.rows)))
+    rows = pl.DataFrame(pl.from_arrow(read_rows(job.dataset_root, unit)))
     images = read_embeddings(job.dataset_root, unit.images, dim)
     texts = read_embeddings(job.dataset_root, unit.texts, dim)
     known = {"clip_similarity": cosines(images, texts)}

@@ -42,6 +42,9 @@ class ClipConfig(StrictModel):
     checkpoint_seconds: float = operational(
         60.0, "a task stores what it has of a shard so often; what a kill costs at most", ge=0.0
     )
+    decode_deadline_seconds: float = operational(
+        60.0, "an image whose decoding takes longer fails, and the others go on", gt=0
+    )
 
 
 class HeadConfig(StrictModel):

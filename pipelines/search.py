@@ -106,7 +106,7 @@ def find(index: VectorIndex, query: Vectors, k: int) -> list[Hit]:
     hits = []
     for number, rows in by_unit.items():
         unit = index.embeddings.units[number]
-        table = pl.DataFrame(pl.from_arrow(read_rows(index.dataset_root, unit.rows)))
+        table = pl.DataFrame(pl.from_arrow(read_rows(index.dataset_root, unit)))
         known = {row["row"]: row for row in table.iter_rows(named=True)}
         for row, cosine in rows:
             sample = known[row]

@@ -17,6 +17,7 @@ import polars as pl
 from infra import storage
 from infra.errors import UserError
 from infra.manifest import DatasetManifest, ShardEntry
+from infra.shard_members import BadMember, samples_of
 from pipelines.caption_tokens import load_tokenizer
 from pipelines.histograms import SAMPLE_BINS, counted
 from pipelines.thumbnails import thumbnail
@@ -58,7 +59,7 @@ def sample_shards(dataset_root: str, manifest: DatasetManifest) -> ShardSample:
     for shard in sorted(manifest.shards, key=lambda entry: entry.sha256)[:NUM_SHARDS]:
         try:
             first = list(islice(first_samples(dataset_root, shard), SAMPLES_PER_SHARD))
-        except (storage.ObjectMissing, tarfile.TarError, EOFError, ValueError, KeyError):
+        except (storage.ObjectMissing, BadMember, tarfile.TarError, EOFError, ValueError, KeyError):
             found.unread.append(shard.path)  # `atelier verify` says what is wrong with it
             continue
         found.num_shards += 1
@@ -83,17 +84,7 @@ def first_samples(dataset_root: str, shard: ShardEntry) -> Iterator[tuple[str, d
         storage.open_stream(storage.join(dataset_root, shard.path)) as stream,
         tarfile.open(fileobj=stream, mode="r|") as tar,
     ):
-        key, members = "", dict[str, bytes]()
-        for member in tar:
-            stem, _, extension = member.name.partition(".")
-            if stem != key and members:
-                yield key, members
-                members = {}
-            key = stem
-            file = tar.extractfile(member)
-            members[extension] = b"" if file is None else file.read()
-        if members:
-            yield key, members
+        yield from samples_of(tar, shard.path)
 
 
 def _histograms(captions: list[str], num_bytes: list[int]) -> dict[str, list[int]]:

@@ -14,6 +14,7 @@ from typing import Any, Self
 from infra import storage
 from infra.digests import canonical_json, sha256_file
 from infra.manifest import ShardEntry, shard_path
+from infra.shard_members import samples_of
 from pipelines.config import PreferenceConfig, ShardConfig
 
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -134,16 +135,6 @@ def sample_members(
 
 
 def read_shard(data: bytes) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples of a tar in memory: key and members by extension."""
+    """The samples of a tar in memory: key and members by extension. Raises ``BadMember``."""
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        key, members = "", dict[str, bytes]()
-        for member in tar:
-            stem, _, extension = member.name.partition(".")
-            if stem != key:
-                if members:
-                    yield key, members
-                key, members = stem, {}
-            file = tar.extractfile(member)
-            members[extension] = file.read() if file is not None else b""
-        if members:
-            yield key, members
+        yield from samples_of(tar, "a shard")

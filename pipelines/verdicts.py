@@ -129,7 +129,7 @@ def job_of(
 def verdicts(job: RefilterJob, unit: EmbeddedShard, scores: FileEntry) -> pl.DataFrame:
     """Per sample of a shard: ``sample_id``, ``reason`` or null, the scores that count, and
     ``is_changed`` where one of these was computed and stored otherwise."""
-    rows = pl.DataFrame(pl.from_arrow(read_rows(job.dataset_root, unit.rows)))
+    rows = pl.DataFrame(pl.from_arrow(read_rows(job.dataset_root, unit)))
     computed = read_scores(job.dataset_root, scores)
     both = rows.join(computed, on="sample_id", how="left", suffix="_new", maintain_order="left")
     values, changed = [], []

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from infra.digests import sha256_bytes
+from infra.errors import UserError
+from infra.shard_members import samples_of
 from training.randomness import derive
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 AHEAD_PER_THREAD = 8
 
 T = TypeVar("T")
@@ -21,26 +23,20 @@ R = TypeVar("R")
 
 
 def read_samples(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """(what is known, image bytes) of each sample in a WebDataset tar, in its order."""
-    known: dict[str, Any] | None = None
-    image: bytes | None = None
-    stem: str | None = None
+    """(what is known, image bytes) of each sample in a WebDataset tar, in its order.
+
+    Raises ``UserError`` for a sample that lacks one of them, and ``BadMember``.
+    """
     with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
-            file = tar.extractfile(member)
-            if file is None:
-                continue
-            if key != stem:
-                if known is not None and image is not None:
-                    yield known, image
-                stem, known, image = key, None, None
-            if suffix == "json":
-                known = json.loads(file.read())
-            elif f".{suffix}" in IMAGE_SUFFIXES:
-                image = file.read()
-    if known is not None and image is not None:
-        yield known, image
+        for key, members in samples_of(tar, "a shard"):
+            image = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
+            if image is None or "json" not in members:
+                raise UserError(
+                    expected=f"an image and its json for sample {key}",
+                    got=", ".join(sorted(members)),
+                    remedy="curate it again",
+                )
+            yield json.loads(members["json"]), image
 
 
 def crop_draws(sample_id: str) -> tuple[float, float]:

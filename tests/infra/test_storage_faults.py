@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from infra import storage, storage_s3
+from infra import storage, storage_s3, storage_upload
 from infra.digests import sha256_bytes
 from infra.errors import UserError
 from infra.storage import DigestMismatch, StorageUnavailable
@@ -99,7 +99,7 @@ def test_plain_http_stays_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_large_file_travels_in_parts(
     s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(storage_s3, "PART_BYTES", 100_000)
+    monkeypatch.setattr(storage_upload, "PART_BYTES", 100_000)
     data = os.urandom(1_234_567)
     (tmp_path / "big").write_bytes(data)
     uri = f"{s3_server.store_uri}/parts/big"
@@ -110,7 +110,7 @@ def test_a_large_file_travels_in_parts(
 def test_a_server_killed_in_an_upload_keeps_the_old_object(
     own_s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(storage_s3, "PART_BYTES", 1 << 20)
+    monkeypatch.setattr(storage_upload, "PART_BYTES", 1 << 20)
     uri = f"{own_s3_server.store_uri}/x"
     storage.write_bytes(uri, OLD)
     with open(tmp_path / "big", "wb") as file:
@@ -137,16 +137,16 @@ def test_a_server_killed_in_an_upload_keeps_the_old_object(
 def test_a_failed_upload_aborts_its_parts(
     s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(storage_s3, "PART_BYTES", 100_000)
+    monkeypatch.setattr(storage_upload, "PART_BYTES", 100_000)
     (tmp_path / "big").write_bytes(bytes(1_000_000))
-    read = storage_s3._md5
+    read = storage_upload.md5_of
 
     def break_late(data: bytes) -> str:
         if threading.active_count() > 3:
             raise RuntimeError("bug")
         return read(data)
 
-    monkeypatch.setattr(storage_s3, "_md5", break_late)
+    monkeypatch.setattr(storage_upload, "md5_of", break_late)
     with pytest.raises(RuntimeError, match="bug"):
         storage.upload(tmp_path / "big", f"{s3_server.store_uri}/aborted/x")
     assert not storage.exists(f"{s3_server.store_uri}/aborted/x")
@@ -211,9 +211,10 @@ def test_a_path_through_a_file_is_told(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from infra import storage, storage_s3
-storage_s3.PART_BYTES = 100_000
+from infra import storage, storage_upload
+storage_upload.PART_BYTES = 100_000
 uri, path = sys.argv[1:]
+storage.exists(uri)  # the client is made, however busy the machine is
 print("ready", flush=True)
 while True:
     for letter in (b"a", b"b"):

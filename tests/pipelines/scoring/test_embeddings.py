@@ -54,7 +54,7 @@ def test_embeddings_are_open_clips_own(
     assert embeddings.counts == {"samples": 20, "embedded": 18, "failed": 2}
     seen = set()
     for unit in embeddings.units:
-        rows = read_rows(dataset.root, unit.rows).to_pylist()
+        rows = read_rows(dataset.root, unit).to_pylist()
         images = read_embeddings(dataset.root, unit.images, 32)
         texts = read_embeddings(dataset.root, unit.texts, 32)
         whole = [row for row in rows if row["row"] is not None]
@@ -82,7 +82,7 @@ def test_every_flipped_bit_and_every_truncation_is_detected(
     unit = embed_all(prepared(dataset, clip_folder), tmp_path).units[0]
     readers: list[tuple[Any, Callable[[Any], object], int]] = [
         (unit.images, lambda entry: read_embeddings(dataset.root, entry, 32), 1),
-        (unit.rows, lambda entry: read_rows(dataset.root, entry), 97),
+        (unit.rows, lambda entry: read_rows(dataset.root, replace(unit, rows=entry)), 97),
     ]
     for entry, read, stride in readers:
         uri = storage.join(dataset.root, entry.path)
@@ -145,7 +145,7 @@ def test_bf16_stays_within_its_tolerance_and_has_its_own_key(
     exact, fast = (prepared(dataset, clip_folder, precision=kind) for kind in ("fp32", "bf16"))
     assert exact.folder != fast.folder
     unit = embed_all(fast, tmp_path).units[0]
-    rows = read_rows(dataset.root, unit.rows).to_pylist()
+    rows = read_rows(dataset.root, unit).to_pylist()
     images = read_embeddings(dataset.root, unit.images, 32).astype(np.float64)
     expected, _ = direct(clip_folder, [dataset.images[r["sample_id"]] for r in rows], ["x"])
     assert np.all(1 - (images * expected).sum(1) < 1e-3)

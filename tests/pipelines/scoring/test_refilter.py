@@ -124,7 +124,7 @@ def test_scores_are_those_of_the_heads_and_the_cosine(
     dataset = new_dataset(tmp_path.as_uri(), broken=[2])
     found = scored(dataset, clip_folder, heads, tmp_path)
     for unit, scores in zip(found.embeddings.units, found.scores.units, strict=True):
-        rows = read_rows(dataset.root, unit.rows).to_pylist()
+        rows = read_rows(dataset.root, unit).to_pylist()
         table = read_scores(dataset.root, scores.scores)
         assert table["sample_id"].to_list() == [row["sample_id"] for row in rows]
         whole = [row for row in rows if row["row"] is not None]
