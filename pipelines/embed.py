@@ -185,9 +185,7 @@ class ShardReader:
     ``end`` is how many samples there are up to and with the batch that was given last.
     """
 
-    def __init__(
-        self, shard: bytes, encoder: ClipEncoder, task: EmbedTask, first: int = 0
-    ) -> None:
+    def __init__(self, shard: bytes, encoder: ClipEncoder, task: EmbedTask, first: int = 0) -> None:
         self._shard = shard
         self._encoder = encoder
         self._task = task

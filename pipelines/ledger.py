@@ -75,6 +75,7 @@ REASONS = (
     "image_aspect_ratio",
     "decode",
     "image_check",
+    "mismatched",
     "placeholder",
     "contaminated_image",
     "duplicate_of_other",

@@ -6,6 +6,7 @@ import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from infra.manifest import DatasetManifest
 from pipelines.histograms import LEDGER_BINS, SAMPLE_BINS
@@ -18,6 +19,7 @@ from pipelines.shard_sample import Picture, ShardSample
 HOSTS_SHOWN = 15
 HOSTS_SHOWN_PER_REASON = 5
 VALUES_SHOWN = 20
+_COPIES_FROM = (1, 2, 3, 5, 10, 30, 100, 300, 1000)
 Pictures = Mapping[str, Sequence[Picture]]
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;
@@ -66,6 +68,8 @@ def report_page(
             _section("Links that did not come", _links(manifest, counts)),
             _section("All rows, and those that stayed", _ledger_plots(counts)),
             _section("Captions and images", _sample_plots(manifest, sample)),
+            _section("Images that many others copy", _copies(counts)),
+            _section("Captions that do not fit their images", _pairs(manifest)),
             _section("Hosts", _hosts(counts)),
             _section("Languages and sources", _values(counts)),
             _section("Some that stayed", _figures(sample.pictures)),
@@ -194,6 +198,47 @@ def _sample_plots(manifest: DatasetManifest, sample: ShardSample) -> str:
         f"from {sample.num_shards:,} of {len(manifest.shards):,} shards.{unread}</p>"
         f'<div class="plots">{plots}</div>'
     )
+
+
+def _copies(counts: LedgerCounts) -> str:
+    """How many images have how many copies, and which have most."""
+    if not counts.copies:
+        return ""
+    sizes = list(counts.copies.values())
+    bounds = [*_COPIES_FROM, max(sizes) + 1]
+    lines: list[list[str | int]] = []
+    for low, high in pairwise(bounds):
+        here = [size for size in sizes if low <= size < high]
+        if here:
+            label = str(low) if low == high - 1 else f"{low:,} to {high - 1:,}"
+            lines.append([label, len(here), sum(here)])
+    most = list(counts.copies.items())[:HOSTS_SHOWN_PER_REASON]
+    return (
+        _table(("copies that went", "images that stayed", "rows"), lines)
+        + _table(("most copied", "copies"), most)
+        + '<p class="note">By bytes and, where asked, by looks. Where a ledger has many groups, '
+        "small ones may be missing.</p>"
+    )
+
+
+def _pairs(manifest: DatasetManifest) -> str:
+    """What the newest refilter that compared images with captions found, and what it misses."""
+    steps = manifest.attributes.get("derivations", [])
+    told = next((step["pairs"] for step in reversed(steps) if "pairs" in step), None)
+    if told is None:
+        return ""
+    rate = 100 * told["suspected"] / max(told["samples"], 1)
+    missed = 100 * told["swapped_unnoticed"] / max(told["swapped"], 1)
+    text = (
+        f"<p>Of {told['samples']:,} samples looked at, {told['suspected']:,} ({rate:.2f} %) are "
+        f"suspected: {told['by_concept']:,} lie apart from the other images of a word in their "
+        f"caption ({told['with_concept']:,} have such a word), {told['by_split_view']:,} are less "
+        "like their caption than was recorded "
+        f"({told['with_recorded_similarity']:,} have a recorded similarity).</p>"
+        f"<p>Of {told['swapped']:,} pairs mismatched on purpose {told['swapped_unnoticed']:,} "
+        f"({missed:.1f} %) went unnoticed.</p>"
+    )
+    return text + (_table(("word", "suspected", "images"), told["words"]) if told["words"] else "")
 
 
 def _hosts(counts: LedgerCounts) -> str:

@@ -1,4 +1,4 @@
-"""A fault proxy before the tests' S3 server."""
+"""A fault proxy before the tests' S3 server; the hostile web and its canary, for faults too."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.s3_proxy import S3Proxy
+from tests.pipelines.conftest import canary, evil_web, trap_world
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server
+
+__all__ = ["canary", "evil_web", "s3_proxy", "trap_world"]
 
 
 @pytest.fixture(scope="session")
