@@ -33,6 +33,7 @@ from infra import storage
 from infra.digests import sha256_file
 from infra.errors import UserError
 from infra.manifest import FileEntry, ShardEntry
+from infra.storage_once import upload_once
 from pipelines.clip_model import (
     ClipEncoder,
     ClipIdentity,
@@ -362,7 +363,7 @@ def publish_file(
     """Upload a finished file as ``<folder>/<its sha256>.<suffix>`` under the dataset's root."""
     sha256 = sha256_file(path)
     relative = f"{folder}/{sha256[:32]}.{suffix}"
-    stored = storage.upload(path, storage.join(dataset_root, relative))
+    stored = upload_once(path, storage.join(dataset_root, relative), sha256)
     return FileEntry(relative, stored.num_bytes, sha256, num_rows)
 
 

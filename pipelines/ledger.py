@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from infra import storage
 from infra.digests import sha256_file
 from infra.manifest import FileEntry, ledger_path
+from infra.storage_once import upload_once
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.tombstones import TAKEDOWN, digest_of
 
@@ -179,5 +180,5 @@ class LedgerFile:
             return None
         sha256 = sha256_file(self._path)
         path = ledger_path(sha256)
-        stored = storage.upload(self._path, storage.join(dataset_root, path))
+        stored = upload_once(self._path, storage.join(dataset_root, path), sha256)
         return FileEntry(path, stored.num_bytes, sha256, self._num_rows)

@@ -15,6 +15,7 @@ from infra import storage
 from infra.digests import canonical_json, sha256_file
 from infra.manifest import ShardEntry, shard_path
 from infra.shard_members import samples_of
+from infra.storage_once import upload_once
 from pipelines.config import PreferenceConfig, ShardConfig
 
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -83,7 +84,7 @@ class ShardWriter:
             self._tar.close()
         sha256 = sha256_file(self._path)
         path = shard_path(sha256)
-        stored = storage.upload(self._path, storage.join(self._dataset_root, path))
+        stored = upload_once(self._path, storage.join(self._dataset_root, path), sha256)
         self.shards.append(ShardEntry(path, stored.num_bytes, sha256, len(self._keys)))
         self.shard_of.update(dict.fromkeys(self._keys, path))
         self._tar, self._keys, self._num_bytes = None, [], 0
