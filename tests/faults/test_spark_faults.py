@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infra.config import PROJECT_ROOT
 from infra.errors import UserError
 from infra.manifest import verify_dataset
 from infra.sessions import ClusterConfig, spark_session, stop_spark
@@ -24,7 +26,11 @@ from pipelines.curate import CurationResult, curate
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-FAILING = {"spark.python.daemon.module": "tests.faults.failing_daemon"}
+HERE = Path(__file__).resolve().parent
+FAILING = {
+    "spark.python.daemon.module": "failing_daemon",
+    "spark.executorEnv.PYTHONPATH": os.pathsep.join([str(PROJECT_ROOT), str(HERE)]),
+}
 ROWS = 6000
 
 
