@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from infra.manifest import DatasetManifest
 from pipelines.histograms import LEDGER_BINS, SAMPLE_BINS
+from pipelines.image_config import blurred_faces_in_words
 from pipelines.ledger import COMMITTED
 from pipelines.ledger_counts import ALL, LedgerCounts
 from pipelines.publish import funnel_of
@@ -70,6 +71,7 @@ def report_page(
             _section("Captions and images", _sample_plots(manifest, sample)),
             _section("Images that many others copy", _copies(counts)),
             _section("Captions that do not fit their images", _pairs(manifest)),
+            _section("Faces", _faces(manifest)),
             _section("Hosts", _hosts(counts)),
             _section("Languages and sources", _values(counts)),
             _section("Some that stayed", _figures(sample.pictures)),
@@ -239,6 +241,12 @@ def _pairs(manifest: DatasetManifest) -> str:
         f"({missed:.1f} %) went unnoticed.</p>"
     )
     return text + (_table(("word", "suspected", "images"), told["words"]) if told["words"] else "")
+
+
+def _faces(manifest: DatasetManifest) -> str:
+    if manifest.attributes.get("recipe", {}).get("blur_faces") is None:
+        return ""
+    return f"<p>{html.escape(blurred_faces_in_words().capitalize())}.</p>"
 
 
 def _hosts(counts: LedgerCounts) -> str:

@@ -52,6 +52,7 @@ from pipelines.tombstones import TAKEDOWN, Tombstones
 
 # Fewer downloads than this say nothing about the network.
 MIN_ATTEMPTS_TO_JUDGE = 20
+_DNS = ("dns", "dns_no_such_host")
 # Reasons that only a body that arrived can give.
 _ARRIVED = (
     "hash_mismatch",
@@ -344,19 +345,17 @@ def _check_network(rows: pl.DataFrame, config: CurationConfig, partition: int) -
     """A partition most of whose downloads failed in passing is not worth committing."""
     has_arrived = pl.col("offset").is_not_null() | pl.col("reason").is_in(_ARRIVED)
     attempted = rows.filter(has_arrived | (pl.col("disposition") == FAILED))
-    passing = attempted.filter(
-        pl.col("retryable") | pl.col("reason").is_in(["dns", "dns_no_such_host"])
-    )
+    passing = attempted.filter(pl.col("retryable") | pl.col("reason").is_in(_DNS))
     ratio = passing.height / max(attempted.height, 1)
     if attempted.height < MIN_ATTEMPTS_TO_JUDGE or ratio <= config.fetch.max_transient_ratio:
         return
-    causes = ", ".join(
-        f"{cause} {number}" for cause, number in Counter(passing["reason"]).most_common(3)
-    )
+    counted = Counter(passing["reason"]).most_common(3)
+    causes = ", ".join(f"{cause} {number}" for cause, number in counted)
+    failing = "name resolution, for DNS is failing," if counted[0][0] in _DNS else "the network"
     raise UserError(
         expected=f"at most {config.fetch.max_transient_ratio:.0%} of partition {partition}'s "
         "downloads to fail for passing causes",
         got=f"{passing.height} of {attempted.height} ({causes})",
-        remedy="check the network and run again (finished partitions are kept), "
+        remedy=f"check {failing} and run again (finished partitions are kept), "
         "or raise fetch.max_transient_ratio",
     )

@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent
 PAGES = sorted((ROOT.parent / "docs").glob("reliability-*.md"))
+# The cases of the project's list that the page on curation answers, by letter: 1 to so many.
+CASES = {"A": 15, "B": 36}
 NAMED = re.compile(r"`([a-z_/]+\.py)(?:::(test_[a-z0-9_]+))?(?:…)?(?:\[[^\]`]*\])?`")
 
 
@@ -28,3 +30,21 @@ def test_every_page_it_links_is_there() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((benchmarks/[^)]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).is_file(), target
+
+
+def numbered_rows(page: Path) -> list[tuple[str, str]]:
+    """(number, row) of every row of a table whose first cell is a case's number."""
+    rows = []
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"\| *([A-Z]\d+) *\|", line):
+            rows.append((found.group(1), line))
+    return rows
+
+
+def test_every_case_of_the_list_has_one_row_with_a_test() -> None:
+    rows = numbered_rows(ROOT.parent / "docs" / "reliability-curation.md")
+    numbers = [number for number, _ in rows if number[0] in CASES]
+    wanted = [f"{letter}{n}" for letter, last in CASES.items() for n in range(1, last + 1)]
+    assert sorted(numbers) == sorted(wanted)
+    without = [number for number, line in rows if not any(name for _, name in NAMED.findall(line))]
+    assert without == []
