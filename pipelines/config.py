@@ -211,11 +211,19 @@ class ShardConfig(StrictModel):
 
 
 class PreferenceConfig(StrictModel):
-    """preference_score = offset + scale * aesthetic_score, or ``unknown`` without a score."""
+    """preference_score = offset + scale * score, or ``unknown`` without one.
 
-    scale: float = semantic(1.0, "factor on the aesthetic score")
+    It is what training gives the network as a micro-condition.
+    """
+
+    score: Literal["aesthetic_score", "human_preference"] = semantic(
+        "aesthetic_score",
+        "what it is made of; human_preference: the share of comparisons that an image won, in "
+        "[0, 1] (Pick-a-Pic, HPDv2)",
+    )
+    scale: float = semantic(1.0, "factor on the score")
     offset: float = semantic(0.0, "added")
-    unknown: float | None = semantic(None, "the score of an image whose aesthetic score is unknown")
+    unknown: float | None = semantic(None, "the score of an image whose score is unknown")
 
 
 class EstimateConfig(StrictModel):

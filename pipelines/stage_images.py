@@ -163,7 +163,10 @@ def prepared_rows(table: pa.Table, config: CurationConfig) -> pl.DataFrame:
     is_caption = pl.col("is_caption")
     rows = everything.filter(~is_caption).select(CANONICAL_SCHEMA.names)
     long = everything.filter(is_caption).select(CAPTION_COLUMNS)
-    rows = with_captions(rows.sort(CANONICAL_SCHEMA.names), long, config.captions)
+    rows = rows.sort(CANONICAL_SCHEMA.names)
+    # An image stands in many comparisons, and what stays of it knows them all.
+    rows = rows.with_columns(pl.col("human_preference").mean().over("sample_id"))
+    rows = with_captions(rows, long, config.captions)
     rows = with_caption_reasons(rows, config)
     duplicates = row_duplicates(rows, same_url=config.duplicates.same_url)
     return rows.with_columns(pl.coalesce("reason", duplicates.alias("reason")))

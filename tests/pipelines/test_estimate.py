@@ -136,11 +136,11 @@ def test_few_row_groups_are_all_read(laion: Path, tmp_path: Path) -> None:
 
 
 def test_no_bias_towards_small_or_large_row_groups(tmp_path: Path) -> None:
-    """A group of 9 000 good rows among 30 groups of 100 bad ones."""
+    """A group of 900 good rows among 30 groups of 10 bad ones."""
     folder = tmp_path / "in"
     folder.mkdir()
     for index in range(31):
-        n = 9000 if index == 0 else 100
+        n = 900 if index == 0 else 10
         side = 500.0 if index == 0 else 100.0
         frame = {
             "URL": [f"u{i}" for i in range(n)], "TEXT": ["a b"] * n, "WIDTH": [side] * n,
