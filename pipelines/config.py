@@ -236,14 +236,15 @@ class EstimateConfig(StrictModel):
     fetch_success_ratio: float | None = operational(
         None,
         "expected share of the rows asked for over the web that become samples, in (0, 1]; "
-        "null: as measured in an earlier version of this dataset, else all of them",
+        "null: as told by a version of this dataset, by the partitions that a build under way has "
+        "fetched, or by another dataset of the store; else all of them",
         gt=0,
         le=1,
     )
     duplicate_ratio: float | None = operational(
         None,
-        "expected share of the rows left by the filters that copy another, in [0, 1); "
-        "null: as measured in an earlier version of this dataset, else none",
+        "expected share of the rows left by the filters that copy another's URL, in [0, 1); "
+        "null: counted where every row is read, else as told by this dataset, else none",
         ge=0,
         lt=1,
     )
