@@ -22,6 +22,8 @@ from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.tombstones import TAKEDOWN, digest_of
 
 COMMITTED, REJECTED, FAILED = "committed", "rejected", "failed"
+PART = "atelier.part"  # the work whose rows a file has, in its schema's metadata
+READ = "read-"  # what the parts of ``read_rows`` begin with: rows rejected by their metadata
 REMOVED = "removed:"  # what an address begins with that was taken down
 
 LEDGER_SCHEMA = pa.schema(
@@ -150,7 +152,7 @@ class LedgerFile:
         self._path = folder / "ledger.parquet"
         self._writer = pq.ParquetWriter(
             self._path,
-            LEDGER_SCHEMA.with_metadata({"atelier.part": part}),
+            LEDGER_SCHEMA.with_metadata({PART: part}),
             compression="zstd",
             use_dictionary=list(_DICTIONARIES),
         )

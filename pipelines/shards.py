@@ -7,7 +7,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -90,11 +90,12 @@ class ShardWriter:
         self._tar, self._keys, self._num_bytes = None, [], 0
 
 
-def preference_score(aesthetic_score: float | None, config: PreferenceConfig) -> float | None:
-    """``offset + scale * aesthetic_score``, or the recipe's value for an unknown score."""
-    if aesthetic_score is None:
+def preference_score(known: Mapping[str, Any], config: PreferenceConfig) -> float | None:
+    """``offset + scale *`` the score of a sample, or the recipe's value where that is unknown."""
+    score = known.get(config.score)
+    if score is None:
         return config.unknown
-    return round(config.offset + config.scale * aesthetic_score, _SCORE_DIGITS)
+    return round(config.offset + config.scale * score, _SCORE_DIGITS)
 
 
 def sample_members(
@@ -118,7 +119,7 @@ def sample_members(
         "crop_top_px": row["crop_top_px"],
         **scores,
         "aesthetic_scale": row["aesthetic_scale"],
-        "preference_score": preference_score(row["aesthetic_score"], preference),
+        "preference_score": preference_score(row, preference),
         "sha256": row["sha256"],
         "language": row["language"],
         "source": row["source"],

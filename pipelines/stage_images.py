@@ -22,14 +22,13 @@ import pyarrow as pa
 from infra.errors import UserError
 from infra.manifest import FileEntry
 from pipelines.build import Build, PartMarker, StagedMarker
+from pipelines.caption_reasons import with_caption_reasons
 from pipelines.captions import CAPTION_COLUMNS, caption_counts, with_captions
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import CurationConfig
 from pipelines.decoder import shared_decoder
-from pipelines.decontaminate import CONTAMINATED, contaminated
 from pipelines.duplicates import row_duplicates
 from pipelines.fetch import Fetcher, shared_fetcher
-from pipelines.filters import caption_filters, first_reason
 from pipelines.images import Bounds, Looks, StoredImage
 from pipelines.img2dataset_engine import outcomes_by_img2dataset
 from pipelines.ledger import FAILED, REJECTED, is_worth_a_retry
@@ -165,14 +164,11 @@ def prepared_rows(table: pa.Table, config: CurationConfig) -> pl.DataFrame:
     is_caption = pl.col("is_caption")
     rows = everything.filter(~is_caption).select(CANONICAL_SCHEMA.names)
     long = everything.filter(is_caption).select(CAPTION_COLUMNS)
-    rows = with_captions(rows.sort(CANONICAL_SCHEMA.names), long, config.captions)
-    drops = config.captions.personal_data == "drop"
-    asked = caption_filters(config.filters, drops_personal=drops)
-    rows = rows.with_columns(first_reason(asked))
-    repeats = contaminated(rows, config.decontaminate) & rows["reason"].is_null()
-    rows = rows.with_columns(
-        pl.when(repeats).then(pl.lit(CONTAMINATED)).otherwise("reason").alias("reason")
-    )
+    rows = rows.sort(CANONICAL_SCHEMA.names)
+    # An image stands in many comparisons, and what stays of it knows them all.
+    rows = rows.with_columns(pl.col("human_preference").mean().over("sample_id"))
+    rows = with_captions(rows, long, config.captions)
+    rows = with_caption_reasons(rows, config)
     duplicates = row_duplicates(rows, same_url=config.duplicates.same_url)
     return rows.with_columns(pl.coalesce("reason", duplicates.alias("reason")))
 

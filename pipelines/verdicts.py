@@ -87,7 +87,7 @@ class RefilterJob(Derivation):
             known["aesthetic_scale"] = self.config.aesthetic_scale
             recipe = self.manifest.attributes.get("recipe", {})
             preference = PreferenceConfig.model_validate(recipe.get("preference", {}))
-            known["preference_score"] = preference_score(known["aesthetic_score"], preference)
+            known["preference_score"] = preference_score(known, preference)
         return members | {"json": canonical_json(known | {"score_models": origin})}
 
     def choices(self) -> dict[str, Any]:
