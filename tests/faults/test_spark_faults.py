@@ -137,7 +137,7 @@ def test_every_task_fails_once_and_counts_are_exact(job: Job, tmp_path: Path, ma
     result = job.run(cluster, FAIL_ONCE=str(once))
     failed = {path.name for path in once.iterdir()}
     assert {f"staged-{number:05d}" for number in range(4)} <= failed
-    assert len(failed) >= 9  # those that read, fetch and write
+    assert len(failed) >= 9  # and those that read and write
     assert result.counts == {"rows_in": ROWS, "committed": 0, "rejected": ROWS, "failed": 0}
     assert verify_dataset(result.manifest_uri) == []
 
