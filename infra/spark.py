@@ -27,7 +27,7 @@ from infra.errors import UserError
 from infra.java import Java, find_java
 from infra.spark_archive import archive_path
 from infra.spark_daemon import MODULE as DAEMON
-from infra.spark_errors import spark_log
+from infra.spark_errors import jvm_starts, spark_log
 
 if TYPE_CHECKING:
     from pyspark import SparkConf
@@ -93,6 +93,7 @@ def _launch_jvm(java: Java, cluster: ClusterConfig, log: Path) -> Any:
     settings.set("spark.driver.memory", f"{cluster.spark_driver_memory_mb}m")
     settings.set("spark.driver.extraJavaOptions", " ".join(options))
     settings.set("spark.ui.enabled", "false")
+    jvm_starts()
     with open(log, "ab") as output:
         launch: Any = java_gateway.launch_gateway
         return launch(settings, {"stdout": output, "stderr": output})

@@ -14,6 +14,7 @@ _NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded")
 _NO_HEAP = re.compile(r"OutOf(?:Direct)?Memory(?:Error|Exception):?[^\n]{0,60}")
 _LOST = re.compile(r"ExecutorLostFailure[^\n]{0,200}|Python worker exited unexpectedly \(crashed\)")
 _LOG_BYTES = 256 * 1024
+_starts: dict[Path, int] = {}  # how long a log was when this process's newest JVM started
 
 
 def spark_log() -> Path:
@@ -21,17 +22,20 @@ def spark_log() -> Path:
     return atelier_home() / "logs" / "spark.log"
 
 
-def trouble_of(error: BaseException, log_start: int = 0) -> UserError | None:
-    """The line for a person, where Spark failed for what the machine lacks; None for a bug.
+def jvm_starts() -> None:
+    """What the log holds from here on is of a new JVM."""
+    log = spark_log()
+    _starts[log] = log.stat().st_size if log.exists() else 0
 
-    ``log_start``: bytes that the log had when this JVM started.
-    """
+
+def trouble_of(error: BaseException) -> UserError | None:
+    """The line for a person, where Spark failed for what the machine lacks; None for a bug."""
     from py4j.protocol import Py4JNetworkError
 
     text = "\n".join(_text(each) for each in _chain(error))
     is_gone = any(isinstance(each, (Py4JNetworkError, ConnectionError)) for each in _chain(error))
     if is_gone:
-        text += _tail(spark_log(), log_start)
+        text += _tail(spark_log())
     if found := _NO_ROOM.search(text):
         return UserError(
             expected="room for Spark's working files (spark.local.dir, TMPDIR)",
@@ -77,10 +81,10 @@ def _text(error: BaseException) -> str:
         return type(error).__name__
 
 
-def _tail(log: Path, start: int) -> str:
+def _tail(log: Path) -> str:
     try:
         with log.open("rb") as file:
-            file.seek(max(start, log.stat().st_size - _LOG_BYTES))
+            file.seek(max(_starts.get(log, 0), log.stat().st_size - _LOG_BYTES))
             return file.read().decode("utf-8", "replace")
     except OSError:
         return ""

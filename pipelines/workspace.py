@@ -65,7 +65,8 @@ def noted_version(result_uri: str) -> str | None:
 @contextmanager
 def one_line_errors(workspace: Workspace) -> Iterator[None]:
     """Raise one line, not Spark's trace, for what a task met that a user can change, and for what
-    Spark itself lacked; other errors keep their trace, which names the task."""
+    Spark itself lacked. Of a bug, the task's own trace, which names it: what Spark raises asks the
+    JVM for its words, and is mute once that has stopped."""
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
@@ -76,5 +77,6 @@ def one_line_errors(workspace: Workspace) -> Iterator[None]:
         lines = workspace.failures()
         told = UserError(lines[0]) if lines else trouble_of(error)
         if told is None:
-            raise
+            trace = str(error).partition("JVM stacktrace:")[0].rstrip()
+            raise RuntimeError(f"a task of {workspace.folder} failed\n{trace}") from None
         raise told from None

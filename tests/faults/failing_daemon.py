@@ -1,7 +1,8 @@
 """Where Spark forks Python workers from, with tasks that fail; ``spark.python.daemon.module``.
 
-``FAIL_ONCE``: a folder; every task fails once, after all its work is done. ``FAIL_ALWAYS``: the
-name of a task that fails whenever it ends.
+``FAIL_ONCE``: a folder for the names of tasks that failed. Every Spark task fails at its first
+attempt, when the first of our tasks in it has done all its work. ``FAIL_ALWAYS``: the name of a
+task that fails whenever it ends.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyspark import daemon
+from pyspark import TaskContext, daemon
 
 from pipelines.workspace import Workspace
 
@@ -24,12 +25,9 @@ def failing_task(workspace: Workspace, name: str) -> Iterator[Path]:
         yield folder
         if name == os.environ.get("FAIL_ALWAYS"):
             raise ZeroDivisionError("planted")
-        once = os.environ.get("FAIL_ONCE")
-        if once is not None:
-            try:
-                Path(once, name).touch(exist_ok=False)
-            except FileExistsError:
-                return
+        once, context = os.environ.get("FAIL_ONCE"), TaskContext.get()
+        if once is not None and context is not None and context.attemptNumber() == 0:
+            Path(once, name).touch()
             raise OSError("planted, in passing")
 
 
