@@ -1,9 +1,11 @@
 """A sample of the metadata, and what each filter takes of it.
 
-The sample is of row groups, drawn with replacement and with a chance in proportion to their rows:
-the mean of the drawn groups' shares is then an unbiased estimate of the share among all rows,
-however files and groups differ (Hansen and Hurwitz, 1943), and the spread between the groups gives
-its interval. Inside a group, rows are drawn evenly. Where there are no more groups than would be
+The sample is of row groups: all rows are cut into as many even stretches as there are draws, and of
+each stretch the group is taken in which one random row lies. A group's chance is in proportion to
+its rows, so the mean of the drawn groups' shares is an unbiased estimate of the share among all
+rows, however files and groups differ, and where files are sorted by a score, all their scores are
+in it. The spread between the groups gives an interval, too wide rather than too narrow where rows
+are sorted. Inside a group, rows are drawn evenly. Where there are no more groups than would be
 drawn, all are read and the shares are exact.
 """
 
@@ -159,10 +161,12 @@ def _draw(num_rows: Sequence[int], config: CurationConfig) -> tuple[list[int], b
     filled = [index for index, number in enumerate(num_rows) if number > 0]
     if len(filled) <= config.estimate.row_groups:
         return filled, True
-    sizes = np.array([num_rows[index] for index in filled], np.float64)
-    rng = np.random.default_rng(config.estimate.seed)
-    drawn = rng.choice(len(filled), config.estimate.row_groups, p=sizes / sizes.sum())
-    return sorted(filled[index] for index in drawn.tolist()), False
+    ends = np.cumsum([num_rows[index] for index in filled])
+    num_draws = config.estimate.row_groups
+    within = np.random.default_rng(config.estimate.seed).random(num_draws)
+    rows = (np.arange(num_draws) + within) * (ends[-1] / num_draws)
+    drawn = np.searchsorted(ends, rows, side="right")
+    return [filled[index] for index in drawn.tolist()], False
 
 
 def _ratio(

@@ -92,7 +92,7 @@ class ShardWriter:
 
 def preference_score(known: Mapping[str, Any], config: PreferenceConfig) -> float | None:
     """``offset + scale *`` the score of a sample, or the recipe's value where that is unknown."""
-    score = known.get(config.score)
+    score: float | None = known.get(config.score)
     if score is None:
         return config.unknown
     return round(config.offset + config.scale * score, _SCORE_DIGITS)

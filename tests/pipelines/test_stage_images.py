@@ -85,7 +85,10 @@ def test_bodies_in_memory_are_bounded_while_the_decoder_is_slow(
 @pytest.mark.parametrize("is_reversed", [False, True])
 def test_an_image_of_many_comparisons_keeps_the_share_it_won(is_reversed: bool) -> None:
     """Pick-a-Pic: the row that stays is one of several, and its own label says little."""
-    won = {"http://a.example/1": [1.0, 0.0, 1.0, 0.5], "http://a.example/2": [None]}
+    won: dict[str, list[float | None]] = {
+        "http://a.example/1": [1.0, 0.0, 1.0, 0.5],
+        "http://a.example/2": [None],
+    }
     rows = [
         {"url": url, "caption": "a fox", "sample_id": sample_id(url, "a fox"),
          "human_preference": label, "is_caption": False}
