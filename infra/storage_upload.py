@@ -172,6 +172,23 @@ def _abort(bucket: str, key: str, upload_id: str) -> None:
         return
 
 
+def takes_other_bytes(uri: str) -> bool:
+    """Whether the server behind ``uri`` stores bytes whose MD5 is not the one sent with them."""
+    from botocore.exceptions import ClientError
+
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not uri.startswith("s3://"):
+        return False
+    with errors("write", uri):
+        try:
+            client().put_object(Bucket=bucket, Key=key, Body=b"sent", ContentMD5=md5_of(b"told"))
+        except ClientError as error:
+            if _code_of(error) not in SEND_AGAIN_CODES and _code_of(error) != "InvalidDigest":
+                raise
+            return False
+    return True
+
+
 def unfinished(uri: str, bucket: str, folder: str) -> Iterator[UnfinishedUpload]:
     """The uploads below ``folder`` that were begun and neither finished nor dropped.
 
