@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.s3_proxy import S3Proxy
+from tests.pipelines.conftest import EvilWeb
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server
@@ -31,3 +32,11 @@ def s3_proxy(
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", _session_s3_proxy.endpoint)
     _session_s3_proxy.faults, _session_s3_proxy.requests = [], []
     return _session_s3_proxy
+
+
+@pytest.fixture
+def web() -> Iterator[EvilWeb]:
+    """A web server on loopback with the routes that a test gives it."""
+    web = EvilWeb()
+    yield web
+    web.stop()
