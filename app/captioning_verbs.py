@@ -13,7 +13,7 @@ from app.verb import Output, verb
 EXAMPLES = """\b
 Examples
   atelier caption recipes/laion.yaml --limit 8          ask for a few, and show them
-  atelier caption recipes/laion.yaml --dataset concepts
+  atelier caption recipes/laion.yaml --dataset laion-512
   atelier caption recipes/laion.yaml --retry-failed     ask again what got no answer
 
 \b

@@ -102,10 +102,11 @@ def _plan_dataset(
     else:
         refuse_damage(name, plan)
     estimate = None
-    if plan.decision == "RUN":
+    if plan.decision != "SKIP":
         from pipelines.estimate import estimate_curation
 
-        estimate = estimate_curation(config, plan.build.dataset_root).to_json()
+        found = estimate_curation(config, plan.build.dataset_root, place.store_uri)
+        estimate = found.to_json()
     return PlannedStep(
         DATASET_PREFIX + name,
         plan.decision,
@@ -152,9 +153,9 @@ def estimate_datasets(recipe: Recipe, out: Output) -> list[PlannedStep]:
         if uses_world(written) and not is_world_there:
             raise UserError(f"dataset {name} is made of the painted world, which is not made yet")
         root = storage.join(place.store_uri, "datasets", name)
-        estimate = estimate_curation(placed(written, folder), root).to_json()
+        found = estimate_curation(placed(written, folder), root, place.store_uri)
         reason = "a sample of the metadata, nothing pinned"
-        steps.append(PlannedStep(DATASET_PREFIX + name, "GUESS", reason, estimate=estimate))
+        steps.append(PlannedStep(DATASET_PREFIX + name, "GUESS", reason, estimate=found.to_json()))
     return steps
 
 
@@ -246,17 +247,30 @@ def funnel_lines(estimate: dict[str, Any]) -> list[str]:
     lines += [line(name, share, "-") for name, share in estimate["funnel"].items()]
     lines.append(line("to fetch", estimate["to_fetch"], "="))
     lines += [line(f"of it {name}", share, " ") for name, share in estimate["unknown"].items()]
-    success, copies = estimate["fetch_success_ratio"], estimate["duplicate_ratio"]
-    known = [
-        f"{100 * copies:.1f} % copies" if copies is not None else "no copies",
-        f"{100 * success:.1f} % fetched" if success is not None else "all fetched",
-        f"known from {estimate['known_from']}",
-    ]
-    samples, margin = estimate["samples"], estimate["samples_margin"]
-    lines.append(f"  = {'samples':<26} {samples:>15,}  ± {margin:,} ({', '.join(known)})")
+    return lines + _yield_lines(estimate) + [f"  {note}" for note in estimate["notes"]]
+
+
+def _yield_lines(estimate: dict[str, Any]) -> list[str]:
+    """What the web leaves, and what that takes."""
+    to_fetch, fetches = estimate["to_fetch"]["rows"], estimate["fetches"]
+    lines = []
+    if estimate["duplicate_ratio"] is not None:
+        told = f"known from {estimate['copies_known_from']}"
+        lines.append(f"  - {'copies':<26} {to_fetch - fetches:>15,}  {told}")
+    if estimate["fetch_success_ratio"] is not None:
+        share = f"{100 * estimate['fetch_success_ratio']:.1f} %"
+        lost = estimate["web"] or {"not fetched": fetches - estimate["samples"]}
+        lines += [f"  - {name:<26} {rows:>15,}" for name, rows in lost.items()]
+        told = f"{share} of those asked for, known from {estimate['known_from']}"
+    else:
+        told = "were all to come"
+    lines.append(
+        f"  = {'samples':<26} {estimate['samples']:>15,}  ± {estimate['samples_margin']:,} ({told})"
+    )
     cost = "" if estimate["cost"] is None else f", cost {estimate['cost']:,.2f}"
+    cores = f"{estimate['num_cores']:,} core" + "s" * (estimate["num_cores"] != 1)
     lines.append(
         f"  stored {estimate['stored_bytes'] / 1e9:,.2f} GB, {estimate['core_hours']:,.2f} "
-        f"core-hours, {estimate['hours']:,.2f} hours{cost}"
+        f"core-hours, {estimate['hours']:,.2f} hours on {cores}{cost}"
     )
-    return lines + [f"  {note}" for note in estimate["notes"]]
+    return lines

@@ -22,7 +22,7 @@ Datasets = Annotated[
 SCORE_EXAMPLES = """\b
 Examples
   atelier score recipes/laion.yaml
-  atelier score recipes/laion.yaml --dataset concepts --set scoring.clip.precision=bf16
+  atelier score recipes/laion.yaml --dataset laion-512 --set scoring.clip.precision=bf16
 
 \b
 In the recipe

@@ -129,10 +129,15 @@ class Lease:
         found = _read(self.uri)
         if self._lost or found is None or found.token != self._record.token or not found.held:
             self._lost = True
-            successor = "nobody" if found is None else f"{found.owner} (attempt {found.attempt})"
+            if found is None:  # the embedded server was killed as it took a heartbeat, for one
+                raise LeaseLost(
+                    f"{self.uri} is gone, so attempt {self._record.attempt} publishes nothing; "
+                    "run the same command again"
+                )
             raise LeaseLost(
-                f"attempt {self._record.attempt} lost {self.uri} to {successor} and publishes "
-                "nothing; wait for that one, or run the same command again"
+                f"attempt {self._record.attempt} lost {self.uri} to {found.owner} (attempt "
+                f"{found.attempt}) and publishes nothing; wait for that one, or run the same "
+                "command again"
             )
 
     def release(self) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from infra import storage
 from infra.digests import canonical_json, sha256_bytes
 from infra.errors import UserError
+from infra.storage_once import write_once
 
 if TYPE_CHECKING:
     from infra.progress import Progress
@@ -144,7 +145,7 @@ def publish_manifest(dataset_root_uri: str, manifest: DatasetManifest) -> str:
         dataset_root_uri, listed_files(manifest), "run the curation again; it keeps what is whole"
     )
     uri = storage.join(dataset_root_uri, manifest.version, MANIFEST_NAME)
-    storage.write_bytes(uri, manifest.to_bytes())
+    write_once(uri, manifest.to_bytes())
     return uri
 
 

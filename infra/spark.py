@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,8 @@ from infra.environment import applied
 from infra.errors import UserError
 from infra.java import Java, find_java
 from infra.spark_archive import archive_path
+from infra.spark_daemon import MODULE as DAEMON
+from infra.spark_errors import spark_log
 
 if TYPE_CHECKING:
     from pyspark import SparkConf
@@ -34,6 +38,8 @@ LOG_SETTINGS = Path(__file__).with_name("spark_log4j2.properties")
 JVM_STOP_SECONDS = 20.0
 MAX_SOCKET_FOLDER_CHARS = 60
 SECRET_VARIABLE = "ATELIER_SPARK_SECRET"  # what a cluster's members authenticate with
+TASK_ATTEMPTS = 4  # what clusters do unless told otherwise; Spark tries local[N] once
+_LOCAL_ONCE = re.compile(r"local(?:\[(\d+|\*)\])?")
 # Names of settings whose values no page or log shows.
 REDACTED = "(?i)secret|password|token|access[._]?key|credential"
 
@@ -61,7 +67,7 @@ def spark_session(
     }
     if cluster.is_spark_local:
         launch_environment["SPARK_LOCAL_IP"] = HOST
-    log = atelier_home() / "logs" / "spark.log"
+    log = spark_log()
     log.parent.mkdir(parents=True, exist_ok=True)
     with applied(launch_environment):
         try:
@@ -99,7 +105,7 @@ def _settings(app_name: str, cluster: ClusterConfig, environment: Mapping[str, s
     scratch.mkdir(parents=True, exist_ok=True)
     properties = {
         "spark.app.name": app_name,
-        "spark.master": cluster.spark_master,
+        "spark.master": with_attempts(cluster.spark_master),
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.sql.shuffle.partitions": str(cluster.spark_shuffle_partitions),
         "spark.ui.enabled": "false",
@@ -114,6 +120,7 @@ def _settings(app_name: str, cluster: ClusterConfig, environment: Mapping[str, s
             "spark.driver.bindAddress": HOST,
             "spark.driver.host": HOST,
             "spark.local.dir": str(scratch),
+            "spark.python.daemon.module": DAEMON,
             **_private_sockets(),
             "spark.sql.warehouse.dir": (scratch / "warehouse").as_uri(),
         }
@@ -127,6 +134,12 @@ def _settings(app_name: str, cluster: ClusterConfig, environment: Mapping[str, s
         named = ("spark.master", "spark.app.name")
         properties = {k: v for k, v in properties.items() if k not in named or not settings.get(k)}
     return settings.setAll(list((properties | cluster.spark_properties).items()))
+
+
+def with_attempts(master: str) -> str:
+    """``master``, tasks of a local one tried as often as on a cluster unless it says how often."""
+    found = _LOCAL_ONCE.fullmatch(master)
+    return master if found is None else f"local[{found.group(1) or 1},{TASK_ATTEMPTS}]"
 
 
 def _private_sockets() -> dict[str, str]:
@@ -149,16 +162,23 @@ def stop_spark(spark: SparkSession, wait_seconds: float = JVM_STOP_SECONDS) -> N
 
     A JVM that does not end within ``wait_seconds`` is killed.
     """
+    from py4j.protocol import Py4JError
     from pyspark import SparkContext
+    from pyspark.sql import SparkSession
 
-    spark.stop()
+    try:
+        spark.stop()
+    except (Py4JError, ConnectionError):  # the JVM is gone; nor must the next session look for it
+        SparkContext._active_spark_context = None
+        SparkSession._instantiatedSession = None
     gateway: Any = SparkContext._gateway
     if gateway is None:
         return
     SparkContext._gateway = None
     SparkContext._jvm = None
     process: subprocess.Popen[bytes] | None = gateway.proc
-    gateway.shutdown()
+    with suppress(Py4JError, ConnectionError):
+        gateway.shutdown()
     if process is not None:
         if process.stdin is not None:
             process.stdin.close()  # the JVM ends when this pipe breaks

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from infra import storage
 from infra.digests import sha256_file
 from infra.manifest import FileEntry, ShardEntry
+from infra.storage_once import upload_once
 from pipelines.config import CurationConfig
 from pipelines.tombstones import Tombstones
 from pipelines.workspace import Workspace
@@ -157,7 +158,7 @@ class Build(Workspace):
         """Upload a working file under its digest."""
         sha256 = sha256_file(path)
         relative = f"work/{self.key[:KEY_CHARS]}/{kind}/{sha256[:32]}"
-        stored = storage.upload(path, storage.join(self.dataset_root, relative))
+        stored = upload_once(path, storage.join(self.dataset_root, relative), sha256)
         return FileEntry(relative, stored.num_bytes, sha256, num_rows)
 
     def fetch_staged(self, entry: FileEntry, folder: Path) -> Path:

@@ -39,6 +39,7 @@ from pipelines.caption_local import identify_local
 from pipelines.captioning_config import CaptioningConfig, TakeConfig
 from pipelines.captions import choose_caption, within_budget
 from pipelines.derive import Derivation, Members
+from pipelines.embed_parts import forget_parts
 from pipelines.exclusive import refuse_while_removing
 from pipelines.units import ProgressCallback, run_units, watching
 from pipelines.workspace import Workspace
@@ -318,6 +319,8 @@ def ask_captions(
             with watching(sizes, total, progress):
                 run_units(spark(), job, len(missing), lambda i: job.run(missing[i]))
             done = finished_shards(job.unit, shards)
+        # Of the others, a retry that was killed may have left answers that the next one takes.
+        forget_parts(job.folder, [s for s, marker in done.items() if not marker.num_retryable])
         lease.check()
         markers = [replace(done[shard.sha256], shard=shard.path) for shard in shards]
         answers = AnswersManifest(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from infra.manifest import DatasetManifest
+from pipelines.image_config import blurred_faces_in_words
 from pipelines.ledger import COMMITTED
 from pipelines.publish import funnel_of
 from pipelines.reasons import BEFORE_FETCH, words_for
@@ -244,7 +245,7 @@ def _gaps(manifest: DatasetManifest, recipe: Mapping[str, Any]) -> str:
     if recipe.get("blur_faces") is None:
         lines.append("- people are in the images, and their faces were not blurred")
     else:
-        lines.append("- faces that a detector found were blurred; it does not find all of them")
+        lines.append(f"- {blurred_faces_in_words()}")
     return "\n".join(lines)
 
 

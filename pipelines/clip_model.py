@@ -20,6 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from infra import storage
 from infra.config import atelier_home
 from infra.digests import READ_CHUNK_BYTES, canonical_json, sha256_bytes, sha256_file
@@ -36,6 +39,8 @@ PREPROCESSING_VERSION = 1
 BF16_MAX_COSINE_LOSS = 1e-3
 CONFIG_NAME = "open_clip_config.json"
 _CHECKED_AT_ONCE = 4
+_LENGTH_TOLERANCE = 0.01  # float16 rounds each number by 0.05 % at most
+LIBRARIES = "pipelines.clip_model:import_libraries"
 
 
 @dataclass(frozen=True)
@@ -252,6 +257,21 @@ def _imports() -> tuple[Any, Any]:
     return load_clip, open_clip
 
 
+def runner_and_mapper() -> tuple[Any, Any]:
+    """clip-retrieval's ``Runner`` and ``ClipMapper``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what clip-retrieval imports
+        from clip_retrieval.clip_inference.mapper import ClipMapper
+        from clip_retrieval.clip_inference.runner import Runner
+    return Runner, ClipMapper
+
+
+def import_libraries() -> None:
+    """All that embedding imports of others: 10 s of a core, once for all workers of a machine."""
+    _imports()
+    runner_and_mapper()
+
+
 @functools.lru_cache(maxsize=1)
 def _encoder(identity_json: bytes, uri: str, num_threads: int | None) -> ClipEncoder:
     import torch
@@ -273,3 +293,13 @@ def prepared(encoder: ClipEncoder, data: bytes) -> torch.Tensor:
 
     with Image.open(io.BytesIO(data)) as image:
         return encoder.prepare(image)
+
+
+def problem_with(*vectors: npt.NDArray[np.float16]) -> str | None:
+    """Why embeddings of a sample are of no use: NaN, infinite or overflown, or of no length."""
+    for vector in vectors:
+        if not np.isfinite(vector).all():
+            return "not finite"
+        if abs(float(np.linalg.norm(vector.astype(np.float64))) - 1.0) > _LENGTH_TOLERANCE:
+            return "not of length one"
+    return None

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import polars as pl
+import polars_hash
 import pyarrow as pa
 
 from infra.errors import UserError
 from pipelines.config import CurationConfig, FilterConfig, FormatName, OnUnknown
+from pipelines.filters import may_stay
 from pipelines.sources import SOURCE_FORMATS, Container, SyntheticColumn, format_of
 
 SAMPLE_ID_CHARS = 32
@@ -84,11 +86,10 @@ def sample_id(url: str, caption: str) -> str:
 
 
 def sample_ids(rows: pl.DataFrame) -> pl.Series:
-    """``sample_id`` of every row of a frame with ``url`` and ``caption``."""
-    texts = pl.concat_str("url", pl.lit("\n"), "caption").cast(pl.Binary)
-    sha256 = hashlib.sha256
-    ids = [sha256(text).hexdigest() for text in rows.select(texts).to_series().to_list()]
-    return pl.Series("sample_id", ids, dtype=pl.String).str.slice(0, SAMPLE_ID_CHARS)
+    """``sample_id`` of every row of a frame with ``url`` and ``caption``, neither of them null."""
+    text = polars_hash.concat_str("url", pl.lit("\n"), "caption")
+    digests = text.chash.sha2_256().str.head(SAMPLE_ID_CHARS)
+    return rows.select(digests.alias("sample_id")).to_series()
 
 
 def layout_of(
@@ -237,6 +238,15 @@ def canonical_rows(table: RawRows, layout: Layout, source: str) -> pl.DataFrame:
     raw = pl.DataFrame(table)
     views = [raw.select(_expressions(layout, view, source)) for view in layout.views]
     return pl.concat(views) if len(views) > 1 else views[0]
+
+
+def records_that_may_stay(layout: Layout, filters: FilterConfig) -> pl.Expr:
+    """A condition over a file's own columns that every record with a row to keep fulfils."""
+    conditions = []
+    for view in layout.views:
+        known = {each.meta.output_name(): each for each in _expressions(layout, view, "")}
+        conditions.append(may_stay(filters, known.__getitem__))
+    return pl.any_horizontal(*conditions)
 
 
 def _expressions(layout: Layout, view: Mapping[str, str], source: str) -> list[pl.Expr]:

@@ -211,11 +211,19 @@ class ShardConfig(StrictModel):
 
 
 class PreferenceConfig(StrictModel):
-    """preference_score = offset + scale * aesthetic_score, or ``unknown`` without a score."""
+    """preference_score = offset + scale * score, or ``unknown`` without one.
 
-    scale: float = semantic(1.0, "factor on the aesthetic score")
+    It is what training gives the network as a micro-condition.
+    """
+
+    score: Literal["aesthetic_score", "human_preference"] = semantic(
+        "aesthetic_score",
+        "what it is made of; human_preference: the share of comparisons that an image won, in "
+        "[0, 1] (Pick-a-Pic, HPDv2)",
+    )
+    scale: float = semantic(1.0, "factor on the score")
     offset: float = semantic(0.0, "added")
-    unknown: float | None = semantic(None, "the score of an image whose aesthetic score is unknown")
+    unknown: float | None = semantic(None, "the score of an image whose score is unknown")
 
 
 class EstimateConfig(StrictModel):
@@ -228,14 +236,15 @@ class EstimateConfig(StrictModel):
     fetch_success_ratio: float | None = operational(
         None,
         "expected share of the rows asked for over the web that become samples, in (0, 1]; "
-        "null: as measured in an earlier version of this dataset, else all of them",
+        "null: as told by a version of this dataset, by the partitions that a build under way has "
+        "fetched, or by another dataset of the store; else all of them",
         gt=0,
         le=1,
     )
     duplicate_ratio: float | None = operational(
         None,
-        "expected share of the rows left by the filters that copy another, in [0, 1); "
-        "null: as measured in an earlier version of this dataset, else none",
+        "expected share of the rows left by the filters that copy another's URL, in [0, 1); "
+        "null: counted where every row is read, else as told by this dataset, else none",
         ge=0,
         lt=1,
     )

@@ -24,6 +24,8 @@ DUPLICATE_IMAGE = "duplicate_image"
 DUPLICATE_OF_OTHER = "duplicate_of_other"
 CONTAMINATED_IMAGE = "contaminated_image"
 PLACEHOLDER = "placeholder"
+NEAR_DUPLICATE = "near_duplicate"
+LIKE = "like "  # what the detail of a copy begins with, before the id of the one that stays
 # What is compared of an image, and what comes of it. ``slot`` is whose task writes the image,
 # negative for none; ``caption`` tells captions apart.
 IMAGES = "slot int, rank string, sha256 string, signature binary, caption long"
@@ -101,7 +103,7 @@ def duplicates_among(images: DataFrame, config: CurationConfig, num_images: int)
     from pyspark.sql import Window
     from pyspark.sql import functions as sf
 
-    from pipelines.near_images import NEAR_DUPLICATE, near_images
+    from pipelines.near_images import near_images
 
     asked = config.duplicates
     by_bytes = Window.partitionBy("sha256")
@@ -143,7 +145,7 @@ def _named(lost: DataFrame, reason: Column, detail: Column) -> DataFrame:
 def _like() -> Column:
     from pyspark.sql import functions as sf
 
-    return sf.concat(sf.lit("like "), sf.substring_index("kept", "-", -1))
+    return sf.concat(sf.lit(LIKE), sf.substring_index("kept", "-", -1))
 
 
 def _reason(among: str) -> Column:

@@ -7,13 +7,15 @@ partition of up to a million samples in memory until its end and then writes thr
 another at their final names, with no mark of what is whole, so nothing can be resumed. Its Spark
 distributor can run no other reader or writer than these. Here a unit is a shard: read with its
 digest checked, every sample either embedded or named with its error, and published whole, under
-content-derived names, before its marker is written.
+content-derived names, before its marker is written. What a task has of a shard that takes long is
+stored now and then (``embed_parts``).
 """
 
 from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -23,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
@@ -32,8 +33,17 @@ from infra import storage
 from infra.digests import sha256_file
 from infra.errors import UserError
 from infra.manifest import FileEntry, ShardEntry
-from pipelines.clip_model import ClipEncoder, ClipIdentity, encoder_of, prepared
+from infra.storage_once import upload_once
+from pipelines.clip_model import (
+    ClipEncoder,
+    ClipIdentity,
+    encoder_of,
+    prepared,
+    problem_with,
+    runner_and_mapper,
+)
 from pipelines.decode_pool import DecodePool
+from pipelines.embed_parts import PARTS, STEM_CHARS, Embeddings, Part, store_part, stored_parts
 from pipelines.shards import read_shard
 
 if TYPE_CHECKING:
@@ -41,11 +51,8 @@ if TYPE_CHECKING:
 
 KEY_CHARS = 12
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
-Embeddings = npt.NDArray[np.float16]
 _Pool = DecodePool["torch.Tensor"]
 _Pending = list[tuple[str, "Future[torch.Tensor]"]]
-# Of an embedding, whose numbers are float16, each rounded by 0.05 % at most.
-_LENGTH_TOLERANCE = 0.01
 
 # One row per sample of the shard, in its order, with the scores that the sample carries. ``row``
 # counts the shard's embedded samples and is null beside an ``error``.
@@ -89,6 +96,7 @@ class EmbedTask:
     batch_size: int
     num_threads: int | None
     decode_threads: int
+    checkpoint_seconds: float
     decode_deadline_seconds: float
 
     @property
@@ -99,6 +107,10 @@ class EmbedTask:
     def marker_uri(self, shard_sha256: str) -> str:
         """The marker of one shard."""
         return storage.join(self.dataset_root, self.folder, "units", f"{shard_sha256[:32]}.json")
+
+    def parts(self, shard_sha256: str) -> str:
+        """The folder of a shard's embeddings while they are made."""
+        return storage.join(self.dataset_root, self.folder, PARTS, shard_sha256[:STEM_CHARS])
 
     def read_marker(self, shard: ShardEntry) -> EmbeddedShard | None:
         """The shard's marker, or None when it is missing or unreadable."""
@@ -118,13 +130,14 @@ def embeddings_folder(model_key: str) -> str:
 def embed_shard(task: EmbedTask, shard: ShardEntry, folder: Path) -> EmbeddedShard:
     """Embed every image and caption of ``shard``, publish, and write the marker last.
 
-    ``folder`` is a temporary one. Raises ``DigestMismatch`` when the shard's bytes are not those
-    of the dataset's manifest.
+    A task that was killed goes on after the last part that it stored. ``folder`` is a temporary
+    one. Raises ``DigestMismatch`` when the shard's bytes are not those of the dataset's manifest.
     """
     encoder = encoder_of(task.identity, task.weights_uri, task.num_threads)
     data = checked_bytes(storage.join(task.dataset_root, shard.path), shard.sha256)
-    reader = ShardReader(data, encoder, task)
-    writer = ShardEmbeddings(task, shard, reader, folder)
+    begun = stored_parts(task.parts(shard.sha256), task.batch_size)
+    reader = ShardReader(data, encoder, task, begun.end)
+    writer = ShardEmbeddings(task, shard, reader, folder, begun)
     _run(encoder, reader, writer)
     if writer.marker is None:
         raise RuntimeError("clip-retrieval's runner did not flush its writer")
@@ -133,16 +146,12 @@ def embed_shard(task: EmbedTask, shard: ShardEntry, folder: Path) -> EmbeddedSha
 
 def _run(encoder: ClipEncoder, reader: ShardReader, writer: ShardEmbeddings) -> None:
     import contextlib
-    import warnings
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what clip-retrieval imports
-        from clip_retrieval.clip_inference.mapper import ClipMapper
-        from clip_retrieval.clip_inference.runner import Runner
+    runner, clip_mapper = runner_and_mapper()
 
     def mapper() -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
-            made = ClipMapper(
+            made = clip_mapper(
                 enable_image=True,
                 enable_text=True,
                 enable_metadata=False,
@@ -155,7 +164,7 @@ def _run(encoder: ClipEncoder, reader: ShardReader, writer: ShardEmbeddings) -> 
         made.model_img, made.model_txt = encoder.encode_image, encoder.encode_text
         return made
 
-    Runner(lambda _: reader, mapper, lambda _: writer, lambda _: _NoLog(), 1)(0)
+    runner(lambda _: reader, mapper, lambda _: writer, lambda _: _NoLog(), 1)(0)
 
 
 class _NoLog:
@@ -171,25 +180,30 @@ class _NoLog:
 class ShardReader:
     """The batches of one shard in its order, the next one decoded while the model works.
 
-    ``errors`` names the samples that could not be decoded, ``samples`` holds what the others say
-    of themselves; both are complete when the iteration is.
+    ``first`` samples are passed by. ``errors`` names the samples after them that could not be
+    decoded, ``samples`` holds what all say of themselves; both are complete when the iteration is.
+    ``end`` is how many samples there are up to and with the batch that was given last.
     """
 
-    def __init__(self, shard: bytes, encoder: ClipEncoder, task: EmbedTask) -> None:
+    def __init__(self, shard: bytes, encoder: ClipEncoder, task: EmbedTask, first: int = 0) -> None:
         self._shard = shard
         self._encoder = encoder
         self._task = task
         self.errors: dict[str, str] = {}
         self.samples: dict[str, dict[str, Any]] = {}
+        self.end = first
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         samples = read_shard(self._shard)
+        for key, members in islice(samples, self.end):
+            self.samples[key] = _described(members)
         task = self._task
         with _Pool(task.decode_threads, task.decode_deadline_seconds) as pool:
             pending = self._submit(samples, pool)
             while pending:
                 current, pending = pending, self._submit(samples, pool)
                 batch = self._collect(current, pool)
+                self.end += len(current)
                 if batch is not None:
                     yield batch
 
@@ -232,67 +246,75 @@ def _described(members: Mapping[str, bytes]) -> dict[str, Any]:
     return found | {"caption": members.get("txt", b"").decode("utf-8", "replace")}
 
 
-def _problem(image: Embeddings, text: Embeddings) -> str | None:
-    """Why a pair of embeddings is of no use: NaN, infinite or overflown, or of no length."""
-    for vector in (image, text):
-        if not np.isfinite(vector).all():
-            return "not finite"
-        if abs(float(np.linalg.norm(vector.astype(np.float64))) - 1.0) > _LENGTH_TOLERANCE:
-            return "not of length one"
-    return None
-
-
 class ShardEmbeddings:
     """Gathers a shard's embeddings and publishes them together when all are there.
 
-    Memory: 4 bytes x dimension per sample, so 60 MB for 10,000 samples of ViT-L/14.
+    ``begun`` is what an earlier task stored of them. Memory: 4 bytes x dimension per sample, so
+    60 MB for 10,000 samples of ViT-L/14.
     """
 
     def __init__(
-        self, task: EmbedTask, shard: ShardEntry, reader: ShardReader, folder: Path
+        self, task: EmbedTask, shard: ShardEntry, reader: ShardReader, folder: Path, begun: Part
     ) -> None:
         self._task = task
         self._shard = shard
         self._reader = reader
         self._folder = folder
-        self._keys: list[str] = []
-        self._images: list[Embeddings] = []
-        self._texts: list[Embeddings] = []
+        self._made = begun
+        self._since = Part(first=begun.end)
+        self._stored_at = time.monotonic()
         self.marker: EmbeddedShard | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> None:
-        """Take what the mapper made of one batch."""
+        """Take what the mapper made of one batch; store a part when it is time."""
         images, texts = batch["image_embs"], batch["text_embs"]
-        problems = [_problem(*pair) for pair in zip(images, texts, strict=True)]
+        problems = [problem_with(*pair) for pair in zip(images, texts, strict=True)]
         whole = np.array([problem is None for problem in problems])
         for key, problem in zip(batch["image_filename"], problems, strict=True):
             if problem is None:
-                self._keys.append(key)
+                self._since.keys.append(key)
             else:
                 self._reader.errors[key] = f"embedding: {problem}"
-        self._images.append(images[whole])
-        self._texts.append(texts[whole])
+        self._since.images.append(images[whole])
+        self._since.texts.append(texts[whole])
+        if time.monotonic() - self._stored_at >= self._task.checkpoint_seconds:
+            since = self._take_in()
+            store_part(self._task.parts(self._shard.sha256), since, self._task.batch_size)
+            self._stored_at = time.monotonic()
+
+    def _take_in(self) -> Part:
+        """Add what came since the last part to what is made; returns it."""
+        since = self._since
+        since.end = self._reader.end
+        known = self._made.errors
+        since.errors = {k: v for k, v in self._reader.errors.items() if k not in known}
+        self._made.add(since)
+        self._since = Part(first=since.end)
+        return since
 
     def flush(self) -> None:
-        """Publish the files, then the marker."""
-        samples, errors = self._reader.samples, self._reader.errors
-        if len(samples) != self._shard.num_samples or len(self._keys) + len(errors) != len(samples):
+        """Publish the files, then the marker; then no part is needed any more."""
+        self._take_in()
+        samples, made = self._reader.samples, self._made
+        num_ended = len(made.keys) + len(made.errors)
+        if len(samples) != self._shard.num_samples or num_ended != len(samples):
             raise RuntimeError(
                 f"{self._shard.path} has {self._shard.num_samples} samples by its manifest, "
-                f"{len(samples)} were read, {len(self._keys)} embedded and {len(errors)} failed"
+                f"{len(samples)} were read, {len(made.keys)} embedded, {len(made.errors)} failed"
             )
-        images = self._publish_array("images", self._images)
-        texts = self._publish_array("texts", self._texts)
+        images = self._publish_array("images", made.images)
+        texts = self._publish_array("texts", made.texts)
         marker = EmbeddedShard(
             shard=self._shard.path,
             shard_sha256=self._shard.sha256,
             num_samples=len(samples),
-            num_embedded=len(self._keys),
+            num_embedded=len(made.keys),
             images=images,
             texts=texts,
             rows=self._publish_rows(_companions(images, texts)),
         )
         storage.write_json(self._task.marker_uri(self._shard.sha256), asdict(marker))
+        storage.delete_prefix(self._task.parts(self._shard.sha256))
         self.marker = marker
 
     def _publish_array(self, kind: str, parts: list[Embeddings]) -> FileEntry:
@@ -304,12 +326,12 @@ class ShardEmbeddings:
         return self._publish(path, kind, "npy", len(array))
 
     def _publish_rows(self, companions: dict[str, str]) -> FileEntry:
-        row_of = {key: row for row, key in enumerate(self._keys)}
+        row_of = {key: row for row, key in enumerate(self._made.keys)}
         rows = [
             {
                 "sample_id": key,
                 "row": row_of.get(key),
-                "error": self._reader.errors.get(key),
+                "error": self._made.errors.get(key),
                 **known,
             }
             for key, known in self._reader.samples.items()
@@ -330,7 +352,7 @@ def publish_file(
     """Upload a finished file as ``<folder>/<its sha256>.<suffix>`` under the dataset's root."""
     sha256 = sha256_file(path)
     relative = f"{folder}/{sha256[:32]}.{suffix}"
-    stored = storage.upload(path, storage.join(dataset_root, relative))
+    stored = upload_once(path, storage.join(dataset_root, relative), sha256)
     return FileEntry(relative, stored.num_bytes, sha256, num_rows)
 
 

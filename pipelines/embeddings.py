@@ -1,9 +1,9 @@
 """The embeddings of a dataset's version: planned, made by Spark a shard at a time, published last.
 
 ``embeddings/<model key>/`` under the dataset's root holds ``images/``, ``texts/`` and ``rows/``
-(content-named), ``units/<shard>.json`` (one marker per shard) and, per dataset version,
-``<version>/manifest.json``. Markers go by the shard's bytes: a version that shares shards with an
-older one costs only its new shards.
+(content-named), ``units/<shard>.json`` (one marker per shard), ``parts/<shard>/`` (of shards under
+way) and, per dataset version, ``<version>/manifest.json``. Markers go by the shard's bytes: a
+version that shares shards with an older one costs only its new shards.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from infra.errors import UserError
 from infra.lease import Lease
 from infra.manifest import DatasetManifest, FileEntry, ShardEntry, dataset_root, load_manifest
 from infra.storage_probe import check_store
-from pipelines.clip_model import ClipIdentity, identify, publish_weights
+from pipelines.clip_model import LIBRARIES, ClipIdentity, identify, publish_weights
 from pipelines.embed import EmbeddedShard, EmbedTask, embed_shard, embeddings_folder
+from pipelines.embed_parts import forget_parts
 from pipelines.exclusive import refuse_while_removing
 from pipelines.scoring_config import ClipConfig
 from pipelines.units import ProgressCallback, run_units, watching
@@ -108,6 +109,7 @@ def plan_embeddings(manifest_uri: str, config: ClipConfig) -> EmbeddingsJob:
         batch_size=config.batch_size,
         num_threads=config.num_threads,
         decode_threads=config.decode_threads,
+        checkpoint_seconds=config.checkpoint_seconds,
         decode_deadline_seconds=config.decode_deadline_seconds,
     )
     return EmbeddingsJob(manifest, manifest.version, unit, weights)
@@ -140,8 +142,11 @@ def embed_dataset(
                 job = replace(job, unit=replace(job.unit, weights_uri=uri))
                 sizes = {job.unit.marker_uri(s.sha256): s.num_samples for s in missing}
                 with watching(sizes, job.manifest.counts["committed"], progress):
-                    run_units(spark(), job, len(missing), lambda i: _embed(job, missing[i]))
+                    run_units(
+                        spark(), job, len(missing), lambda i: _embed(job, missing[i]), LIBRARIES
+                    )
                 done = finished_units(job)
+            forget_parts(job.folder, done)
             lease.check()
             embeddings = publish_embeddings(job, done)
         return EmbeddingsResult(job.manifest_uri, embeddings, len(missing))

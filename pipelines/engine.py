@@ -26,6 +26,7 @@ Batches = Iterator["pa.RecordBatch"]
 
 _INDEXED_PER_TASK = 4
 _DONE_SCHEMA = "partition int"
+_KEEP_FREED_PAGES = "dirty_decay_ms:10000,muzzy_decay_ms:-1"
 
 
 def fetch_images(
@@ -129,8 +130,14 @@ def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -
 
 
 def one_thread_per_task(spark: SparkSession) -> None:
-    """Spark runs a task per core; threads of Polars' own would only wait for one another."""
-    spark.sparkContext.environment.setdefault("POLARS_MAX_THREADS", "1")
+    """Spark runs a task per core; threads of Polars' own would only wait for one another.
+
+    Polars' allocator keeps what it freed for some seconds, not half of one: the next batch takes it
+    over, where new pages would cost a fault each.
+    """
+    environment = spark.sparkContext.environment
+    environment.setdefault("POLARS_MAX_THREADS", "1")
+    environment.setdefault("_RJEM_MALLOC_CONF", _KEEP_FREED_PAGES)
 
 
 def run_by_slot(rows: DataFrame, num_slots: int, run: Callable[[int, Batches], int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import polars as pl
@@ -9,6 +10,9 @@ import polars as pl
 from pipelines.config import FilterConfig, OnUnknown
 
 PERSONAL_DATA = "personal_data"
+_TEXTS = frozenset({"url", "caption", "language"})
+
+Column = Callable[[str], pl.Expr]  # by the name of a canonical column
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,12 @@ class Filter:
     reason: str
 
 
-def metadata_filters(config: FilterConfig) -> list[Filter]:
+def metadata_filters(config: FilterConfig, column: Column = pl.col) -> list[Filter]:
     """The filters that are on, in the order in which they are asked."""
-    found = [_reject(pl.col("url").str.contains(r"^\s*$"), "no_url")]
-    found += _size_filters(config)
+    found = [_reject(column("url").str.contains(r"^\s*$"), "no_url")]
+    found += _size_filters(config, column)
     found += _threshold(
+        column,
         "aesthetic_score",
         config.min_aesthetic_score,
         None,
@@ -31,6 +36,7 @@ def metadata_filters(config: FilterConfig) -> list[Filter]:
         config.unknown.aesthetic_score,
     )
     found += _threshold(
+        column,
         "watermark_prob",
         None,
         config.max_watermark_prob,
@@ -38,18 +44,19 @@ def metadata_filters(config: FilterConfig) -> list[Filter]:
         config.unknown.watermark_prob,
     )
     found += _threshold(
-        "unsafe_prob", None, config.max_unsafe_prob, "unsafe", config.unknown.unsafe_prob
+        column, "unsafe_prob", None, config.max_unsafe_prob, "unsafe", config.unknown.unsafe_prob
     )
     found += _threshold(
+        column,
         "clip_similarity",
         config.min_clip_similarity,
         None,
         "low_clip_similarity",
         config.unknown.clip_similarity,
     )
-    found += _language_filters(config)
+    found += _language_filters(config, column)
     if config.max_caption_chars is not None:
-        too_long = pl.col("caption").str.len_chars() > config.max_caption_chars
+        too_long = column("caption").str.len_chars() > config.max_caption_chars
         found.append(_reject(too_long, "caption_too_long"))
     return found
 
@@ -92,21 +99,37 @@ def unknown_kept(config: FilterConfig) -> dict[OnUnknown, dict[str, pl.Expr]]:
 
 def first_reason(filters: list[Filter]) -> pl.Expr:
     """The reason of the first filter that rejects, or null."""
-    # A chain of numbers, named at its end: text would be copied at every link.
+    # Numbers, named at the end: text would be copied at every filter.
     names = list(dict.fromkeys(found.reason for found in filters))
-    chain: pl.Expr = pl.lit(None, dtype=pl.UInt8)
-    for found in reversed(filters):
-        number = pl.lit(names.index(found.reason), dtype=pl.UInt8)
-        chain = pl.when(found.rejects).then(number).otherwise(chain)
-    return chain.cat.to(pl.Enum(names)).cast(pl.String).alias("reason")
+    numbers = [
+        pl.when(found.rejects).then(pl.lit(names.index(found.reason), dtype=pl.UInt8))
+        for found in filters
+    ]
+    number = pl.coalesce(*numbers, pl.lit(None, dtype=pl.UInt8))
+    return pl.lit(pl.Series(names, dtype=pl.String)).gather(number).alias("reason")
+
+
+def may_stay(config: FilterConfig, column: Column) -> pl.Expr:
+    """Whether no filter of numbers rejects a row of raw columns: what all rows that stay fulfil.
+
+    ``column`` gives the expression of a canonical column. Filters of text are left to
+    ``first_reason``, so that a reader can decide by numbers which texts it decodes.
+    """
+    asked = zip(metadata_filters(config), metadata_filters(config, column), strict=True)
+    numeric = [
+        raw.rejects.fill_null(False)
+        for canonical, raw in asked
+        if _TEXTS.isdisjoint(canonical.rejects.meta.root_names())
+    ]
+    return ~pl.any_horizontal(pl.lit(False), *numeric)
 
 
 def _reject(when: pl.Expr, reason: str) -> Filter:
     return Filter(when, reason)
 
 
-def _size_filters(config: FilterConfig) -> list[Filter]:
-    width, height = pl.col("width_px"), pl.col("height_px")
+def _size_filters(config: FilterConfig, column: Column) -> list[Filter]:
+    width, height = column("width_px"), column("height_px")
     bounds = (config.min_width_px, config.min_height_px, config.max_aspect_ratio)
     found: list[Filter] = []
     if any(bound is not None for bound in bounds) and config.unknown.size == "drop":
@@ -121,10 +144,10 @@ def _size_filters(config: FilterConfig) -> list[Filter]:
     return found
 
 
-def _language_filters(config: FilterConfig) -> list[Filter]:
+def _language_filters(config: FilterConfig, column: Column) -> list[Filter]:
     if config.languages is None:
         return []
-    language = pl.col("language")
+    language = column("language")
     wanted = sorted({code.strip().lower() for code in config.languages})
     drops = config.unknown.language == "drop"
     found = [_reject(language.is_null(), "unknown_language")] if drops else []
@@ -133,13 +156,18 @@ def _language_filters(config: FilterConfig) -> list[Filter]:
 
 
 def _threshold(
-    column: str, minimum: float | None, maximum: float | None, reason: str, on_unknown: OnUnknown
+    column: Column,
+    name: str,
+    minimum: float | None,
+    maximum: float | None,
+    reason: str,
+    on_unknown: OnUnknown,
 ) -> list[Filter]:
     """Nothing when both bounds are off; else the unknown values first, then the bound."""
     if minimum is None and maximum is None:
         return []
-    value = pl.col(column)
-    found = [_reject(value.is_null(), f"unknown_{column}")] if on_unknown == "drop" else []
+    value = column(name)
+    found = [_reject(value.is_null(), f"unknown_{name}")] if on_unknown == "drop" else []
     if minimum is not None:
         found.append(_reject(value < minimum, reason))
     if maximum is not None:

@@ -152,15 +152,31 @@ def load_head(config: HeadConfig) -> Head:
     return Head(config.score, config.scale, config.layout, digest.hexdigest(), folded)
 
 
+# How safetensors calls its number types; bf16, which numpy has not, is a float32's upper half.
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
 def _tensors(data: bytes, uri: str) -> dict[str, Floats]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    """The file's tensors in float64; without torch, which a plan would wait for."""
+    from safetensors import SafetensorError, deserialize
 
     try:
-        tensors = load(data)
+        entries = deserialize(data)
     except SafetensorError as error:
         raise UserError(expected=f"a whole safetensors file at {uri}", got=str(error)) from error
-    return {name: tensor.double().numpy() for name, tensor in tensors.items()}
+    others = {entry["dtype"] for _, entry in entries} - set(_DTYPES)
+    if others:
+        raise UserError(
+            expected=f"tensors of {', '.join(_DTYPES)} in {uri}", got=", ".join(sorted(others))
+        )
+    return {name: _floats(entry) for name, entry in entries}
+
+
+def _floats(entry: Mapping[str, Any]) -> Floats:
+    numbers = np.frombuffer(bytes(entry["data"]), _DTYPES[entry["dtype"]])
+    if entry["dtype"] == "BF16":
+        numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
+    return numbers.astype(np.float64).reshape(entry["shape"])
 
 
 def _described(data: bytes, uri: str) -> list[Step]:

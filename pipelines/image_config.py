@@ -45,6 +45,25 @@ class ImageCheckConfig(StrictModel):
         return self
 
 
+# Of faces planted in made pictures (one portrait, 36 to 110 px wide), the share that the detector
+# missed; profiles were not tried. Measured again by a test.
+MISSED_FACES = {
+    "upright": 0.00,
+    "in the dark": 0.20,
+    "tilted by 15 to 30 degrees": 0.90,
+    "with covered eyes": 1.00,
+}
+
+
+def blurred_faces_in_words() -> str:
+    """What was done to faces, and how many it misses."""
+    rates = ", ".join(f"{100 * rate:.0f} % {kind}" for kind, rate in MISSED_FACES.items())
+    return (
+        "faces that a detector of frontal faces found were blurred; of planted faces it missed "
+        f"{rates}"
+    )
+
+
 class FaceBlurConfig(StrictModel):
     """Faces are made unrecognisable before the image is stored."""
 

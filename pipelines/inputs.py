@@ -24,7 +24,7 @@ from infra.digests import sha256_bytes
 from infra.errors import UserError
 from infra.progress import Progress, Silent, progress
 from pipelines.captions import CAPTION_COLUMNS, canonical_captions, check_caption_schema
-from pipelines.columns import Layout, RawRows, layout_of
+from pipelines.columns import Layout, RawRows, layout_of, records_that_may_stay
 from pipelines.config import CurationConfig
 from pipelines.json_lines import MAX_LINE_BYTES, BlockCutter, columns_of, read_lines
 from pipelines.parquet import open_parquet, parquet_batches
@@ -221,8 +221,13 @@ def units_of(files: Sequence[InputFile]) -> list[Unit]:
     return units
 
 
-def metadata_batches(unit: Unit, config: CurationConfig) -> Iterator[tuple[RawRows, Layout]]:
-    """The unit's records, ``ROWS_PER_BATCH`` at a time, with the layout to read them by."""
+def metadata_batches(
+    unit: Unit, config: CurationConfig, *, without_rejected: bool = False
+) -> Iterator[tuple[RawRows, Layout]]:
+    """The unit's records, ``ROWS_PER_BATCH`` at a time, with the layout to read them by.
+
+    ``without_rejected``: of records that a filter rejects, as many are left out as costs nothing.
+    """
     layout = read_layout(unit.file.uri, config)
     if unit.file.offsets:
         for block in unit.row_groups:
@@ -230,7 +235,8 @@ def metadata_batches(unit: Unit, config: CurationConfig) -> Iterator[tuple[RawRo
             lines = read_range(unit.file.uri, start, end)
             yield read_lines(lines, layout.columns), layout
         return
-    for table in parquet_batches(unit.file.uri, unit.row_groups, layout.columns):
+    where = records_that_may_stay(layout, config.filters) if without_rejected else None
+    for table in parquet_batches(unit.file.uri, unit.row_groups, layout.columns, where):
         yield table, layout
 
 

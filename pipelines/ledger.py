@@ -17,10 +17,13 @@ import pyarrow.parquet as pq
 from infra import storage
 from infra.digests import sha256_file
 from infra.manifest import FileEntry, ledger_path
+from infra.storage_once import upload_once
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.tombstones import TAKEDOWN, digest_of
 
 COMMITTED, REJECTED, FAILED = "committed", "rejected", "failed"
+PART = "atelier.part"  # the work whose rows a file has, in its schema's metadata
+READ = "read-"  # what the parts of ``read_rows`` begin with: rows rejected by their metadata
 REMOVED = "removed:"  # what an address begins with that was taken down
 
 LEDGER_SCHEMA = pa.schema(
@@ -75,6 +78,7 @@ REASONS = (
     "image_aspect_ratio",
     "decode",
     "image_check",
+    "mismatched",
     "placeholder",
     "contaminated_image",
     "duplicate_of_other",
@@ -148,7 +152,7 @@ class LedgerFile:
         self._path = folder / "ledger.parquet"
         self._writer = pq.ParquetWriter(
             self._path,
-            LEDGER_SCHEMA.with_metadata({"atelier.part": part}),
+            LEDGER_SCHEMA.with_metadata({PART: part}),
             compression="zstd",
             use_dictionary=list(_DICTIONARIES),
         )
@@ -178,5 +182,5 @@ class LedgerFile:
             return None
         sha256 = sha256_file(self._path)
         path = ledger_path(sha256)
-        stored = storage.upload(self._path, storage.join(dataset_root, path))
+        stored = upload_once(self._path, storage.join(dataset_root, path), sha256)
         return FileEntry(path, stored.num_bytes, sha256, self._num_rows)

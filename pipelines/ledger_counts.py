@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from infra import storage
 from infra.environment import applied
 from infra.manifest import DatasetManifest, FileEntry
+from pipelines.duplicates import DUPLICATE_IMAGE, LIKE, NEAR_DUPLICATE
 from pipelines.histograms import LEDGER_BINS, LEDGER_VALUES, added, counted
 from pipelines.ledger import COMMITTED, FAILED
 from pipelines.units import run_units
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 FOLDER = "report"
-COUNTS_VERSION = 1
+COUNTS_VERSION = 2
 ALL = "all"
-# Hosts per outcome that a file's counts hold, and that are held while files are added up.
+# Hosts per outcome, and groups of copies, that a file's counts hold, and that are held while files
+# are added up.
 HOSTS_PER_FILE = 60
 HOSTS_IN_MEMORY = 4_000
 VALUES_IN_MEMORY = 200  # of languages and sources
@@ -54,6 +56,7 @@ _COLUMNS = [
     "disposition",
     "reason",
     "retryable",
+    "detail",
 ]
 
 
@@ -65,6 +68,7 @@ class LedgerCounts:
     ``all`` and ``committed`` -> counts as ``histograms.counted`` has them. ``languages`` and
     ``sources``: value -> rows, committed rows. ``hosts``: outcome -> host -> rows; hosts that are
     rare in a file may be missing, so a host's number is a lower bound where there are many.
+    ``copies``: sample that stays -> images that went for being like it, bounded as hosts are.
     """
 
     num_rows: int = 0
@@ -74,6 +78,7 @@ class LedgerCounts:
     languages: dict[str, list[int]] = field(default_factory=dict)
     sources: dict[str, list[int]] = field(default_factory=dict)
     hosts: dict[str, dict[str, int]] = field(default_factory=dict)
+    copies: dict[str, int] = field(default_factory=dict)
     version: int = COUNTS_VERSION
 
     def add(self, other: LedgerCounts, hosts: int = HOSTS_IN_MEMORY) -> None:
@@ -98,6 +103,7 @@ class LedgerCounts:
             summed = Counter(self.hosts.get(outcome, {}))
             summed.update(found)
             self.hosts[outcome] = largest(summed, hosts)
+        self.copies = largest(Counter(self.copies) + Counter(other.copies), hosts)
 
 
 def largest(counts: Mapping[str, int], most: int) -> dict[str, int]:
@@ -142,7 +148,16 @@ def counts_of_rows(rows: pl.DataFrame) -> LedgerCounts:
         languages=_by_value(named, "language"),
         sources=_by_value(named, "source"),
         hosts=hosts,
+        copies=_copies(named),
     )
+
+
+def _copies(rows: pl.DataFrame) -> dict[str, int]:
+    """Sample that stays -> images that are its copies by bytes or looks."""
+    is_copy = pl.col("reason").is_in([DUPLICATE_IMAGE, NEAR_DUPLICATE])
+    told = rows.filter(is_copy & pl.col("detail").str.starts_with(LIKE))
+    kept = told["detail"].str.strip_prefix(LIKE).value_counts()
+    return largest(dict(kept.iter_rows()), HOSTS_IN_MEMORY)
 
 
 def _by_value(rows: pl.DataFrame, column: str) -> dict[str, list[int]]:
@@ -177,6 +192,7 @@ class CountingJob(Workspace):
             counts.hosts = {
                 outcome: largest(found, HOSTS_PER_FILE) for outcome, found in counts.hosts.items()
             }
+            counts.copies = largest(counts.copies, HOSTS_PER_FILE)
             storage.write_json(storage.join(self.dataset_root, counts_path(ledger)), asdict(counts))
 
 

@@ -24,7 +24,6 @@ from pipelines.perceptual import NUM_TABLES, Floats, Signatures, Views, alike, b
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-NEAR_DUPLICATE = "near_duplicate"
 # Entries one task looks at: each some 420 bytes, and four times that while it works.
 ENTRIES_PER_TASK = 200_000
 # Pairs the driver decides on by itself, some 200 bytes each.

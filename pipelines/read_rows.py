@@ -92,7 +92,8 @@ def read_rows(
         is_new = build.read(ReadMarker, unit.index) is None
         tally = _Tally(build.config)
         with LedgerFile(folder, f"read-{unit.index:05d}") as ledger:
-            for table, layout, judged in judged_batches(unit, build.config):
+            batches = judged_batches(unit, build.config, without_rejected=not is_new)
+            for table, layout, judged in batches:
                 rows = without_removed(judged, build.tombstones)
                 is_kept = rows["reason"].is_null()
                 kept = rows.filter(is_kept)
@@ -113,11 +114,15 @@ def read_rows(
 
 
 def judged_batches(
-    unit: Unit, config: CurationConfig
+    unit: Unit, config: CurationConfig, *, without_rejected: bool = False
 ) -> Iterator[tuple[RawRows, Layout, pl.DataFrame]]:
-    """Per batch the table read, its layout, and its canonical rows with a ``reason`` or null."""
+    """Per batch the table read, its layout, and its canonical rows with a ``reason`` or null.
+
+    ``without_rejected``: many of those with a reason are not even read; see ``metadata_batches``.
+    """
     reason = first_reason(metadata_filters(config.filters))
-    for table, layout in metadata_batches(unit, config):
+    batches = metadata_batches(unit, config, without_rejected=without_rejected)
+    for table, layout in batches:
         yield table, layout, canonical_rows(table, layout, config.source).with_columns(reason)
 
 

@@ -75,6 +75,7 @@ WORDS = {
     "image_aspect_ratio": "longer or wider than asked for, once fetched",
     "decode": "does not decode",
     "image_check": "a measure of the pixels out of its range",
+    "mismatched": "the image is not what its caption says, by its embedding",
     "placeholder": "a picture that stands for many others",
     "duplicate_of_other": "like an image of another version",
     "duplicate_image": "the same bytes as another image",

@@ -13,6 +13,7 @@ from pipelines.derive import DerivationResult, derive
 from pipelines.embeddings import EmbeddingsResult, embed_dataset
 from pipelines.heads import load_head
 from pipelines.near_duplicates import near_duplicates, publish_near_duplicates
+from pipelines.pair_check import learn_pairs
 from pipelines.scores import ScoresResult, score_dataset
 from pipelines.scoring_config import RefilterConfig, ScoringConfig
 from pipelines.search import point_to_latest
@@ -70,9 +71,15 @@ def selection(
     bars: Bars,
     environment: Mapping[str, str] | None = None,
 ) -> RefilterJob:
-    """The job that applies the thresholds of ``keep``, its near-duplicates found already."""
+    """The job that applies the thresholds of ``keep``.
+
+    What pairs are like is learnt already, and near-duplicates are found.
+    """
     embeddings, scores = scoring.embeddings.manifest, scoring.scores.manifest
     job = job_of(scoring.manifest_uri, embeddings, scores, keep, environment)
+    if keep.mismatches is not None and embeddings.counts["embedded"]:
+        pairs, told = learn_pairs(job, keep.mismatches)
+        job = replace(job, pairs=pairs, pairs_told=told)
     min_cosine = keep.near_duplicate_cosine
     if min_cosine is None:
         return job

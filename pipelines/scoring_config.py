@@ -39,6 +39,9 @@ class ClipConfig(StrictModel):
         None, "torch threads per Spark task; null: what Spark gives a task, one", ge=1
     )
     decode_threads: int = operational(2, "images decoded at once per Spark task", ge=1, le=256)
+    checkpoint_seconds: float = operational(
+        60.0, "a task stores what it has of a shard so often; what a kill costs at most", ge=0.0
+    )
     decode_deadline_seconds: float = operational(
         60.0, "an image whose decoding takes longer fails, and the others go on", gt=0
     )
@@ -97,6 +100,28 @@ class IndexConfig(StrictModel):
     )
 
 
+class MismatchConfig(StrictModel):
+    """Pairs whose image is not what the caption says: suspected, counted, and rejected if asked.
+
+    Deviations are robust ones: 1.4826 x the median absolute deviation is one.
+    """
+
+    reject: bool = semantic(True, "suspected samples leave as `mismatched`; false: only counted")
+    max_deviations: float = semantic(
+        4.0,
+        "how far an image may lie from the other images of a word in its caption, and its "
+        "recomputed similarity below what the recorded one foretells",
+        gt=0,
+    )
+    min_images: int = semantic(40, "a word is a concept from so many images on", ge=10)
+    max_share: float = semantic(
+        0.2, "a word in more than this share of the captions says nothing, in (0, 1]", gt=0, le=1
+    )
+    max_samples: int = semantic(
+        200_000, "samples, in whole shards evenly drawn, to learn concepts from", ge=100
+    )
+
+
 class RefilterConfig(StrictModel):
     """Thresholds on scores that are stored or computed; a sample below is rejected by name."""
 
@@ -117,6 +142,9 @@ class RefilterConfig(StrictModel):
         "images closer than this are one; the highest aesthetic score stays, then the smallest id",
         gt=0,
         le=1,
+    )
+    mismatches: MismatchConfig | None = semantic(
+        None, "pairs whose image is not what the caption says: {} for the defaults, null: not asked"
     )
 
 

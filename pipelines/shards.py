@@ -7,7 +7,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from infra import storage
 from infra.digests import canonical_json, sha256_file
 from infra.manifest import ShardEntry, shard_path
 from infra.shard_members import samples_of
+from infra.storage_once import upload_once
 from pipelines.config import PreferenceConfig, ShardConfig
 
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -83,17 +84,18 @@ class ShardWriter:
             self._tar.close()
         sha256 = sha256_file(self._path)
         path = shard_path(sha256)
-        stored = storage.upload(self._path, storage.join(self._dataset_root, path))
+        stored = upload_once(self._path, storage.join(self._dataset_root, path), sha256)
         self.shards.append(ShardEntry(path, stored.num_bytes, sha256, len(self._keys)))
         self.shard_of.update(dict.fromkeys(self._keys, path))
         self._tar, self._keys, self._num_bytes = None, [], 0
 
 
-def preference_score(aesthetic_score: float | None, config: PreferenceConfig) -> float | None:
-    """``offset + scale * aesthetic_score``, or the recipe's value for an unknown score."""
-    if aesthetic_score is None:
+def preference_score(known: Mapping[str, Any], config: PreferenceConfig) -> float | None:
+    """``offset + scale *`` the score of a sample, or the recipe's value where that is unknown."""
+    score = known.get(config.score)
+    if score is None:
         return config.unknown
-    return round(config.offset + config.scale * aesthetic_score, _SCORE_DIGITS)
+    return round(config.offset + config.scale * score, _SCORE_DIGITS)
 
 
 def sample_members(
@@ -117,7 +119,7 @@ def sample_members(
         "crop_top_px": row["crop_top_px"],
         **scores,
         "aesthetic_scale": row["aesthetic_scale"],
-        "preference_score": preference_score(row["aesthetic_score"], preference),
+        "preference_score": preference_score(row, preference),
         "sha256": row["sha256"],
         "language": row["language"],
         "source": row["source"],

@@ -22,14 +22,13 @@ import pyarrow as pa
 from infra.errors import UserError
 from infra.manifest import FileEntry
 from pipelines.build import Build, PartMarker, StagedMarker
+from pipelines.caption_reasons import with_caption_reasons
 from pipelines.captions import CAPTION_COLUMNS, caption_counts, with_captions
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import CurationConfig
 from pipelines.decoder import shared_decoder
-from pipelines.decontaminate import CONTAMINATED, contaminated
 from pipelines.duplicates import row_duplicates
 from pipelines.fetch import Fetcher, shared_fetcher
-from pipelines.filters import caption_filters, first_reason
 from pipelines.images import Bounds, Looks, StoredImage
 from pipelines.img2dataset_engine import outcomes_by_img2dataset
 from pipelines.ledger import FAILED, REJECTED, is_worth_a_retry
@@ -52,6 +51,7 @@ from pipelines.tombstones import TAKEDOWN, Tombstones
 
 # Fewer downloads than this say nothing about the network.
 MIN_ATTEMPTS_TO_JUDGE = 20
+_DNS = ("dns", "dns_no_such_host")
 # Reasons that only a body that arrived can give.
 _ARRIVED = (
     "hash_mismatch",
@@ -164,14 +164,11 @@ def prepared_rows(table: pa.Table, config: CurationConfig) -> pl.DataFrame:
     is_caption = pl.col("is_caption")
     rows = everything.filter(~is_caption).select(CANONICAL_SCHEMA.names)
     long = everything.filter(is_caption).select(CAPTION_COLUMNS)
-    rows = with_captions(rows.sort(CANONICAL_SCHEMA.names), long, config.captions)
-    drops = config.captions.personal_data == "drop"
-    asked = caption_filters(config.filters, drops_personal=drops)
-    rows = rows.with_columns(first_reason(asked))
-    repeats = contaminated(rows, config.decontaminate) & rows["reason"].is_null()
-    rows = rows.with_columns(
-        pl.when(repeats).then(pl.lit(CONTAMINATED)).otherwise("reason").alias("reason")
-    )
+    rows = rows.sort(CANONICAL_SCHEMA.names)
+    # An image stands in many comparisons, and what stays of it knows them all.
+    rows = rows.with_columns(pl.col("human_preference").mean().over("sample_id"))
+    rows = with_captions(rows, long, config.captions)
+    rows = with_caption_reasons(rows, config)
     duplicates = row_duplicates(rows, same_url=config.duplicates.same_url)
     return rows.with_columns(pl.coalesce("reason", duplicates.alias("reason")))
 
@@ -344,19 +341,17 @@ def _check_network(rows: pl.DataFrame, config: CurationConfig, partition: int) -
     """A partition most of whose downloads failed in passing is not worth committing."""
     has_arrived = pl.col("offset").is_not_null() | pl.col("reason").is_in(_ARRIVED)
     attempted = rows.filter(has_arrived | (pl.col("disposition") == FAILED))
-    passing = attempted.filter(
-        pl.col("retryable") | pl.col("reason").is_in(["dns", "dns_no_such_host"])
-    )
+    passing = attempted.filter(pl.col("retryable") | pl.col("reason").is_in(_DNS))
     ratio = passing.height / max(attempted.height, 1)
     if attempted.height < MIN_ATTEMPTS_TO_JUDGE or ratio <= config.fetch.max_transient_ratio:
         return
-    causes = ", ".join(
-        f"{cause} {number}" for cause, number in Counter(passing["reason"]).most_common(3)
-    )
+    counted = Counter(passing["reason"]).most_common(3)
+    causes = ", ".join(f"{cause} {number}" for cause, number in counted)
+    failing = "name resolution, for DNS is failing," if counted[0][0] in _DNS else "the network"
     raise UserError(
         expected=f"at most {config.fetch.max_transient_ratio:.0%} of partition {partition}'s "
         "downloads to fail for passing causes",
         got=f"{passing.height} of {attempted.height} ({causes})",
-        remedy="check the network and run again (finished partitions are kept), "
+        remedy=f"check {failing} and run again (finished partitions are kept), "
         "or raise fetch.max_transient_ratio",
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from infra import storage
 from infra.errors import UserError
+from infra.spark_daemon import before_workers
 from pipelines.workspace import Workspace, one_line_errors
 
 if TYPE_CHECKING:
@@ -23,9 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 def run_units(
-    spark: SparkSession, workspace: Workspace, num_units: int, run: Callable[[int], None]
+    spark: SparkSession,
+    workspace: Workspace,
+    num_units: int,
+    run: Callable[[int], None],
+    before: str | None = None,
 ) -> None:
-    """Call ``run(0) … run(num_units - 1)``, each in a Spark task of its own; results are files."""
+    """Call ``run(0) … run(num_units - 1)``, each in a Spark task of its own; results are files.
+
+    ``before`` names what workers share, as ``module:function`` (``infra.spark_daemon``).
+    """
 
     def work(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
@@ -33,7 +41,7 @@ def run_units(
                 run(index)
             yield batch
 
-    with one_line_errors(workspace):
+    with one_line_errors(workspace), before_workers(spark, before):
         numbers = spark.range(0, num_units, 1, numPartitions=num_units)
         numbers.mapInArrow(work, "id long").write.format("noop").mode("overwrite").save()
 

@@ -21,22 +21,24 @@ from infra.digests import canonical_json, sha256_bytes
 from infra.manifest import DatasetManifest, FileEntry, dataset_root, load_manifest
 from pipelines.config import FilterConfig, PreferenceConfig, UnknownPolicy
 from pipelines.derive import Derivation, Members
-from pipelines.embed import EmbeddedShard, checked_bytes, read_rows
+from pipelines.duplicates import NEAR_DUPLICATE
+from pipelines.embed import EmbeddedShard, checked_bytes, read_embeddings, read_rows
 from pipelines.embeddings import EmbeddingsManifest
 from pipelines.filters import first_reason, metadata_filters
 from pipelines.ledger import COMMITTED
+from pipelines.mismatches import MISMATCHED, PairModel, Pairs
 from pipelines.scores import SCORE_COLUMNS, ScoresManifest, read_scores
 from pipelines.scoring_config import RefilterConfig
 from pipelines.shards import preference_score
 
 REFILTER_VERSION = 1
-NEAR_DUPLICATE = "near_duplicate"
 _READ_THREADS = 8
 
 
 @dataclass(frozen=True)
 class RefilterJob(Derivation):
-    """One selection from one version; travels to the workers. ``dropped`` are near-duplicates."""
+    """One selection from one version; travels to the workers. ``dropped`` are near-duplicates,
+    ``pairs`` is the file of a ``PairModel`` and ``pairs_told`` what the manifest says of it."""
 
     kind: ClassVar[str] = "refilter"
 
@@ -47,6 +49,8 @@ class RefilterJob(Derivation):
     config: RefilterConfig
     dropped: FileEntry | None = None
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    pairs: FileEntry | None = None
+    pairs_told: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -56,6 +60,7 @@ class RefilterJob(Derivation):
             "dataset": self.manifest.version,
             "scores": self.scores.sha256,
             "dropped": self.dropped.sha256 if self.dropped else None,
+            "pairs": self.pairs.sha256 if self.pairs else None,
             "version": REFILTER_VERSION,
         }
         return sha256_bytes(canonical_json(identity))
@@ -82,7 +87,7 @@ class RefilterJob(Derivation):
             known["aesthetic_scale"] = self.config.aesthetic_scale
             recipe = self.manifest.attributes.get("recipe", {})
             preference = PreferenceConfig.model_validate(recipe.get("preference", {}))
-            known["preference_score"] = preference_score(known["aesthetic_score"], preference)
+            known["preference_score"] = preference_score(known, preference)
         return members | {"json": canonical_json(known | {"score_models": origin})}
 
     def choices(self) -> dict[str, Any]:
@@ -95,6 +100,7 @@ class RefilterJob(Derivation):
             "thresholds": self.choices(),
             "scores": self.scores.sha256,
             "models": self.scores.provenance(),
+            **({"pairs": dict(self.pairs_told)} if self.pairs_told else {}),
         }
 
     def parents(self) -> list[dict[str, Any]]:
@@ -154,6 +160,13 @@ def verdicts(job: RefilterJob, unit: EmbeddedShard, scores: FileEntry) -> pl.Dat
         first_reason(metadata_filters(_thresholds(job.config))),
         pl.any_horizontal([f"{name}_taken" for name in SCORE_COLUMNS]).alias("is_changed"),
     )
+    asked = job.config.mismatches
+    if job.pairs is not None and asked is not None and asked.reject:
+        far = _suspected(job, unit, computed, asked.max_deviations)
+        is_far = pl.col("reason").is_null() & pl.col("sample_id").is_in(far.implode())
+        frame = frame.with_columns(
+            pl.when(is_far).then(pl.lit(MISMATCHED)).otherwise("reason").alias("reason")
+        )
     if job.dropped is not None:
         data = checked_bytes(storage.join(job.dataset_root, job.dropped.path), job.dropped.sha256)
         ids = pl.read_parquet(data, columns=["sample_id"])["sample_id"].implode()
@@ -162,6 +175,37 @@ def verdicts(job: RefilterJob, unit: EmbeddedShard, scores: FileEntry) -> pl.Dat
             pl.when(is_copy).then(pl.lit(NEAR_DUPLICATE)).otherwise("reason").alias("reason")
         )
     return frame
+
+
+def embedded_pairs(
+    dataset_root_uri: str, unit: EmbeddedShard, computed: pl.DataFrame, dim: int
+) -> Pairs:
+    """The embedded samples of a shard, in the order of their embeddings."""
+    rows = _embedded(dataset_root_uri, unit).join(
+        computed.select("sample_id", pl.col("clip_similarity").alias("computed")),
+        on="sample_id",
+        how="left",
+        maintain_order="left",
+    )
+    images = read_embeddings(dataset_root_uri, unit.images, dim)
+    return Pairs(rows["caption"].fill_null(""), rows["clip_similarity"], rows["computed"], images)
+
+
+def _embedded(dataset_root_uri: str, unit: EmbeddedShard) -> pl.DataFrame:
+    rows = pl.DataFrame(pl.from_arrow(read_rows(dataset_root_uri, unit)))
+    return rows.drop_nulls("row").sort("row")
+
+
+def _suspected(
+    job: RefilterJob, unit: EmbeddedShard, computed: pl.DataFrame, max_deviations: float
+) -> pl.Series:
+    """The ids of a shard's samples whose image is not what their caption says."""
+    assert job.pairs is not None
+    uri = storage.join(job.dataset_root, job.pairs.path)
+    model = PairModel.read(checked_bytes(uri, job.pairs.sha256))
+    pairs = embedded_pairs(job.dataset_root, unit, computed, job.embeddings.identity.dim)
+    ids = _embedded(job.dataset_root, unit)["sample_id"]
+    return ids.filter(model.suspected(pairs, max_deviations))
 
 
 def _thresholds(config: RefilterConfig) -> FilterConfig:

@@ -11,6 +11,7 @@ from typing import Any
 
 from infra import storage
 from infra.errors import UserError
+from infra.spark_errors import trouble_of
 from infra.storage_errors import DISK_FULL_ERRNOS, disk_full
 
 
@@ -37,6 +38,9 @@ class Workspace:
                 yield folder
         except UserError as error:
             storage.write_json(storage.join(self.folder, "failures", f"{name}.json"), str(error))
+            raise
+        except Exception as error:
+            error.add_note(f"in task {name} of {self.folder}")
             raise
 
     def failures(self) -> list[str]:
@@ -73,14 +77,17 @@ def noted_version(result_uri: str) -> str | None:
 
 @contextmanager
 def one_line_errors(workspace: Workspace) -> Iterator[None]:
-    """When a job fails because a task met a user error, raise that one line, not Spark's trace."""
+    """Raise one line, not Spark's trace, for what a task met that a user can change, and for what
+    Spark itself lacked; other errors keep their trace, which names the task."""
+    from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
     workspace.forget("failures")
     try:
         yield
-    except PySparkException:
+    except (PySparkException, Py4JError, ConnectionError) as error:
         lines = workspace.failures()
-        if not lines:
+        told = UserError(lines[0]) if lines else trouble_of(error)
+        if told is None:
             raise
-        raise UserError(lines[0]) from None
+        raise told from None

@@ -39,7 +39,8 @@ def test_the_funnel_is_printed_with_its_reckoning(tmp_path: Path, capsys: Any) -
     assert "expected, from 4 of 4 rows (1 draws of 1 row groups, 95 % intervals)" in printed
     assert "- too_small 1 25.00 % ± 0.00" in printed
     assert "= to fetch 3 75.00 % ± 0.00 of it later:size 1 25.00 % ± 0.00" in printed
-    assert "= samples 2 ± 0 (0.0 % copies, 50.0 % fetched, known from recipe)" in printed
+    assert "- copies 0 known from recipe - not fetched 1" in printed
+    assert "= samples 2 ± 0 (50.0 % of those asked for, known from recipe)" in printed
     assert "cost 4.00" in printed  # one second of reading, three of fetching
     assert json.loads(json.dumps(step.to_json()))["estimate"]["samples"] == 2
 
@@ -48,5 +49,5 @@ def test_what_is_not_known_is_said(tmp_path: Path, capsys: Any) -> None:
     show_plan([planned(tmp_path)], Output(False))
     printed = capsys.readouterr().out
     assert "set estimate.fetch_success_ratio" in printed
-    assert "set estimate.duplicate_ratio" in printed
+    assert "copies 0 known from all rows" in " ".join(printed.split())
     assert "cost" not in printed

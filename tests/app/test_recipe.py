@@ -153,6 +153,22 @@ def test_the_seed_is_everybodys_unless_they_have_their_own() -> None:
     assert [stage.seed for stage in recipe.stages.values()] == [7, 3, 7, 7]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_say_how_they_are_used(path: Path) -> None:
+    load_recipe(path)
+    head = path.read_text().partition("\nname: ")[0]
+    assert f"recipes/{path.name}" in head
+    for word in ("Command", "Expected"):
+        assert f"# {word} " in head
+
+
+def test_a_curation_needs_no_training() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "laion.yaml")
+    assert not recipe.stages
+    assert recipe.tokenizer is None
+    assert list(recipe.datasets) == ["laion-512", "laion-512-256", "laion-512-1024"]
+
+
 def test_stages_keep_the_order_in_which_they_are_written() -> None:
     stages = list(load_recipe(ROOT / "recipes" / "meissonic.yaml").stages)
     assert stages == ["concepts", "alignment", "compression", "aesthetics"]

@@ -15,9 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(900)]
@@ -147,13 +149,39 @@ def _run(code: str, given: dict[str, Any], folder: Path) -> dict[str, float]:
         "PYTHONDONTWRITEBYTECODE": "", "NO_ALBUMENTATIONS_UPDATE": "1",
         "PYSPARK_PYTHON": sys.executable,
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(given)],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    out, log = folder / "out.json", folder / "log"
+    with out.open("w", encoding="utf-8") as answer, log.open("w", encoding="utf-8") as errors:
+        process = psutil.Popen(
+            [sys.executable, str(script), json.dumps(given)],
+            cwd=folder, env=environment, stdout=answer, stderr=errors,
+        )  # fmt: skip
+        peak = _peak_worker_mb(process)
+    assert process.returncode == 0, log.read_text(encoding="utf-8")[-3000:]
+    found: dict[str, float] = json.loads(out.read_text(encoding="utf-8").splitlines()[-1])
+    return {**found, "worker_mb": peak}
+
+
+def _peak_worker_mb(process: psutil.Popen) -> float:
+    """Wait for it; the most memory of any of Spark's Python workers with its children, MB.
+
+    Pages that a worker shares with its parent count in each.
+    """
+    peak = 0
+    while process.poll() is None:
+        for each in process.children(recursive=True):
+            with suppress(psutil.Error):
+                if "pyspark" in " ".join(each.cmdline()) and each.name().startswith("python"):
+                    family = [each, *each.children(recursive=True)]
+                    if not _is_daemon(each):
+                        peak = max(peak, sum(one.memory_info().rss for one in family))
+        time.sleep(0.25)
+    return peak / 1e6
+
+
+def _is_daemon(process: psutil.Process) -> bool:
+    """Spark forks its workers, whose command line is their parent's, from a process of its own."""
+    parent = process.parent()
+    return parent is None or parent.name().startswith("java")
 
 
 def test_fetch_to_shards_against_img2dataset_on_spark(port: int, tmp_path: Path) -> None:
@@ -191,7 +219,8 @@ def test_fetch_to_shards_against_img2dataset_on_spark(port: int, tmp_path: Path)
         whole_seconds = time.perf_counter() - started_at
         print(
             f"\nbench  {name:<12} {found['images']:.0f} images in {found['seconds']:.1f} s, "
-            f"{rate:.0f} images/s (with imports {whole_seconds:.1f} s)"
+            f"{rate:.0f} images/s (with imports {whole_seconds:.1f} s), "
+            f"a worker at most {found['worker_mb']:.0f} MB"
         )
         assert found["images"] == NUM_IMAGES
     ratio = results["img2dataset"]["seconds"] / results["ours"]["seconds"]

@@ -1,4 +1,4 @@
-"""A fault proxy before the tests' S3 server."""
+"""A fault proxy before the tests' S3 server; the hostile web and its canary, for faults too."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.s3_proxy import S3Proxy
-from tests.pipelines.conftest import EvilWeb
+from tests.pipelines.conftest import canary, evil_web, trap_world
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server
+
+__all__ = ["canary", "evil_web", "s3_proxy", "trap_world"]
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +34,3 @@ def s3_proxy(
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", _session_s3_proxy.endpoint)
     _session_s3_proxy.faults, _session_s3_proxy.requests = [], []
     return _session_s3_proxy
-
-
-@pytest.fixture
-def web() -> Iterator[EvilWeb]:
-    """A web server on loopback with the routes that a test gives it."""
-    web = EvilWeb()
-    yield web
-    web.stop()

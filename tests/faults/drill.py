@@ -12,7 +12,6 @@ import random
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -20,10 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import psutil
+from tests.faults.drill_home import DEADLINE_SECONDS, Clock, DrillHome, kill_everything
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-DEADLINE_SECONDS = 900.0
+MAX_FAILURES = 5  # of the command in a row, while nothing disturbs it
+LOOK_SECONDS = 0.2
+IDLE_FACTOR = 20  # a pause takes at most so many seconds for each second of processor time
 
 
 @dataclass(frozen=True)
@@ -37,134 +37,6 @@ class Kill:
     lost: int
     restarts: bool
     exit_code: int | None
-
-
-@dataclass
-class DrillHome:
-    """A home with its own services, and commands in it."""
-
-    path: Path
-    mlflow_away_seconds: float = 60.0
-    driver: subprocess.Popen[bytes] | None = None
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, "ATELIER_HOME": str(self.path), "PYTHONDONTWRITEBYTECODE": ""}
-
-    @property
-    def store(self) -> Path:
-        """The bucket, as the folder that the server keeps it in."""
-        return self.path / "s3" / "atelier"
-
-    @property
-    def log(self) -> Path:
-        return self.path.with_suffix(".log")
-
-    def atelier(self, *arguments: str) -> subprocess.Popen[bytes]:
-        with open(self.log, "ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-c", "from app.cli import main; main()", *arguments],
-                cwd=ROOT,
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def do(self, *arguments: str) -> None:
-        code = self.atelier(*arguments).wait(timeout=DEADLINE_SECONDS)
-        if code:
-            text = self.log.read_text()[-3000:]
-            raise RuntimeError(f"atelier {' '.join(arguments)} ended with {code}: {text}")
-
-    def drive(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start the command that is to be disturbed."""
-        self.driver = self.atelier(*arguments)
-        return self.driver
-
-    def processes(self, *words: str) -> list[psutil.Process]:
-        """The driver's descendants whose command line holds one of these words."""
-        if self.driver is None:
-            return []
-        try:
-            found = psutil.Process(self.driver.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
-        return [each for each in found if any(word in title(each) for word in words)]
-
-    def services(self, word: str) -> list[psutil.Process]:
-        """The home's own processes of a service."""
-        home = str(self.path)
-        return [
-            each
-            for each in psutil.process_iter()
-            if word in title(each) and home in title(each) and "keeper" not in title(each)
-        ]
-
-
-def title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline()) or str(process.name())
-    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-        return ""
-
-
-# --- what may happen to any job ------------------------------------------------------------------
-
-
-def kill_all(found: list[psutil.Process]) -> bool:
-    for process in found:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    return bool(found)
-
-
-def kill_driver(home: DrillHome) -> bool:
-    assert home.driver is not None
-    home.driver.kill()
-    return True
-
-
-def kill_everything(home: DrillHome) -> bool:
-    """The driver and all its processes at once, as when the power fails."""
-    assert home.driver is not None
-    found = home.processes("")
-    home.driver.kill()
-    kill_all(found)
-    return True
-
-
-def terminate_driver(home: DrillHome) -> bool:
-    assert home.driver is not None
-    home.driver.terminate()
-    return True
-
-
-def restart_s3(home: DrillHome) -> bool:
-    found = kill_all(home.services("rclone"))
-    home.do("up")
-    return found
-
-
-def lose_mlflow(home: DrillHome) -> bool:
-    found = kill_all(home.services("mlflow"))
-    time.sleep(home.mlflow_away_seconds)
-    home.do("up")
-    return found
-
-
-KINDS: dict[str, Callable[[DrillHome], bool]] = {
-    "kill -9 of the driver": kill_driver,
-    "kill -9 of everything at once": kill_everything,
-    "SIGTERM to the driver": terminate_driver,
-    "S3 server killed and started again": restart_s3,
-    "MLflow killed, away for a while": lose_mlflow,
-}
-
-
-# --- the drill -----------------------------------------------------------------------------------
 
 
 class Job(ABC):
@@ -193,6 +65,10 @@ class Job(ABC):
     def place(self, home: DrillHome) -> tuple[str, int, int]:
         """The stage at work, its step, and what a kill now would cost."""
 
+    def stages(self) -> tuple[str, ...]:
+        """The stages that every other kill looks for; none: all kills come by the clock."""
+        return ()
+
 
 def say_line(line: str) -> None:
     print(line, flush=True)
@@ -202,7 +78,9 @@ def say_line(line: str) -> None:
 class Drill:
     """A prepared home, its undisturbed result, and copies of it that are disturbed.
 
-    Between two kills lie up to ``max_pause_seconds``; 0: a quarter of the undisturbed run.
+    Between two kills lie up to ``max_pause_seconds`` of the command's processor time; 0: a quarter
+    of the undisturbed run's. Every other kill waits, for as long at most, until the stage that was
+    hit least is at work. ``record`` is a file for the page, written after every round.
     """
 
     job: Job
@@ -212,9 +90,13 @@ class Drill:
     max_pause_seconds: float = 0.0
     mlflow_away_seconds: float = 60.0
     say: Callable[[str], None] = say_line
+    record: Path | None = None
     kills: list[Kill] = field(default_factory=list)
     rounds: int = 0
     rounds_equal: int = 0
+    seconds: float = 0.0  # all rounds
+    undisturbed_seconds: float = 0.0  # of processor time
+    num_results: int = 0
 
     def run(self) -> bool:
         """Whether every round came to what the undisturbed run came to."""
@@ -224,33 +106,47 @@ class Drill:
         self.job.prepare(base)
         base.do("down")
         self._copy(base, "straight")
-        began = time.monotonic()
-        if self.job.start(straight).wait(timeout=DEADLINE_SECONDS):
-            raise RuntimeError(straight.log.read_text()[-3000:])
-        seconds = time.monotonic() - began
-        straight.do("down")
-        self.say(f"undisturbed: {seconds:.0f} s")
-        self.max_pause_seconds = self.max_pause_seconds or seconds / 4
+        self._run_undisturbed(straight)
+        self.max_pause_seconds = self.max_pause_seconds or self.undisturbed_seconds / 4
         expected = self.job.result(straight)
-        self.say(f"results to compare: {len(expected)}")
+        self.num_results = len(expected)
+        self.say(f"results to compare: {self.num_results}")
         while len(self.kills) < self.num_kills:
             home = self._copy(base, f"round-{self.rounds}")
+            began = time.monotonic()
             home.mlflow_away_seconds = self.mlflow_away_seconds
             try:
                 self._disturb(home, rng)
                 found = self.job.result(home)
+            except (RuntimeError, AssertionError) as error:  # a round that failed is told as one
+                found = {"error": str(error)}
             finally:
                 kill_everything(home)
                 home.do("down")
             is_equal = found == expected
             self.rounds += 1
             self.rounds_equal += is_equal
+            self.seconds += time.monotonic() - began
             self.say(f"round {self.rounds}: {len(self.kills)} kills, equal: {is_equal}")
+            if self.record is not None:
+                self.record.write_text(self.page() + "\n")
             if is_equal:
                 shutil.rmtree(home.path)
             else:
                 self.say(f"differs: {sorted(set(found.items()) ^ set(expected.items()))[:10]}")
         return self.rounds == self.rounds_equal
+
+    def _run_undisturbed(self, home: DrillHome) -> None:
+        began, clock = time.monotonic(), Clock(home)
+        driver = self.job.start(home)
+        while (code := _ended(driver, LOOK_SECONDS)) is None:
+            self.undisturbed_seconds = clock.read()
+        if code:
+            raise RuntimeError(home.log.read_text()[-3000:])
+        wall_seconds = time.monotonic() - began
+        home.do("down")
+        used = f"{self.undisturbed_seconds:.0f} s of processor time"
+        self.say(f"undisturbed: {used} in {wall_seconds:.0f} s")
 
     def _copy(self, base: DrillHome, name: str) -> DrillHome:
         home = DrillHome(self.folder / name)
@@ -261,31 +157,52 @@ class Drill:
         """Kill, and start again whoever ended, until the command is done."""
         kinds = self.job.kinds()
         driver = self.job.start(home)
+        failures, clock = 0, Clock(home)
         while True:
             wants_kill = len(self.kills) < self.num_kills
-            pause = rng.uniform(0.5, self.max_pause_seconds) if wants_kill else DEADLINE_SECONDS
-            code = _ended(driver, pause)
+            code = self._let_work(clock, driver, rng) if wants_kill else _ended(driver)
             if code == 0:
                 return
+            failures += 1
+            if failures > MAX_FAILURES or (code is None and not wants_kill):
+                raise RuntimeError(f"the run does not end: {home.log.read_text()[-3000:]}")
             if code is not None:
                 if self.kills:
                     self.kills[-1] = replace(self.kills[-1], restarts=True, exit_code=code)
                 driver = self.job.start(home)  # what failed is given again, as its message says
                 continue
-            if not wants_kill:  # nothing disturbs it any more
-                raise RuntimeError(f"the run in {home.path} does not end")
-            kind = rng.choice(sorted(kinds))
             stage, step, lost = self.job.place(home)
-            if not kinds[kind](home):
-                continue  # there was nothing of that kind to kill now
+            shuffled = rng.sample(sorted(kinds), len(kinds))  # the first that there is to kill
+            kind = next((each for each in shuffled if kinds[each](home)), None)
+            if kind is None:
+                continue
+            failures = 0
             code = _ended(driver, 45.0 if "driver" in kind or "everything" in kind else 1.0)
             self.kills.append(Kill(kind, stage, step, lost, code is not None, code))
             self.say(f"{len(self.kills)}: {self.kills[-1]}")
             if code is not None and code != 0:
                 driver = self.job.start(home)
 
+    def _let_work(
+        self, clock: Clock, driver: subprocess.Popen[bytes], rng: random.Random
+    ) -> int | None:
+        """Wait until a random moment; the exit code of a command that ended before."""
+        pause, wanted = rng.uniform(0.5, self.max_pause_seconds), None
+        if (stages := self.job.stages()) and rng.random() < 0.5:
+            hits = Counter(kill.stage for kill in self.kills)
+            wanted = min(stages, key=lambda stage: (hits[stage], rng.random()))
+            pause = self.max_pause_seconds
+        began, until = clock.read(), time.monotonic() + IDLE_FACTOR * pause
+        while clock.read() - began < pause and time.monotonic() < until:
+            code = _ended(driver, LOOK_SECONDS)
+            if code is not None:
+                return code
+            if wanted is not None and self.job.place(clock.home)[0] == wanted:
+                return _ended(driver, rng.uniform(0.0, 1.0))
+        return None
+
     def page(self) -> str:
-        """What happened, as a table."""
+        """What happened so far, as tables."""
         cost = self.job.lost_words
         lines = ["| killed | times | command given again |", "|---|---|---|"]
         if cost is not None:
@@ -300,16 +217,21 @@ class Drill:
             if cost is not None:
                 row += f" {statistics.median(lost):g} ({max(lost)}) |"
             lines.append(row)
-        stages = Counter(each.stage for each in self.kills)
-        lines += ["", f"Stages hit: {', '.join(f'{n} {c}' for n, c in stages.most_common())}."]
-        lines.append(
-            f"{len(self.kills)} kills in {self.rounds} runs of the recipe; {self.job.result_words} "
-            f"equal to the undisturbed run's in {self.rounds_equal} of {self.rounds}."
-        )
+        hits = Counter(each.stage for each in self.kills)
+        lines += ["", "| at work | kills |", "|---|---|"]
+        lines += [f"| {stage} | {count} |" for stage, count in hits.most_common()]
+        lines += [
+            "",
+            f"{len(self.kills)} kills in {self.rounds} runs of the recipe and "
+            f"{self.seconds / 60:.0f} minutes (undisturbed, a run takes "
+            f"{self.undisturbed_seconds:.0f} s of processor time); {self.job.result_words} equal "
+            f"to the undisturbed run's ({self.num_results}) in {self.rounds_equal} of "
+            f"{self.rounds}.",
+        ]
         return "\n".join(lines)
 
 
-def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+def _ended(process: subprocess.Popen[bytes], seconds: float = DEADLINE_SECONDS) -> int | None:
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -324,9 +246,11 @@ def kills_wanted(default: int) -> int:
 def drill(job: Job, folder: Path, num_kills: int) -> Drill:
     """Kill as often, print what came of it, and return the finished drill.
 
-    ``ATELIER_PAUSE`` is the longest time between two kills, in seconds, and ``ATELIER_SEED`` says
-    where they fall.
+    ``ATELIER_PAUSE`` is the longest time between two kills, in seconds of the command's processor
+    time, ``ATELIER_SEED`` says where they fall, and ``ATELIER_RECORD`` names a file for the page,
+    which grows with every round.
     """
+    record = os.environ.get("ATELIER_RECORD")
     drill = Drill(
         job,
         folder,
@@ -334,6 +258,7 @@ def drill(job: Job, folder: Path, num_kills: int) -> Drill:
         seed=int(os.environ.get("ATELIER_SEED", "7")),
         max_pause_seconds=float(os.environ.get("ATELIER_PAUSE", "0")),
         mlflow_away_seconds=5.0,
+        record=Path(record) if record else None,
     )
     try:
         drill.run()

@@ -168,7 +168,7 @@ def test_a_killed_worker_costs_a_retry(world: World, expected: str, tmp_path: Pa
     workers = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
-        if "pyspark.daemon" in " ".join(child.cmdline()) and not child.children()
+        if "pyspark.worker" in " ".join(child.cmdline()) and not child.children()
     ]
     assert workers
     workers[0].kill()

@@ -14,7 +14,7 @@ import pytest
 from infra import storage
 from infra.errors import UserError
 from infra.manifest import load_manifest, publish_manifest
-from pipelines import embed
+from pipelines import clip_model, embed
 from pipelines.clip_model import ClipEncoder, _encoder, encoder_of, weights_uri
 from pipelines.embed import (
     EmbeddedShard,
@@ -272,7 +272,7 @@ def test_an_image_whose_decoding_never_ends_costs_itself(
             let_go.wait()
         return prepared_before(encoder, data)
 
-    prepared_before = embed.prepared
+    prepared_before = clip_model.prepared
     monkeypatch.setattr(embed, "prepared", prepare)
     unit = replace(job.unit, decode_threads=2, decode_deadline_seconds=2.0)
     try:

@@ -45,8 +45,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture
-def world(tmp_path: Path, web: EvilWeb) -> TrapWorld:
-    return small_world(tmp_path / "world", web)
+def world(tmp_path: Path, evil_web: EvilWeb) -> TrapWorld:
+    return small_world(tmp_path / "world", evil_web)
 
 
 def no_spark() -> Any:

@@ -32,8 +32,8 @@ MANY = 10_000
 
 
 @pytest.fixture
-def world(tmp_path: Path, web: EvilWeb) -> TrapWorld:
-    return small_world(tmp_path / "world", web)
+def world(tmp_path: Path, evil_web: EvilWeb) -> TrapWorld:
+    return small_world(tmp_path / "world", evil_web)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import json
 import subprocess
 from collections.abc import Callable
 
-from tests.faults.drill import KINDS, DrillHome, Job, kill_all
+from tests.faults.drill import Job
+from tests.faults.drill_home import KINDS, DrillHome, kill_all
 
 RECIPE = "tests/recipes/tiny.yaml"
 STEPS = 60

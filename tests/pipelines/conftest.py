@@ -97,7 +97,7 @@ class EvilWeb:
     def config(self, **changes: Any) -> FetchConfig:
         known: dict[str, Any] = {
             "connect_to": {f"{HOST}:80": f"127.0.0.1:{self.port}"},
-            "total_deadline_seconds": 1.0,
+            "total_deadline_seconds": 10.0,
             "retries": 0,
             "backoff_seconds": 0.01,
             "num_threads": 4,
@@ -222,7 +222,7 @@ class TrapWorld:
                 "min_aesthetic_score": 4.5, "max_watermark_prob": 0.5, "max_unsafe_prob": 0.5,
             },
             "fetch": self.web.config(
-                max_bytes=200_000, total_deadline_seconds=0.6, retries=1, opt_outs={}
+                max_bytes=200_000, total_deadline_seconds=1.2, retries=1, opt_outs={}
             ),
             "resize": {"image_size_px": 64},
             "shards": {"max_samples": 7},

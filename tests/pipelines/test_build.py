@@ -36,17 +36,8 @@ from pipelines.write_shards import staged_images, write_shards
 def run(plan: CurationPlan, backwards: bool = False) -> DatasetManifest:
     """What ``engine`` does with Spark, in one thread; ``backwards`` runs every task list so."""
     build = plan.build
-    slots = Slots(plan.partitions, build.num_partitions)
-    at_slot: dict[int, list[pa.RecordBatch]] = defaultdict(list)
+    fetch(plan, backwards)
     direction = -1 if backwards else 1
-    for unit in plan.units[::direction]:
-        for batch in [seeds(slots), *read_rows(build, unit, slots)]:
-            frame = pl.DataFrame(pl.from_arrow(batch))
-            for (slot,), rows in frame.group_by("slot"):
-                table = rows.to_arrow().cast(batch.schema)
-                at_slot[int(str(slot))].extend(table.to_batches())
-    for slot, partition in list(enumerate(plan.partitions))[::direction]:
-        stage_images(build, partition, at_slot[slot][::direction])
     if plan.parts:
         found = pl.concat(staged_images(build, n, n) for n in range(build.num_partitions))
         best = found.sort("rank").filter(pl.col("sha256").is_first_distinct())
@@ -64,6 +55,22 @@ def run(plan: CurationPlan, backwards: bool = False) -> DatasetManifest:
     write_report(manifest_uri, manifest)
     build.finish(manifest.version)
     return manifest
+
+
+def fetch(plan: CurationPlan, backwards: bool = False) -> None:
+    """The first half: the plan's partitions are fetched and staged."""
+    build = plan.build
+    slots = Slots(plan.partitions, build.num_partitions)
+    at_slot: dict[int, list[pa.RecordBatch]] = defaultdict(list)
+    direction = -1 if backwards else 1
+    for unit in plan.units[::direction]:
+        for batch in [seeds(slots), *read_rows(build, unit, slots)]:
+            frame = pl.DataFrame(pl.from_arrow(batch))
+            for (slot,), rows in frame.group_by("slot"):
+                table = rows.to_arrow().cast(batch.schema)
+                at_slot[int(str(slot))].extend(table.to_batches())
+    for slot, partition in list(enumerate(plan.partitions))[::direction]:
+        stage_images(build, partition, at_slot[slot][::direction])
 
 
 def ledger(build: Build, manifest: DatasetManifest) -> pl.DataFrame:

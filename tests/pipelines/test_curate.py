@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,10 +63,9 @@ class PaintedWorld:
         return CurationConfig.model_validate(known | changes)
 
 
-@pytest.fixture(scope="module")
-def painted_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PaintedWorld]:
-    folder = tmp_path_factory.mktemp("painted")
-    build_world(WorldConfig.model_validate({"num_rows": NUM_ROWS, "trap_ratio": 0.4}), folder)
+@contextmanager
+def painted(folder: Path, world: Mapping[str, Any]) -> Iterator[PaintedWorld]:
+    build_world(WorldConfig.model_validate(world), folder)
     server = PaintedServer(folder)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -73,6 +73,13 @@ def painted_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PaintedW
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def painted_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PaintedWorld]:
+    folder = tmp_path_factory.mktemp("painted")
+    with painted(folder, {"num_rows": NUM_ROWS, "trap_ratio": 0.4}) as world:
+        yield world
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +194,31 @@ def test_an_earlier_version_foresees_the_next(
     assert foreseen.stored_bytes == pytest.approx(
         sum(s.num_bytes for s in load_manifest(result.manifest_uri).shards), rel=0.15
     )
+
+
+def test_an_eighth_foresees_how_copies_grow(
+    spark: Callable[[], SparkSession], tmp_path: Path
+) -> None:
+    """In a world of few scenes a third of all rows are copies, and of an eighth hardly any."""
+    world = {
+        "num_rows": 4000, "num_parts": 8, "trap_ratio": 0.4, "native_sizes_px": [64],
+        "colors": ["red", "green", "blue"], "shapes": ["circle", "square"], "max_objects": 2,
+    }  # fmt: skip
+    with painted(tmp_path / "world", world) as few_scenes:
+        parts = sorted((few_scenes.folder / "metadata").glob("*.parquet"))
+        changes = {"filters": {"min_aesthetic_score": 4.5}, "resize": {"image_size_px": 64}}
+        pilot = few_scenes.config(metadata=[str(parts[0])], **changes)
+        tried = curate("painted", pilot, tmp_path.as_uri(), spark)
+        whole = few_scenes.config(**changes)
+        root = storage.join(tmp_path.as_uri(), "datasets", "painted")
+        foreseen = estimate_curation(whole, root)
+        assert foreseen.known_from == f"version {tried.version[:12]}"
+        result = curate("painted", whole, tmp_path.as_uri(), spark)
+    committed, copies = result.counts["committed"], result.funnel["duplicate_image"]
+    assert copies > committed / 3
+    assert abs(foreseen.samples - committed) <= 0.1 * committed
+    assert abs(foreseen.web["duplicate_image"] - copies) <= 0.2 * copies
+    assert 8 * tried.counts["committed"] > 1.2 * committed
 
 
 def test_long_captions_are_joined_and_asked_for_their_length(

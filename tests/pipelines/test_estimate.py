@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipelines.clusters
-import pipelines.estimate
+import pipelines.metadata_sample
 from demo.metadata import build_world
 from demo.world import WorldConfig
 from infra import storage
@@ -23,7 +24,12 @@ from pipelines.columns import canonical_rows
 from pipelines.config import CurationConfig
 from pipelines.estimate import Estimate, estimate_curation
 from pipelines.filters import first_reason, metadata_filters
+from pipelines.foreseen import ROW_COPIES
 from pipelines.inputs import find_inputs, metadata_batches, units_of
+from pipelines.plan import plan_curation
+from pipelines.publish import funnel_of
+from pipelines.tombstones import Tombstones, publish_tombstones
+from tests.pipelines.test_build import fetch, run
 
 NUM_FILES, GROUPS_PER_FILE = 12, 10
 FILTERS: dict[str, Any] = {
@@ -86,7 +92,7 @@ def true_reasons(config: CurationConfig) -> tuple[int, Counter[str | None], int]
 def test_a_sample_is_within_ten_percent_and_its_interval_holds(
     laion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipelines.estimate, "MAX_RECORDS_PER_GROUP", 500)
+    monkeypatch.setattr(pipelines.metadata_sample, "MAX_RECORDS_PER_GROUP", 500)
     rows_in, truth, later = true_reasons(config_of(laion))
     found = [
         estimate_curation(config_of(laion, seed=seed), tmp_path.as_uri()) for seed in range(12)
@@ -130,11 +136,11 @@ def test_few_row_groups_are_all_read(laion: Path, tmp_path: Path) -> None:
 
 
 def test_no_bias_towards_small_or_large_row_groups(tmp_path: Path) -> None:
-    """A group of 9 000 good rows among 30 groups of 100 bad ones."""
+    """A group of 900 good rows among 30 groups of 10 bad ones."""
     folder = tmp_path / "in"
     folder.mkdir()
     for index in range(31):
-        n = 9000 if index == 0 else 100
+        n = 900 if index == 0 else 10
         side = 500.0 if index == 0 else 100.0
         frame = {
             "URL": [f"u{i}" for i in range(n)], "TEXT": ["a b"] * n, "WIDTH": [side] * n,
@@ -170,6 +176,7 @@ def test_what_is_stated_and_what_was_measured(laion: Path, tmp_path: Path) -> No
     plain = estimate_curation(config_of(laion), tmp_path.as_uri())
     assert (plain.known_from, plain.fetch_success_ratio) == ("nothing", None)
     assert plain.samples == plain.fetches == plain.to_fetch.rows
+    assert (plain.web, plain.copies_known_from) == ({}, "nothing")
     assert len(plain.notes) == 2
     stated = estimate_curation(
         config_of(
@@ -185,6 +192,7 @@ def test_what_is_stated_and_what_was_measured(laion: Path, tmp_path: Path) -> No
     )
     assert stated.hours == pytest.approx(stated.core_hours / 4)
     assert stated.cost == pytest.approx(0.04 * stated.core_hours)
+    assert (stated.known_from, stated.copies_known_from) == ("recipe", "recipe")
     assert stated.notes == ()
     json.dumps(stated.to_json())
 
@@ -205,8 +213,92 @@ def test_an_earlier_version_tells_link_rot_copies_and_bytes(laion: Path, tmp_pat
     assert found.fetch_success_ratio == 0.75
     assert found.known_from.startswith("version ")
     assert found.stored_bytes == pytest.approx(100 * found.samples, rel=1e-3)
+    assert sum(found.web.values()) + found.samples == pytest.approx(found.fetches, abs=2)
+    assert set(found.web) == {"failed:http_404"}
     overruled = estimate_curation(config_of(laion, fetch_success_ratio=0.5), root)
     assert (overruled.fetch_success_ratio, overruled.known_from) == (0.5, "recipe")
+
+
+def test_another_dataset_tells_of_links_and_not_of_sizes(laion: Path, tmp_path: Path) -> None:
+    other = storage.join(tmp_path.as_uri(), "datasets", "other")
+    published(
+        other,
+        counts={"rows_in": 400, "committed": 0, "rejected": 320, "failed": 80},
+        rejected={"too_small": 300, "duplicate_url": 20},
+        failed={"http_404": 80},
+    )
+    root = storage.join(tmp_path.as_uri(), "datasets", "mine")
+    assert estimate_curation(config_of(laion), root).known_from == "nothing"
+    found = estimate_curation(config_of(laion), root, tmp_path.as_uri())
+    assert found.known_from.startswith("dataset d, version ")
+    assert (found.samples, found.copies_known_from) == (0, "nothing")
+    assert any("another dataset" in note for note in found.notes)
+
+
+def test_copies_are_counted_where_every_row_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(3):
+        frame = {
+            "URL": [f"http://a.example/{i}" for i in range(index * 50, index * 50 + 100)],
+            "TEXT": [f"words {index}"] * 100, "WIDTH": [300.0] * 100, "HEIGHT": [300.0] * 100,
+        }  # fmt: skip
+        pl.DataFrame(frame).write_parquet(folder / f"{index}.parquet")
+    known: dict[str, Any] = {"metadata": [str(folder)]}
+    for same_url, distinct in ((True, 200), (False, 300)):
+        config = CurationConfig.model_validate(known | {"duplicates": {"same_url": same_url}})
+        found = estimate_curation(config, (tmp_path / "none").as_uri())
+        assert (found.fetches, found.copies_known_from) == (distinct, "all rows")
+    sampled = CurationConfig.model_validate(known | {"estimate": {"row_groups": 2}})
+    found = estimate_curation(sampled, (tmp_path / "none").as_uri())
+    assert (found.duplicate_ratio, found.copies_known_from) == (None, "nothing")
+
+
+def test_what_is_blocked_or_repeats_a_prompt_is_foreseen(tmp_path: Path) -> None:
+    frame = {
+        "URL": ["http://a.example/1", "http://b.example/2", "http://c.example/3", "http://c.example/4"],
+        "TEXT": ["a red fox", "a red fox", "Two green dogs on a purple sofa!", "a blue owl"],
+    }  # fmt: skip
+    pl.DataFrame(frame).write_parquet(tmp_path / "m.parquet")
+    (tmp_path / "block.txt").write_text("domain:b.example\n")
+    (tmp_path / "prompts.txt").write_text("two green dogs on a purple sofa\n")
+    root = (tmp_path / "none").as_uri()
+    publish_tombstones(root, Tombstones.of(urls=["http://c.example/4"]))
+    known: dict[str, Any] = {
+        "metadata": [str(tmp_path / "m.parquet")],
+        "block": [str(tmp_path / "block.txt")],
+        "decontaminate": {"prompts": [str(tmp_path / "prompts.txt")]},
+    }
+    found = estimate_curation(CurationConfig.model_validate(known), root)
+    assert {name: share.rows for name, share in found.funnel.items()} == {
+        "takedown": 2,
+        "contaminated": 1,
+    }
+    assert found.to_fetch.rows == 1
+
+
+def test_what_was_fetched_foresees_the_rest(trap_world: Any, tmp_path: Path) -> None:
+    """Of a build under way, its partitions tell; once published, the version does, to the row."""
+    store = (tmp_path / "store").as_uri()
+    config = trap_world.config(captions={})
+    plan = plan_curation("traps", config, store)
+    root = plan.build.dataset_root
+    assert estimate_curation(config, root, store).known_from == "nothing"
+    fetch(replace(plan, partitions=plan.partitions[:2]))
+    under_way = estimate_curation(config, root, store)
+    assert under_way.known_from == "2 partitions fetched"
+    assert 0 < under_way.samples < under_way.fetches
+    manifest = run(plan_curation("traps", config, store))
+    found = estimate_curation(config, root, store)
+    assert found.known_from == f"version {manifest.version[:12]}"
+    foreseen = {
+        **{name: share.rows for name, share in found.funnel.items()},
+        **found.web,
+        "committed": found.samples,
+    }
+    came = funnel_of(manifest)
+    assert foreseen == {n: k for n, k in came.items() if n not in ("rows_in", *ROW_COPIES)}
+    assert found.to_fetch.rows - found.fetches == sum(came[name] for name in ROW_COPIES)
 
 
 def test_json_lines_are_drawn_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

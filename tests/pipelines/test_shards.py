@@ -105,10 +105,13 @@ def test_no_samples_make_no_shard(tmp_path: Path) -> None:
 
 def test_the_preference_score_follows_its_rule() -> None:
     rule = PreferenceConfig(scale=0.5, offset=1.0, unknown=3.0)
-    assert preference_score(6.0, rule) == 4.0
-    assert preference_score(None, rule) == 3.0
-    assert preference_score(None, PreferenceConfig()) is None
-    assert preference_score(5.199999809265137, PreferenceConfig()) == 5.2
+    assert preference_score({"aesthetic_score": 6.0}, rule) == 4.0
+    assert preference_score({"aesthetic_score": None}, rule) == 3.0
+    assert preference_score({}, PreferenceConfig()) is None
+    assert preference_score({"aesthetic_score": 5.199999809265137}, PreferenceConfig()) == 5.2
+    chosen = PreferenceConfig(score="human_preference", scale=10.0)
+    assert preference_score({"human_preference": 0.75, "aesthetic_score": 4.0}, chosen) == 7.5
+    assert preference_score({"aesthetic_score": 4.0}, chosen) is None
 
 
 @pytest.mark.parametrize("preference", [None, 0.75])

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+import pytest
 
+from pipelines.columns import sample_id
 from pipelines.config import CurationConfig
-from pipelines.stage_images import fetch_rows, spread_by_host
+from pipelines.read_rows import TRAVEL_SCHEMA
+from pipelines.stage_images import fetch_rows, prepared_rows, spread_by_host
 
 
 def frame(urls: list[str], reasons: list[str | None] | None = None) -> pl.DataFrame:
@@ -76,3 +80,19 @@ def test_bodies_in_memory_are_bounded_while_the_decoder_is_slow(
     assert rows["url"].to_list() == urls
     assert set(rows["reason"]) == {"internal_error"}
     assert 4 <= most <= 5
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_an_image_of_many_comparisons_keeps_the_share_it_won(is_reversed: bool) -> None:
+    """Pick-a-Pic: the row that stays is one of several, and its own label says little."""
+    won = {"http://a.example/1": [1.0, 0.0, 1.0, 0.5], "http://a.example/2": [None]}
+    rows = [
+        {"url": url, "caption": "a fox", "sample_id": sample_id(url, "a fox"),
+         "human_preference": label, "is_caption": False}
+        for url, labels in won.items() for label in labels
+    ]  # fmt: skip
+    table = pa.Table.from_pylist(rows[:: -1 if is_reversed else 1], TRAVEL_SCHEMA)
+    found = prepared_rows(table, CurationConfig(metadata=["x"]))
+    kept = found.filter(pl.col("reason").is_null()).sort("url")
+    assert kept["human_preference"].to_list() == [0.625, None]
+    assert found["reason"].drop_nulls().to_list() == ["duplicate_row"] * 3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -180,3 +182,42 @@ def test_heads_say_what_they_score() -> None:
         HeadConfig.model_validate(head | {"column": "unsafe_prob"})
     with pytest.raises(ValidationError, match="says its aesthetic_scale"):
         HeadConfig(layout="described", weights="x", column="aesthetic_score")
+
+
+def test_tensors_of_every_number_type_are_read_exactly(tmp_path: Path) -> None:
+    """As torch reads them; half precision widens without rounding."""
+    generator = torch.Generator().manual_seed(2)
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        tensors = {
+            "weight": torch.randn(1, 5, generator=generator).to(dtype),
+            "bias": torch.randn(1, generator=generator).to(dtype),
+        }
+        save_file(tensors, tmp_path / "head.safetensors")
+        (step,) = load_head(
+            HeadConfig(layout="laion_aesthetic_v1", weights=str(tmp_path / "head.safetensors"))
+        ).steps
+        assert isinstance(step, Affine)
+        np.testing.assert_array_equal(step.weight, tensors["weight"].double().numpy())
+        np.testing.assert_array_equal(step.bias, tensors["bias"].double().numpy())
+
+
+def test_numbers_that_are_no_weights_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    save_file({"weight": torch.ones(1, 5, dtype=torch.int32), "bias": torch.ones(1)}, path)
+    with pytest.raises(UserError, match=r"expected tensors of F64, F32, F16, BF16.*got I32"):
+        load_head(HeadConfig(layout="laion_aesthetic_v1", weights=str(path)))
+
+
+def test_a_head_is_read_without_torch(tmp_path: Path) -> None:
+    """A plan of scored datasets reads heads: torch would cost it seconds and 500 MB."""
+    path = saved(nn.Linear(768, 1), tmp_path / "head.safetensors")
+    code = (
+        "import sys\n"
+        "from pipelines.derived import load_head\n"
+        "from pipelines.scoring_config import HeadConfig\n"
+        "load_head(HeadConfig(layout='laion_aesthetic_v1', weights=sys.argv[1]))\n"
+        "print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

@@ -1,0 +1,68 @@
+"""The process that Spark forks its Python workers from; what a job's tasks share, it loads once.
+
+A network's libraries take ten seconds of a core to import. Each worker would pay that anew, also
+the one that takes the place of a dead one. A job that names such a function in ``VARIABLE`` gets a
+daemon of its own (Spark keeps one for each environment), which calls it before it forks.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+MODULE = "infra.spark_daemon"
+VARIABLE = "ATELIER_BEFORE_WORKERS"
+
+
+@contextmanager
+def before_workers(spark: SparkSession, function: str | None) -> Iterator[None]:
+    """Have ``module:function`` called before workers are forked for the jobs of the block.
+
+    It must start no threads, for these do not survive a fork. On a cluster, whose daemons are
+    Spark's own, nothing is called, and every worker loads what it needs.
+    """
+    if function is None:
+        yield
+        return
+    environment = spark.sparkContext.environment
+    environment[VARIABLE] = function
+    try:
+        yield
+    finally:
+        environment.pop(VARIABLE, None)
+
+
+def load_shared(function: str) -> None:
+    """Call ``module:function``; what it raises is told again by the task that meets it."""
+    module, _, name = function.partition(":")
+    # Spark reads the daemon's address from its output: whatever prints meanwhile goes elsewhere.
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        getattr(importlib.import_module(module), name)()
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os.dup2(output, 1)
+        os.close(output)
+    gc.collect()
+    gc.freeze()  # collections in the workers neither look at it nor unshare its memory
+
+
+if __name__ == "__main__":
+    from pyspark.daemon import manager
+
+    if asked := os.environ.get(VARIABLE):
+        load_shared(asked)
+    manager()
