@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -140,22 +141,41 @@ def publish_manifest(dataset_root_uri: str, manifest: DatasetManifest) -> str:
     problems = manifest_problems(manifest)
     if problems:
         raise ValueError(f"manifest of {manifest.name!r}: {'; '.join(problems)}")
-    found = {}
-    entries = listed_files(manifest)
-    for folder in sorted({entry.path.split("/")[0] for entry in entries}):
-        for info in storage.list_objects(storage.join(dataset_root_uri, folder)):
-            found[info.uri] = info.num_bytes
-    for entry in entries:
-        num_bytes = found.get(storage.join(dataset_root_uri, entry.path))
-        if num_bytes != entry.num_bytes:
-            raise UserError(
-                expected=f"{entry.path} of {entry.num_bytes} bytes under {dataset_root_uri}",
-                got="nothing" if num_bytes is None else f"{num_bytes} bytes",
-                remedy="run the curation again; it keeps what is whole",
-            )
+    _refuse_missing_files(
+        dataset_root_uri, listed_files(manifest), "run the curation again; it keeps what is whole"
+    )
     uri = storage.join(dataset_root_uri, manifest.version, MANIFEST_NAME)
     write_once(uri, manifest.to_bytes())
     return uri
+
+
+def _refuse_missing_files(
+    root: str, entries: Sequence[ShardEntry | FileEntry], remedy: str
+) -> None:
+    """``UserError`` naming the first file that is missing or short, from listings alone."""
+    found = {}
+    for folder in sorted({entry.path.split("/")[0] for entry in entries}):
+        for info in storage.list_objects(storage.join(root, folder)):
+            found[info.uri] = info.num_bytes
+    for entry in entries:
+        num_bytes = found.get(storage.join(root, entry.path))
+        if num_bytes != entry.num_bytes:
+            raise UserError(
+                expected=f"{entry.path} of {entry.num_bytes} bytes under {root}",
+                got="nothing" if num_bytes is None else f"{num_bytes} bytes",
+                remedy=remedy,
+            )
+
+
+def load_whole(manifest_uri: str, sha256: str | None = None) -> DatasetManifest:
+    """For readers of shards, before they begin: the manifest, and every shard there in full size.
+
+    Raises what ``load_manifest`` does, and ``UserError`` naming the first shard that is not.
+    """
+    manifest = load_manifest(manifest_uri, sha256)
+    remedy = "run `atelier repair`, or the curation again"
+    _refuse_missing_files(dataset_root(manifest_uri), manifest.shards, remedy)
+    return manifest
 
 
 def load_manifest(manifest_uri: str, sha256: str | None = None) -> DatasetManifest:
@@ -164,8 +184,9 @@ def load_manifest(manifest_uri: str, sha256: str | None = None) -> DatasetManife
     Raises ``ObjectMissing``, ``DigestMismatch``, or ``UserError`` for another schema version.
     """
     folder = dataset_version(manifest_uri)
+    by_name = folder if _SHA256.fullmatch(folder) else None
     try:
-        data = storage.read_bytes(manifest_uri)
+        data = storage.read_bytes(manifest_uri, sha256 or by_name)
     except storage.ObjectMissing:
         successor = successor_of(dataset_root(manifest_uri), folder)
         if successor == folder:
@@ -174,11 +195,10 @@ def load_manifest(manifest_uri: str, sha256: str | None = None) -> DatasetManife
             f"version {folder[:12]} was withdrawn, samples in it were taken down; "
             f"use its successor {manifest_uri.replace(folder, successor)}"
         ) from None
-    for expected in (sha256, folder if _SHA256.fullmatch(folder) else None):
-        if expected is not None and sha256_bytes(data) != expected:
-            raise storage.DigestMismatch(
-                manifest_uri, expected_sha256=expected, got_sha256=sha256_bytes(data)
-            )
+    if by_name is not None and sha256_bytes(data) != by_name:
+        raise storage.DigestMismatch(
+            manifest_uri, expected_sha256=by_name, got_sha256=sha256_bytes(data)
+        )
     return parse_manifest(data, manifest_uri)
 
 

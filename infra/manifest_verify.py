@@ -139,14 +139,14 @@ class _Memory:
     ) -> list[str]:
         """The problems of a file; none, unread, when it is as it was when it had none."""
         if self._uri is None:
-            return check(self._root, entry, meter)
+            return _confirmed(self._root, entry, check, meter)
         try:
             fingerprint = storage.fingerprint(storage.join(self._root, entry.path))
         except storage.ObjectMissing:
             return [f"{entry.path}: missing"]
         if fingerprint is not None and self._known.get(entry.path) == fingerprint:
             meter.add(entry.num_bytes)
-        elif problems := check(self._root, entry, meter):
+        elif problems := _confirmed(self._root, entry, check, meter):
             return problems
         if fingerprint is not None:
             self._found[entry.path] = fingerprint
@@ -156,6 +156,16 @@ class _Memory:
         """Note what is known by now, if that is more or less than before."""
         if self._uri is not None and self._found != self._known:
             storage.write_json(self._uri, dict(self._found))
+
+
+def _confirmed(
+    root: str, entry: _Entry, check: Callable[[str, _Entry, _Meter], list[str]], meter: _Meter
+) -> list[str]:
+    """The problems of a file; on S3 of a second reading, for bytes may change on their way."""
+    problems = check(root, entry, meter)
+    if problems and root.startswith("s3://"):
+        return check(root, entry, _Meter(None, 0))
+    return problems
 
 
 class _Hashed:

@@ -68,8 +68,8 @@ __all__ = [
 ]
 
 READ_ATTEMPTS = 3
-LOCAL_CLOCK_NS = 50_000_000  # file systems note times by the kernel's tick
 FOLDER_THREADS = 4
+LOCAL_CLOCK_NS = 50_000_000  # file systems note times by the kernel's tick
 RESERVED_PREFIXES = (TEMPORARY_PREFIX, ".rclone_temp_", ".rclone_multipart_upload_")
 
 
@@ -172,9 +172,9 @@ def read_bytes(uri: str, sha256: str | None = None) -> bytes:
     return _retried(uri, read)
 
 
-def _compare(uri: str, expected_sha256: str | None, got_sha256: str) -> None:
-    if expected_sha256 is not None and expected_sha256 != got_sha256:
-        raise DigestMismatch(uri, expected_sha256=expected_sha256, got_sha256=got_sha256)
+def _compare(uri: str, expected: str | None, got: str) -> None:
+    if expected not in (None, got):
+        raise DigestMismatch(uri, expected_sha256=str(expected), got_sha256=got)
 
 
 _Result = TypeVar("_Result")
@@ -183,8 +183,7 @@ _Result = TypeVar("_Result")
 def _retried(uri: str, read: Callable[[], _Result]) -> _Result:
     """A cut connection is worth another try; a server that is down or refuses is not.
 
-    Bytes with another digest may have changed on their way: S3 is asked for them once more.
-    """
+    Bytes with another digest may have changed on their way: S3 is asked for them once more."""
     mismatches = 0 if uri.startswith("s3://") else 1
     for attempt in range(READ_ATTEMPTS):
         try:

@@ -1,7 +1,8 @@
 """Sending objects to S3: whole ones, large ones in parts, and what to do when a part is lost.
 
 The server compares the MD5 that travels with all bytes. What it refuses because they changed on
-their way is sent again; an upload whose last answer is lost is looked up.
+their way is sent again, as is an upload in parts that it does not know any more: a part of it was
+refused, or the parts were put together and the answer got lost.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-from infra.storage_errors import ObjectMissing, StorageUnavailable, local_errors
-from infra.storage_s3 import client, errors, open_stream
+from infra.storage_errors import StorageUnavailable, local_errors
+from infra.storage_s3 import client, errors
 
 PART_BYTES = 16 << 20
 MAX_PARTS = 10_000
@@ -118,7 +119,7 @@ class _Parts:
                     if len(waiting) >= PART_THREADS:
                         parts.append(waiting.popleft().result())
                 parts.extend(future.result() for future in waiting)
-                self._complete(parts, digest.hexdigest())
+                self._complete(parts)
         except BaseException:
             _abort(self._bucket, self._key, self._upload_id)
             raise
@@ -135,31 +136,13 @@ class _Parts:
         )
         return {"ETag": answer["ETag"], "PartNumber": number}
 
-    def _complete(self, parts: list[dict[str, Any]], sha256: str) -> None:
-        """Have the parts put together. Asked again because the answer was lost, some servers know
-        the upload no more: then the object itself says whether it was done."""
-        from botocore.exceptions import ClientError
-
-        try:
-            client().complete_multipart_upload(
-                Bucket=self._bucket,
-                Key=self._key,
-                UploadId=self._upload_id,
-                MultipartUpload={"Parts": cast(Any, parts)},
-            )
-        except ClientError as error:
-            if _code_of(error) != "NoSuchUpload" or self._stored_sha256() != sha256:
-                raise
-
-    def _stored_sha256(self) -> str | None:
-        digest = hashlib.sha256()
-        try:
-            with open_stream(self._uri, self._bucket, self._key) as stream:
-                while chunk := stream.read(1 << 20):
-                    digest.update(chunk)
-        except ObjectMissing:
-            return None
-        return digest.hexdigest()
+    def _complete(self, parts: list[dict[str, Any]]) -> None:
+        client().complete_multipart_upload(
+            Bucket=self._bucket,
+            Key=self._key,
+            UploadId=self._upload_id,
+            MultipartUpload={"Parts": cast(Any, parts)},
+        )
 
 
 def _abort(bucket: str, key: str, upload_id: str) -> None:
@@ -170,6 +153,23 @@ def _abort(bucket: str, key: str, upload_id: str) -> None:
         client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
     except (BotoCoreError, ClientError):
         return
+
+
+def takes_other_bytes(uri: str) -> bool:
+    """Whether the server behind ``uri`` stores bytes whose MD5 is not the one sent with them."""
+    from botocore.exceptions import ClientError
+
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not uri.startswith("s3://"):
+        return False
+    with errors("write", uri):
+        try:
+            client().put_object(Bucket=bucket, Key=key, Body=b"sent", ContentMD5=md5_of(b"told"))
+        except ClientError as error:
+            if _code_of(error) not in SEND_AGAIN_CODES and _code_of(error) != "InvalidDigest":
+                raise
+            return False
+    return True
 
 
 def unfinished(uri: str, bucket: str, folder: str) -> Iterator[UnfinishedUpload]:

@@ -8,6 +8,7 @@ next call removes, and never a version or a marker without its files.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from infra.manifest import (
     successor_of,
 )
 from infra.progress import Progress, Silent
+from infra.storage_probe import PROBE_PREFIX
 from pipelines.exclusive import nobody_else
 from pipelines.ledger_counts import FOLDER as COUNTS_FOLDER
 from pipelines.search import LATEST
@@ -41,7 +43,7 @@ from pipelines.workspace import noted_version
 _DELETE_THREADS = 8
 _UPLOAD_OF_TRAINING = timedelta(days=1)
 _CACHES = ("work/inputs", "work/verified")
-_CONTENT_NAMED = ("shards", "ledger")
+_CONTENT_NAMED = re.compile(r"shards/[0-9a-f]{32}\.tar|ledger/[0-9a-f]{32}\.parquet")
 
 
 @dataclass
@@ -174,6 +176,8 @@ class _Work:
         """What a working file is, and whether it stays."""
         folder, _, rest = path.removeprefix("work/").partition("/")
         folder = f"work/{folder}"
+        if not rest and folder.startswith(f"work/{PROBE_PREFIX}"):
+            return "parts of killed attempts", False
         if not rest or rest == "lease.json":
             return "leases", True
         if folder in _CACHES:
@@ -205,7 +209,7 @@ def _kind_of(
         return "versions that nobody refers to", False
     if path in beside:
         return _BESIDE.get(first, "manifests and pages"), True
-    if first in _CONTENT_NAMED:
+    if _CONTENT_NAMED.fullmatch(path):
         if path in work.named:
             return "shards and ledgers of work under way", True
         return "shards and ledgers that no version lists", False

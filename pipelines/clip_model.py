@@ -20,6 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from infra import storage
 from infra.config import atelier_home
 from infra.digests import READ_CHUNK_BYTES, canonical_json, sha256_bytes, sha256_file
@@ -36,6 +39,7 @@ PREPROCESSING_VERSION = 1
 BF16_MAX_COSINE_LOSS = 1e-3
 CONFIG_NAME = "open_clip_config.json"
 _CHECKED_AT_ONCE = 4
+_LENGTH_TOLERANCE = 0.01  # float16 rounds each number by 0.05 % at most
 LIBRARIES = "pipelines.clip_model:import_libraries"
 
 
@@ -289,3 +293,13 @@ def prepared(encoder: ClipEncoder, data: bytes) -> torch.Tensor:
 
     with Image.open(io.BytesIO(data)) as image:
         return encoder.prepare(image)
+
+
+def problem_with(*vectors: npt.NDArray[np.float16]) -> str | None:
+    """Why embeddings of a sample are of no use: NaN, infinite or overflown, or of no length."""
+    for vector in vectors:
+        if not np.isfinite(vector).all():
+            return "not finite"
+        if abs(float(np.linalg.norm(vector.astype(np.float64))) - 1.0) > _LENGTH_TOLERANCE:
+            return "not of length one"
+    return None

@@ -7,15 +7,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from infra import storage
 from infra.environment import applied
 from infra.lease import Lease
 from infra.manifest import DatasetManifest, load_manifest, publish_manifest
+from infra.storage_probe import check_store
 from pipelines import engine
 from pipelines.build import Build, PartMarker
 from pipelines.companions import companions_of
 from pipelines.config import CurationConfig
 from pipelines.exclusive import refuse_while_removing
-from pipelines.plan import CurationPlan, companion_build, plan_curation
+from pipelines.plan import (
+    CurationPlan,
+    companion_build,
+    plan_curation,
+    refuse_changed_inputs,
+)
 from pipelines.publish import assemble_manifest, funnel_of
 from pipelines.rejected import of_build, publish_rejected
 from pipelines.report import write_report
@@ -74,6 +81,7 @@ def curate(
         if plan.manifest_uri is not None and not (retry_failed and _failed_partitions(plan.build)):
             return _result(plan, plan.manifest_uri, load_manifest(plan.manifest_uri))
         build = replace(plan.build, environment=dict(environment or {}))
+        check_store(storage.join(build.dataset_root, "work"))
         companions = {}
         if plan.partitions:
             companions = companions_of(name, {**(others or {}), name: config})
@@ -101,6 +109,8 @@ def curate(
             if plan.parts:
                 engine.write_shards(spark(), build, plan.parts)
             manifest = assemble_manifest(name, plan)
+            if plan.units or plan.partitions:
+                refuse_changed_inputs(plan)
             lease.check()
             manifest_uri = publish_manifest(build.dataset_root, manifest)
             publish_rejected(build.dataset_root, manifest, of_build(build))

@@ -39,6 +39,7 @@ from pipelines.clip_model import (
     ClipIdentity,
     encoder_of,
     prepared,
+    problem_with,
     runner_and_mapper,
 )
 from pipelines.decode_pool import DecodePool
@@ -52,8 +53,6 @@ KEY_CHARS = 12
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 _Pool = DecodePool["torch.Tensor"]
 _Pending = list[tuple[str, "Future[torch.Tensor]"]]
-# Of an embedding, whose numbers are float16, each rounded by 0.05 % at most.
-_LENGTH_TOLERANCE = 0.01
 
 # One row per sample of the shard, in its order, with the scores that the sample carries. ``row``
 # counts the shard's embedded samples and is null beside an ``error``.
@@ -247,16 +246,6 @@ def _described(members: Mapping[str, bytes]) -> dict[str, Any]:
     return found | {"caption": members.get("txt", b"").decode("utf-8", "replace")}
 
 
-def _problem(image: Embeddings, text: Embeddings) -> str | None:
-    """Why a pair of embeddings is of no use: NaN, infinite or overflown, or of no length."""
-    for vector in (image, text):
-        if not np.isfinite(vector).all():
-            return "not finite"
-        if abs(float(np.linalg.norm(vector.astype(np.float64))) - 1.0) > _LENGTH_TOLERANCE:
-            return "not of length one"
-    return None
-
-
 class ShardEmbeddings:
     """Gathers a shard's embeddings and publishes them together when all are there.
 
@@ -279,7 +268,7 @@ class ShardEmbeddings:
     def __call__(self, batch: Mapping[str, Any]) -> None:
         """Take what the mapper made of one batch; store a part when it is time."""
         images, texts = batch["image_embs"], batch["text_embs"]
-        problems = [_problem(*pair) for pair in zip(images, texts, strict=True)]
+        problems = [problem_with(*pair) for pair in zip(images, texts, strict=True)]
         whole = np.array([problem is None for problem in problems])
         for key, problem in zip(batch["image_filename"], problems, strict=True):
             if problem is None:

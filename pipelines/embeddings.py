@@ -21,6 +21,7 @@ from infra.environment import applied
 from infra.errors import UserError
 from infra.lease import Lease
 from infra.manifest import DatasetManifest, FileEntry, ShardEntry, dataset_root, load_manifest
+from infra.storage_probe import check_store
 from pipelines.clip_model import LIBRARIES, ClipIdentity, identify, publish_weights
 from pipelines.embed import EmbeddedShard, EmbedTask, embed_shard, embeddings_folder
 from pipelines.embed_parts import forget_parts
@@ -134,6 +135,7 @@ def embed_dataset(
             done = finished_units(job)
             missing = [shard for shard in job.manifest.shards if shard.sha256 not in done]
             if missing:
+                check_store(storage.join(job.unit.dataset_root, "work"))
                 uri = publish_weights(
                     job.weights, job.unit.identity.weights_sha256, store_of(manifest_uri)
                 )

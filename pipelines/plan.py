@@ -98,6 +98,21 @@ def plan_curation(name: str, config: CurationConfig, store_uri: str) -> Curation
     return _unfinished(build, inputs, problems)
 
 
+def refuse_changed_inputs(plan: CurationPlan) -> None:
+    """``UserError`` when an input is not what it was when the build was planned: rows of two states
+    would be mixed in it. Reads again what ``plan_curation`` would."""
+    planned = {file.uri: file.sha256 for file in plan.inputs}
+    notes = storage.join(plan.build.dataset_root, "work", "inputs")
+    found = {file.uri: file.sha256 for file in find_inputs(plan.build.config, notes)}
+    changed = sorted(uri for uri in planned | found if planned.get(uri) != found.get(uri))
+    if changed:
+        raise UserError(
+            expected=f"{changed[0]} as it was when the build began",
+            got="another file" if changed[0] in planned and changed[0] in found else "a change",
+            remedy="put it back, or run the same command again: it begins a build of its own",
+        )
+
+
 def verify_unless_unchanged(dataset_root: str, version: str) -> list[str]:
     """A version's problems. Of a large one, files found right before are read again only when they
     were written since: else its plan would take hours. ``atelier verify`` reads all of any.

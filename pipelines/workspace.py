@@ -12,6 +12,7 @@ from typing import Any
 from infra import storage
 from infra.errors import UserError
 from infra.spark_errors import trouble_of
+from infra.storage_errors import DISK_FULL_ERRNOS, disk_full
 
 
 class Workspace:
@@ -33,8 +34,8 @@ class Workspace:
         """
         os.environ.update(self.environment)
         try:
-            with TemporaryDirectory(prefix="atelier-curation-") as folder:
-                yield Path(folder)
+            with _room() as folder:
+                yield folder
         except UserError as error:
             storage.write_json(storage.join(self.folder, "failures", f"{name}.json"), str(error))
             raise
@@ -50,6 +51,18 @@ class Workspace:
     def forget(self, folder: str) -> None:
         """Remove a folder of working files."""
         storage.delete_prefix(storage.join(self.folder, folder))
+
+
+@contextmanager
+def _room() -> Iterator[Path]:
+    """A temporary folder; that its disk is full is said in one line, whoever was writing."""
+    with TemporaryDirectory(prefix="atelier-curation-") as folder:
+        try:
+            yield Path(folder)
+        except OSError as error:
+            if error.errno not in DISK_FULL_ERRNOS:
+                raise
+            raise disk_full("write", f"working files under {Path(folder).parent}") from error
 
 
 def noted_version(result_uri: str) -> str | None:

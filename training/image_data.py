@@ -25,7 +25,7 @@ from torch import Tensor
 
 from infra import storage
 from infra.errors import UserError
-from infra.manifest import DatasetManifest, dataset_root, load_manifest
+from infra.manifest import DatasetManifest, dataset_root, load_whole
 from training.config import CropPolicy
 from training.images import decode_image, square_crop
 from training.order import PlannedOrder, rank_slice
@@ -86,7 +86,7 @@ class ImageBatches:
         max_resident_bytes: int = 2 << 30,
     ) -> None:
         self._manifest_uri = manifest_uri
-        self._manifest: DatasetManifest = load_manifest(manifest_uri)
+        self._manifest: DatasetManifest = load_whole(manifest_uri)
         self._order = order
         sizes = [shard.num_samples for shard in self._manifest.shards]
         self._planned = PlannedOrder(sizes, order.seed, order.shuffle_window_shards)

@@ -23,7 +23,7 @@ import torch
 from infra import storage
 from infra.digests import canonical_json, code_digest, sha256_bytes, sha256_file
 from infra.errors import UserError
-from infra.manifest import ShardEntry, dataset_root, load_manifest
+from infra.manifest import ShardEntry, dataset_root, load_whole
 from infra.storage import ObjectMissing
 from model import VQTokenizer
 from training.config import CropPolicy, StageConfig
@@ -116,7 +116,7 @@ def plan_cache(
     dataset_sha256: str | None = None,
 ) -> CachePlan:
     """Where the tokens of a dataset lie or will lie, and one task per shard."""
-    manifest = load_manifest(dataset_manifest_uri, dataset_sha256)
+    manifest = load_whole(dataset_manifest_uri, dataset_sha256)
     vq_folder = find_vq(tokenizer)
     encoder_sha256 = sha256_bytes(f"{folder_sha256(vq_folder)} {_code_sha256()}".encode())
     factor = load_vq(str(vq_folder), "cpu").downsample_factor

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infra import storage
-from infra.digests import sha256_bytes
 from infra.errors import UserError
 from training.data import Captions, TokenShard
 
@@ -174,8 +173,4 @@ def _captions(column: pa.ChunkedArray) -> list[Captions]:
 def load_tokens(folder_uri: str, entry: CacheEntry) -> TokenShard:
     """A cached shard from storage; raises ``DigestMismatch`` for other bytes than were written."""
     uri = storage.join(folder_uri, entry.path)
-    data = storage.read_bytes(uri)
-    found = sha256_bytes(data)
-    if found != entry.sha256:
-        raise storage.DigestMismatch(uri, expected_sha256=entry.sha256, got_sha256=found)
-    return read_tokens(data)
+    return read_tokens(storage.read_bytes(uri, entry.sha256))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from infra import storage
 from infra.errors import UserError
-from infra.manifest import dataset_root, load_manifest
+from infra.manifest import dataset_root, load_whole
 from model import CLIPTextEncoder, CLIPTokenizer, VQTokenizer
 from training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from training.checkpoint_store import CheckpointDamaged
@@ -269,7 +269,7 @@ def read_curated(
 def _samples(
     manifest_uri: str, manifest_sha256: str | None, seed: int
 ) -> Iterator[tuple[dict[str, Any], bytes]]:
-    manifest = load_manifest(manifest_uri, manifest_sha256)
+    manifest = load_whole(manifest_uri, manifest_sha256)
     root = dataset_root(manifest_uri)
     for number in permutation(len(manifest.shards), seed, "tokenizer shards"):
         shard = manifest.shards[number]

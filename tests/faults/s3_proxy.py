@@ -22,7 +22,7 @@ HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "expect", "ke
 
 @dataclass
 class Fault:
-    """What happens to the next ``times`` requests that fit.
+    """What happens to the next ``times`` requests that fit, ``after`` so many that did.
 
     ``reset``: the connection ends before the server hears of it; ``lose_answer``: after it did.
     ``delay``: the answer comes ``seconds`` late. ``status``: answered with that code in the
@@ -34,6 +34,7 @@ class Fault:
     action: str = ""
     path: str = ""
     times: int = 1
+    after: int = 0
     status: int = 0
     body: bytes = SLOW_DOWN
     seconds: float = 0.0
@@ -77,7 +78,9 @@ class S3Proxy(ThreadingHTTPServer):
             self.requests.append(request)
             for fault in self.faults:
                 fits = fault.action in ("", request.action) and fault.path in request.path
-                if fits and fault.times:
+                if fits and fault.after:
+                    fault.after -= 1
+                elif fits and fault.times:
                     fault.times -= 1
                     return fault
         return None

@@ -5,6 +5,7 @@ The dataset must be, byte for byte, what one process makes of the same rows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyspark
 import pytest
 
@@ -214,6 +216,67 @@ def test_an_executor_is_killed_and_the_dataset_is_the_same(
         assert not [value for value in hidden if value.encode() in data], path
     log = (cluster.logs / "worker-127.0.0.3.log").read_text(errors="replace")
     assert "exitStatus 137" in log or "exit code 137" in log.lower() or "KILLED" in log
+
+
+def test_a_frozen_worker_is_overtaken_by_a_second_copy_and_wakes_up_to_no_effect(
+    cluster: Cluster, world: CurationConfig, s3_server: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Spark starts a slow task once more, on the other host; then the first copy goes on, too."""
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
+    environment = dict(s3_server.environment)
+    alone = run(ClusterConfig(), world, f"{s3_server.store_uri}/alone-2", environment)
+
+    store = f"{s3_server.store_uri}/speculation"
+    monkeypatch.setenv("ATELIER_SPARK_SECRET", cluster.secret)
+    build = plan_curation("d", world, store).build
+    frozen: list[psutil.Process] = []
+    num_staged_meanwhile: list[int] = []
+    stopped = threading.Event()
+
+    def freeze_and_wake() -> None:
+        while not stopped.wait(0.05):
+            staged = [i for i in storage.list_objects(build.folder) if "/staged-" in i.uri]
+            if staged and not frozen:
+                frozen.extend(python_workers(cluster, "127.0.0.3"))
+                for process in frozen:
+                    process.suspend()
+            elif frozen and len(staged) == build.num_partitions and not num_staged_meanwhile:
+                num_staged_meanwhile.append(len(staged))
+                wake(frozen)
+
+    thread = threading.Thread(target=freeze_and_wake)
+    thread.start()
+    config = cluster.config(**{
+        "spark.speculation": "true", "spark.speculation.interval": "100ms",
+        "spark.speculation.quantile": "0.1", "spark.speculation.multiplier": "1.1",
+    })  # fmt: skip
+    try:
+        version = run(config, world, store, environment)
+    finally:
+        stopped.set()
+        thread.join()
+        wake(frozen)
+    assert frozen
+    assert num_staged_meanwhile == [build.num_partitions], "nobody took over"
+    assert version == alone
+
+
+def python_workers(cluster: Cluster, host: str) -> list[psutil.Process]:
+    """The processes in which a host's executor runs Python tasks."""
+    found = []
+    for pid in cluster.executors(host):
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # they come and go
+                if "pyspark.daemon" in " ".join(child.cmdline()) and not child.children():
+                    found.append(child)
+    return found
+
+
+def wake(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 def test_spark_submit_takes_the_same_command(

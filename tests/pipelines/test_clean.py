@@ -33,14 +33,15 @@ def litter(root: str, build: Build) -> set[str]:
     """Leave what killed attempts, and versions that are gone, leave."""
     gone = "ab" * 32
     paths = {
-        "shards/0123.tar",
-        "ledger/0123.parquet",
+        f"shards/{'0123' * 8}.tar",
+        f"ledger/{'0123' * 8}.parquet",
         f"{build.folder.removeprefix(root + '/')}/rows/4567",
         f"{gone}/report.html",
         "report/0123.json",
         "embeddings/0123456789ab/units/ffff.json",
         "embeddings/0123456789ab/images/ffff.npy",
         f"work/verified/{gone}.json",
+        "work/probe-0123456789abcdef",
     }
     for path in paths:
         storage.write_bytes(storage.join(root, path), b"{}")
@@ -53,7 +54,12 @@ def test_a_finished_version_loses_nothing_but_litter(trap_world: Any, store_uri:
     root = plan.build.dataset_root
     whole = listing(root)
     assert take_stock(root).removable == {}
-    for path in ("notes.txt", "ab" * 32 + "/withdrawn.json", "tombstones/x.json"):
+    for path in (
+        "notes.txt",
+        "shards/holiday.tar",
+        "ab" * 32 + "/withdrawn.json",
+        "tombstones/x.json",
+    ):
         storage.write_bytes(storage.join(root, path), b'{"successor": "x"}')
         whole[path] = 18
     left = litter(root, plan.build)
