@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent
 PAGES = sorted((ROOT.parent / "docs").glob("reliability-*.md"))
 # The cases of the project's list that the page on curation answers, by letter: 1 to so many.
 CASES = {"A": 15, "B": 36, "C": 29, "D": 8}
-NAMED = re.compile(r"`([a-z_/]+\.py)(?:::(test_[a-z0-9_]+))?(?:…)?(?:\[[^\]`]*\])?`")
+NAMED = re.compile(r"`([a-z0-9_/]+\.py)(?:::(test_[a-z0-9_]+))?(?:…)?(?:\[[^\]`]*\])?`")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
