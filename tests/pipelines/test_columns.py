@@ -11,6 +11,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from infra.errors import UserError
 from pipelines.columns import CANONICAL_SCHEMA, canonical_rows, layout_of, own_captions, sample_id
@@ -394,3 +396,18 @@ def test_identity_is_content_and_tells_url_from_caption() -> None:
     assert sample_id("u", "t") != sample_id("u", "t2")
     frame = pl.DataFrame({"url": ["u", "", "ü"], "caption": ["t", "", "日本"]})
     assert ids_of(frame).to_list() == [sample_id(*row) for row in frame.rows()]
+
+
+# Where sha256 pads its last block, and where Polars stores text apart from its length.
+@pytest.mark.parametrize("num_bytes", [0, 11, 12, 13, 54, 55, 56, 62, 63, 64, 119, 120, 5000])
+def test_identities_of_a_frame_are_hashlibs_at_every_length(num_bytes: int) -> None:
+    frame = pl.DataFrame({"url": ["u" * num_bytes, ""], "caption": ["", "c" * num_bytes]})
+    assert ids_of(frame).to_list() == [sample_id(*row) for row in frame.rows()]
+
+
+@given(st.lists(st.tuples(st.text(), st.text()), max_size=20))
+def test_identities_of_a_frame_are_hashlibs_for_any_text(rows: list[tuple[str, str]]) -> None:
+    frame = pl.DataFrame(rows, schema={"url": pl.String, "caption": pl.String}, orient="row")
+    found = ids_of(frame)
+    assert found.to_list() == [sample_id(*row) for row in rows]
+    assert (found.name, found.dtype) == ("sample_id", pl.String)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from infra import storage
 from pipelines.build import ReadMarker
 from pipelines.columns import sample_id
 from pipelines.config import CurationConfig
+from pipelines.inputs import find_inputs, units_of
 from pipelines.plan import plan_curation
-from pipelines.read_rows import TRAVEL_SCHEMA, Slots, partitions_of, read_rows
+from pipelines.read_rows import TRAVEL_SCHEMA, Slots, judged_batches, partitions_of, read_rows
 
 COCO = pa.table(
     {
@@ -87,6 +90,65 @@ def test_only_the_slots_asked_for_and_a_ledger_once(tmp_path: Path) -> None:
         url: slot for url, slot in expected.items() if slot >= 0
     }
     assert 0 < found.height < 200
+
+
+ODD_NUMBERS = [None, math.nan, math.inf, -1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 4.0, 300.0, 900.0, 2e6]
+
+
+def odd_rows(num_rows: int) -> dict[str, list[Any]]:
+    """Texts and numbers that are there, missing, out of range and on the thresholds."""
+    rng = random.Random(num_rows)
+
+    def numbers(*shares: float) -> list[float | None]:
+        return rng.choices(
+            [*shares, *ODD_NUMBERS], [30] * len(shares) + [1] * len(ODD_NUMBERS), k=num_rows
+        )
+
+    return {
+        "URL": rng.choices(["", " ", None, *(f"http://ä/{n}" for n in range(97))], k=num_rows),
+        "TEXT": rng.choices(["", None, "a fox", "x" * 50, "日本"], k=num_rows),
+        "WIDTH": numbers(256.0, 512.0), "HEIGHT": numbers(256.0, 2000.0), "punsafe": numbers(0.1),
+        "pwatermark": numbers(0.1), "AESTHETIC_SCORE": numbers(6.0), "similarity": numbers(0.3),
+        "LANGUAGE": rng.choices(["en", "EN ", "de", "", None], k=num_rows),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("unknown", "swapped"), [("drop", True), ("keep", False), ("later", True)])
+def test_a_unit_read_again_lets_the_same_rows_travel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unknown: str, swapped: bool
+) -> None:
+    monkeypatch.setattr("pipelines.parquet.ROWS_PER_BATCH", 64)
+    monkeypatch.setattr("pipelines.inputs.ROWS_PER_UNIT", 200)
+    pl.DataFrame(odd_rows(1000)).write_parquet(tmp_path / "m.parquet", row_group_size=90)
+    scores = ("size", "aesthetic_score", "watermark_prob", "unsafe_prob", "language")
+    filters: dict[str, Any] = {
+        "min_width_px": 256, "min_height_px": 256, "max_aspect_ratio": 3.0,
+        "min_aesthetic_score": 4.0, "max_watermark_prob": 0.5, "max_unsafe_prob": 0.5,
+        "languages": ["en"], "max_caption_chars": 40, "unknown": dict.fromkeys(scores, unknown),
+    }  # fmt: skip
+    asked: dict[str, Any] = {"filters": filters, "swapped_sizes": swapped}
+    build, first = travelled(tmp_path, **asked)
+    _, again = travelled(tmp_path, **asked)
+    assert again.equals(first)
+    assert first.height > 10
+    unit = units_of(find_inputs(build.config))[1]
+    heights = [
+        sum(rows.height for _, _, rows in judged_batches(unit, build.config, without_rejected=left))
+        for left in (False, True)
+    ]
+    assert heights[1] < heights[0] / 2
+
+
+def test_records_of_two_images_are_read_again_for_either(tmp_path: Path) -> None:
+    pairs = {
+        "image_0_url": ["http://a/1", "http://a/2", ""], "image_1_url": ["http://b/1", "", ""],
+        "caption": ["one", "two", "three"], "label_0": [0.0, 0.5, 1.0], "label_1": [1.0, 0.5, 0.0],
+    }  # fmt: skip
+    pl.DataFrame(pairs).write_parquet(tmp_path / "pairs.parquet")
+    _, first = travelled(tmp_path, filters={})
+    _, again = travelled(tmp_path, filters={})
+    assert again.equals(first)
+    assert sorted(first["url"]) == ["http://a/1", "http://a/2", "http://b/1"]
 
 
 def test_a_partition_is_the_same_on_every_machine() -> None:
