@@ -31,7 +31,7 @@ from pipelines.caption_config import CaptionConfig
 from pipelines.caption_engines import Answer, Captioner, EndpointCaptioner
 from pipelines.caption_local import local_captioner
 from pipelines.captioning_config import CaptioningConfig
-from pipelines.embed import IMAGE_EXTENSIONS, KEY_CHARS, checked_bytes, publish_file
+from pipelines.embed import IMAGE_EXTENSIONS, KEY_CHARS, publish_file
 from pipelines.shards import read_shard
 
 ANSWERS_VERSION = 1
@@ -151,7 +151,7 @@ def _unanswered(samples: Iterator[Sample], known: pl.DataFrame) -> Iterator[Samp
 
 def samples_of(task: CaptionTask, shard: ShardEntry) -> Iterator[Sample]:
     """The shard's samples in its order, its digest checked."""
-    data = checked_bytes(storage.join(task.dataset_root, shard.path), shard.sha256)
+    data = storage.read_bytes(storage.join(task.dataset_root, shard.path), shard.sha256)
     for key, members in read_shard(data):
         image = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), b"")
         has = json.loads(members.get("json", b"{}")).get("captions") or []
@@ -222,7 +222,7 @@ def _known(task: CaptionTask, shard: ShardEntry, marker: CaptionedShard | None) 
 def read_answers(dataset_root: str, entry: FileEntry) -> pl.DataFrame:
     """The rows of ``ANSWERS_SCHEMA`` of a listed file, its digest checked."""
     uri = storage.join(dataset_root, entry.path)
-    return pl.read_parquet(checked_bytes(uri, entry.sha256))
+    return pl.read_parquet(storage.read_bytes(uri, entry.sha256))
 
 
 def _finish(

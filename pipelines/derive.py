@@ -25,7 +25,7 @@ from infra.manifest import DatasetManifest, FileEntry, ShardEntry, publish_manif
 from pipelines.buckets import SHARD_SIZES, moved
 from pipelines.build import KEY_CHARS
 from pipelines.config import ShardConfig
-from pipelines.embed import checked_bytes, publish_file
+from pipelines.embed import publish_file
 from pipelines.exclusive import refuse_while_removing
 from pipelines.ledger import COMMITTED, FAILED, LEDGER_SCHEMA, REJECTED, LedgerFile, count
 from pipelines.rejected import (
@@ -80,7 +80,7 @@ class Derivation(Workspace):
     def samples(self, index: int) -> Iterable[tuple[str, Members]]:
         """The samples of the n-th shard, in its order; those that leave may be empty."""
         shard = self.manifest.shards[index]
-        data = checked_bytes(storage.join(self.dataset_root, shard.path), shard.sha256)
+        data = storage.read_bytes(storage.join(self.dataset_root, shard.path), shard.sha256)
         return read_shard(data)
 
     def edit_ledger(self, rows: pl.DataFrame) -> pl.DataFrame:
@@ -276,7 +276,7 @@ def _derive_shard(job: Derivation, index: int, folder: Path) -> DerivedShard:
 
 
 def _derive_ledger(job: Derivation, ledger: FileEntry, folder: Path) -> DerivedLedger:
-    data = checked_bytes(storage.join(job.dataset_root, ledger.path), ledger.sha256)
+    data = storage.read_bytes(storage.join(job.dataset_root, ledger.path), ledger.sha256)
     rows = pl.read_parquet(data)
     updated = job.edit_ledger(_with_changes(job, rows))
     counts = count(updated)
@@ -301,7 +301,7 @@ def _with_changes(job: Derivation, rows: pl.DataFrame) -> pl.DataFrame:
         )
         if made.changes is not None:
             uri = storage.join(job.dataset_root, made.changes.path)
-            changes = pl.read_parquet(checked_bytes(uri, made.changes.sha256))
+            changes = pl.read_parquet(storage.read_bytes(uri, made.changes.sha256))
             rows = _with_shard(rows, changes, shard.path, made.shards)
     return rows
 

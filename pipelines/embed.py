@@ -134,7 +134,7 @@ def embed_shard(task: EmbedTask, shard: ShardEntry, folder: Path) -> EmbeddedSha
     one. Raises ``DigestMismatch`` when the shard's bytes are not those of the dataset's manifest.
     """
     encoder = encoder_of(task.identity, task.weights_uri, task.num_threads)
-    data = checked_bytes(storage.join(task.dataset_root, shard.path), shard.sha256)
+    data = storage.read_bytes(storage.join(task.dataset_root, shard.path), shard.sha256)
     begun = stored_parts(task.parts(shard.sha256), task.batch_size)
     reader = ShardReader(data, encoder, task, begun.end)
     writer = ShardEmbeddings(task, shard, reader, folder, begun)
@@ -361,14 +361,9 @@ def _companions(images: FileEntry, texts: FileEntry) -> dict[str, str]:
     return {"images_sha256": images.sha256, "texts_sha256": texts.sha256}
 
 
-def checked_bytes(uri: str, sha256: str) -> bytes:
-    """An object's bytes; raises ``DigestMismatch`` when they have another sha256."""
-    return storage.read_bytes(uri, sha256)
-
-
 def read_embeddings(dataset_root: str, entry: FileEntry, dim: int) -> Embeddings:
     """The float16 array (rows, dim) of a listed file, its digest and shape checked."""
-    data = checked_bytes(storage.join(dataset_root, entry.path), entry.sha256)
+    data = storage.read_bytes(storage.join(dataset_root, entry.path), entry.sha256)
     array = np.load(io.BytesIO(data), allow_pickle=False)
     if array.shape != (entry.num_rows, dim) or array.dtype != np.float16:
         raise UserError(
@@ -384,7 +379,7 @@ def read_rows(dataset_root: str, unit: EmbeddedShard) -> pa.Table:
 
     Raises ``UserError`` when its rows do not belong to the unit's arrays, or not in their order.
     """
-    data = checked_bytes(storage.join(dataset_root, unit.rows.path), unit.rows.sha256)
+    data = storage.read_bytes(storage.join(dataset_root, unit.rows.path), unit.rows.sha256)
     table = pq.read_table(pa.BufferReader(data))
     told = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     expected = _companions(unit.images, unit.texts)

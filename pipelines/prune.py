@@ -27,7 +27,6 @@ from pipelines.config import CurationConfig
 from pipelines.decontaminate import CONTAMINATED, decontamination_part, repeats_a_prompt
 from pipelines.derive import Derivation
 from pipelines.duplicates import DUPLICATES, IMAGES, duplicates_among, rank_of
-from pipelines.embed import checked_bytes
 from pipelines.engine import run_by_slot
 from pipelines.exclusive import refuse_while_removing
 from pipelines.images import signature_of
@@ -178,7 +177,7 @@ def _names(schema: str) -> list[str]:
 def _seen(job: PruneJob, index: int) -> pa.RecordBatch:
     """A shard's samples as ``_SEEN``."""
     shard = job.manifest.shards[index]
-    data = checked_bytes(storage.join(job.dataset_root, shard.path), shard.sha256)
+    data = storage.read_bytes(storage.join(job.dataset_root, shard.path), shard.sha256)
     rows: list[dict[str, Any]] = []
     for key, members in read_shard(data):
         known = json.loads(members["json"])

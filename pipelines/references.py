@@ -25,7 +25,6 @@ from pipelines.clip_model import as_uri
 from pipelines.config import CurationConfig
 from pipelines.duplicate_config import DecontaminationConfig, DuplicateConfig
 from pipelines.duplicates import CONTAMINATED_IMAGE, DUPLICATE_OF_OTHER, IMAGES, reference_rank
-from pipelines.embed import checked_bytes
 from pipelines.guard import Rejected
 from pipelines.images import signature_of
 from pipelines.shards import read_shard
@@ -124,7 +123,7 @@ def _shards_of(manifest_uri: str, reason: str, *, is_signed: bool) -> list[Refer
 
 def read_reference(file: Reference) -> pa.RecordBatch:
     """The images of one shard, or the image it is, as ``IMAGES``."""
-    data = checked_bytes(file.uri, file.sha256)
+    data = storage.read_bytes(file.uri, file.sha256)
     rows: list[tuple[str, str, bytes | None]] = []
     if file.kind == "image":
         rows.append((file.sha256[:_ID_CHARS], file.sha256, _signature(file, file.uri, data)))

@@ -30,7 +30,7 @@ from infra.manifest import (
 from pipelines.build import StagedMarker
 from pipelines.config import CurationConfig, ShardConfig
 from pipelines.derive import Derivation, Members
-from pipelines.embed import checked_bytes, publish_file
+from pipelines.embed import publish_file
 from pipelines.fetch import shared_fetcher
 from pipelines.images import StoredImage
 from pipelines.ledger import COMMITTED
@@ -98,7 +98,9 @@ class RepairJob(Derivation):
         ledgers = (*self.manifest.ledger, *self.others)
         with self.task(f"found-{number:06d}") as folder:
             uri = storage.join(self.dataset_root, ledgers[number].path)
-            rows = pl.read_parquet(checked_bytes(uri, ledgers[number].sha256), columns=_COLUMNS)
+            rows = pl.read_parquet(
+                storage.read_bytes(uri, ledgers[number].sha256), columns=_COLUMNS
+            )
             rows = rows.filter(pl.col("disposition") == COMMITTED)
             in_damaged = pl.col("shard").is_in(self._damaged_paths)
             if number < len(self.manifest.ledger):
@@ -126,7 +128,7 @@ class RepairJob(Derivation):
             found = TypeAdapter(Found).validate_json(data, strict=True)
             if found.rows is not None:
                 uri = storage.join(self.dataset_root, found.rows.path)
-                frames.append(pl.read_parquet(checked_bytes(uri, found.rows.sha256)))
+                frames.append(pl.read_parquet(storage.read_bytes(uri, found.rows.sha256)))
         return pl.concat(frames)
 
     @cached_property
@@ -179,7 +181,7 @@ class RepairJob(Derivation):
         found: dict[str, Members] = {key: {} for key in mended.lost}
         if mended.stand_in is not None:
             uri = storage.join(self.dataset_root, mended.stand_in.path)
-            found |= dict(read_shard(checked_bytes(uri, mended.stand_in.sha256)))
+            found |= dict(read_shard(storage.read_bytes(uri, mended.stand_in.sha256)))
         return sorted(found.items())
 
     def choices(self) -> dict[str, Any]:
@@ -291,7 +293,7 @@ class _Gathered:
                 continue
             uri = storage.join(self._job.dataset_root, str(path))
             try:
-                samples = dict(read_shard(checked_bytes(uri, listed[str(path)])))
+                samples = dict(read_shard(storage.read_bytes(uri, listed[str(path)])))
             except (storage.ObjectMissing, storage.DigestMismatch):
                 continue
             found |= {key: samples[key] for key in wanted if key in samples}
@@ -311,7 +313,7 @@ class _Gathered:
                 uri = storage.join(folder, name.replace("part-", "staged-"))
                 marker = TypeAdapter(StagedMarker).validate_json(storage.read_bytes(uri))
                 uri = storage.join(root, marker.rows.path)
-                rows = pl.read_parquet(checked_bytes(uri, marker.rows.sha256))
+                rows = pl.read_parquet(storage.read_bytes(uri, marker.rows.sha256))
             except (storage.ObjectMissing, storage.DigestMismatch, ValueError, LookupError):
                 continue
             mine = rows.filter(

@@ -27,7 +27,6 @@ from infra.manifest import FileEntry, dataset_root
 from pipelines.embed import (
     KEY_CHARS,
     EmbeddedShard,
-    checked_bytes,
     publish_file,
     read_embeddings,
     read_rows,
@@ -248,5 +247,5 @@ def publish_scores(job: ScoresJob, units: Mapping[str, ScoredShard]) -> ScoresMa
 
 def read_scores(dataset_root_uri: str, entry: FileEntry) -> pl.DataFrame:
     """The table of ``SCORES_SCHEMA`` of a listed file, its digest checked."""
-    data = checked_bytes(storage.join(dataset_root_uri, entry.path), entry.sha256)
+    data = storage.read_bytes(storage.join(dataset_root_uri, entry.path), entry.sha256)
     return pl.read_parquet(data)

@@ -22,7 +22,7 @@ from pipelines.buckets import SHARD_SIZES
 from pipelines.clip_model import ClipEncoder
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import ShardConfig
-from pipelines.embed import checked_bytes, read_rows
+from pipelines.embed import read_rows
 from pipelines.embeddings import EmbeddingsManifest, load_embeddings
 from pipelines.ledger import COMMITTED, LedgerFile
 from pipelines.report import write_report
@@ -188,7 +188,7 @@ def _samples_of(
     for shard in parent.shards:
         ids = wanted.get(shard.path)
         if ids:
-            data = checked_bytes(storage.join(index.dataset_root, shard.path), shard.sha256)
+            data = storage.read_bytes(storage.join(index.dataset_root, shard.path), shard.sha256)
             samples |= {key: members for key, members in read_shard(data) if key in ids}
     missing = {hit.sample_id for hit in hits} - set(samples)
     if missing:

@@ -29,7 +29,7 @@ from infra.manifest import (
 )
 from pipelines.build import KEY_CHARS
 from pipelines.derive import Derivation, derive
-from pipelines.embed import checked_bytes, publish_file
+from pipelines.embed import publish_file
 from pipelines.exclusive import nobody_else
 from pipelines.ledger import COMMITTED, REJECTED, without_addresses
 from pipelines.plan import build_key
@@ -118,7 +118,7 @@ class TakedownJob(Derivation):
         for each in self.found().values():
             if each.rows is not None:
                 uri = storage.join(self.dataset_root, each.rows.path)
-                rows = pl.read_parquet(checked_bytes(uri, each.rows.sha256))
+                rows = pl.read_parquet(storage.read_bytes(uri, each.rows.sha256))
                 gone += rows.filter(pl.col("shard") == shard)["sample_id"].to_list()
         samples = pl.Series("sample_id", sorted(gone), dtype=pl.String)
         return samples.to_frame().with_columns(reason=pl.lit(TAKEDOWN))
@@ -274,5 +274,5 @@ def _is_note_of_work(path: str) -> bool:
 
 def _ledger_rows(dataset_root: str, entry: FileEntry) -> pl.DataFrame:
     columns = ["sample_id", "url", "sha256", "shard", "disposition", "reason"]
-    data = checked_bytes(storage.join(dataset_root, entry.path), entry.sha256)
+    data = storage.read_bytes(storage.join(dataset_root, entry.path), entry.sha256)
     return pl.read_parquet(data, columns=columns)

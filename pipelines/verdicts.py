@@ -22,7 +22,7 @@ from infra.manifest import DatasetManifest, FileEntry, dataset_root, load_manife
 from pipelines.config import FilterConfig, PreferenceConfig, UnknownPolicy
 from pipelines.derive import Derivation, Members
 from pipelines.duplicates import NEAR_DUPLICATE
-from pipelines.embed import EmbeddedShard, checked_bytes, read_embeddings, read_rows
+from pipelines.embed import EmbeddedShard, read_embeddings, read_rows
 from pipelines.embeddings import EmbeddingsManifest
 from pipelines.filters import first_reason, metadata_filters
 from pipelines.ledger import COMMITTED
@@ -168,7 +168,9 @@ def verdicts(job: RefilterJob, unit: EmbeddedShard, scores: FileEntry) -> pl.Dat
             pl.when(is_far).then(pl.lit(MISMATCHED)).otherwise("reason").alias("reason")
         )
     if job.dropped is not None:
-        data = checked_bytes(storage.join(job.dataset_root, job.dropped.path), job.dropped.sha256)
+        data = storage.read_bytes(
+            storage.join(job.dataset_root, job.dropped.path), job.dropped.sha256
+        )
         ids = pl.read_parquet(data, columns=["sample_id"])["sample_id"].implode()
         is_copy = pl.col("reason").is_null() & pl.col("sample_id").is_in(ids)
         frame = frame.with_columns(
@@ -202,7 +204,7 @@ def _suspected(
     """The ids of a shard's samples whose image is not what their caption says."""
     assert job.pairs is not None
     uri = storage.join(job.dataset_root, job.pairs.path)
-    model = PairModel.read(checked_bytes(uri, job.pairs.sha256))
+    model = PairModel.read(storage.read_bytes(uri, job.pairs.sha256))
     pairs = embedded_pairs(job.dataset_root, unit, computed, job.embeddings.identity.dim)
     ids = _embedded(job.dataset_root, unit)["sample_id"]
     return ids.filter(model.suspected(pairs, max_deviations))

@@ -25,7 +25,6 @@ from pipelines.embed import (
     ROWS_SCHEMA,
     EmbeddedShard,
     EmbedTask,
-    checked_bytes,
     publish_file,
     read_embeddings,
     read_rows,
@@ -75,7 +74,7 @@ def stored(folder: Path) -> Stored:
         return folder / "datasets" / "small" / relative
 
     def shard_bytes() -> bytes:
-        return checked_bytes(storage.join(root, shard.path), shard.sha256)
+        return storage.read_bytes(storage.join(root, shard.path), shard.sha256)
 
     return Stored(
         dataset,
@@ -83,7 +82,7 @@ def stored(folder: Path) -> Stored:
             "shard": (path(shard.path), shard_bytes),
             "ledger": (
                 path(ledger.path),
-                lambda: checked_bytes(storage.join(root, ledger.path), ledger.sha256),
+                lambda: storage.read_bytes(storage.join(root, ledger.path), ledger.sha256),
             ),
             "manifest": (
                 path(f"{manifest.version}/manifest.json"),
