@@ -185,7 +185,7 @@ def test_a_marker_of_embeddings_that_is_not_whole_counts_as_not_written(
     shard = made.dataset.manifest.shards[0]
     unit = latest_embeddings(made.dataset.root).units[0]
     identity: Any = type("Identity", (), {"key": "m" * 64})
-    task = EmbedTask(made.dataset.root, identity, "", 1, 1, 1, 1.0)
+    task = EmbedTask(made.dataset.root, identity, "", 1, 1, 1, 1.0, 1.0)
     storage.write_json(task.marker_uri(shard.sha256), asdict(unit))
     assert task.read_marker(shard) == unit
     data = damage if isinstance(damage, bytes) else b""
