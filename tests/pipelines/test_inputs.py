@@ -159,8 +159,11 @@ def test_a_file_is_read_again_only_when_it_was_written(
     monkeypatch.setattr(pipelines.inputs, "READ_AGAIN_BYTES", 0)
     uri, memory = f"{store_uri}/in/a.parquet", f"{store_uri}/work/inputs"
     storage.upload(parquet(tmp_path / "a.parquet", 10), uri)
-    find_inputs(config(uri), memory)
-    assert not list(storage.list_objects(memory))  # too fresh to note
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("infra.storage.LOCAL_CLOCK_NS", 10**18)
+        patch.setattr("infra.storage_s3.CLOCK_SECONDS", 1e9)
+        find_inputs(config(uri), memory)
+        assert not list(storage.list_objects(memory))  # too fresh to note
     time.sleep(2.5 if uri.startswith("s3:") else 0.1)
     first = find_inputs(config(uri), memory)
     with pytest.MonkeyPatch.context() as patch:
