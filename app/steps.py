@@ -183,7 +183,8 @@ def _mend(session: Session, step: StepStatus, name: str, plan: CurationPlan) -> 
     fetch = _reaching(session, name, plan.build.config).fetch
     try:
         environment = session.place.environment
-        result = repair(uri, session.spark, session.bars(step), environment, fetch)
+        bars, tars = session.bars(step), plan.build.tars
+        result = repair(uri, session.spark, bars, environment, fetch, tars)
     except (CannotRepair, storage.ObjectMissing, storage.DigestMismatch) as error:
         session.out.say(f"{name}: {error}")
         return None

@@ -103,7 +103,8 @@ _NAMES: dict[type[Any], str] = {
 class Build(Workspace):
     """One build; travels to the workers. ``environment`` is set in every task.
 
-    ``base_key`` is the key that it has while nothing is taken down.
+    ``base_key`` is the key that it has while nothing is taken down. ``tars``: where images lie that
+    are not on the web, name -> address, see ``tar_samples``.
     """
 
     dataset_root: str
@@ -111,6 +112,7 @@ class Build(Workspace):
     config: CurationConfig
     num_partitions: int
     base_key: str = ""
+    tars: Mapping[str, str] = field(default_factory=dict)
     tombstones: Tombstones = field(default_factory=Tombstones)
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -182,6 +184,8 @@ class Build(Workspace):
         """Say which version came out, and drop the images: the shards have them now."""
         number = _number(self.retry_uri, "round")
         result = {"version": version, "round": number, "base_key": self.base_key}
+        if self.tars:  # a repair looks for the images there
+            result["tars"] = dict(self.tars)
         storage.write_json(self.result_uri, result)
         self.forget("images")
         self.forget("failures")

@@ -10,23 +10,26 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from infra import storage
+from infra.tar_stream import find_header
 from pipelines.columns import Layout
 from pipelines.config import CurationConfig
-from pipelines.inputs import check_inputs, read_range
+from pipelines.inputs import check_inputs, is_tar, one_line_tar, read_range
 from pipelines.json_lines import read_lines
 from pipelines.parquet import ROWS_PER_BATCH, open_parquet
 from pipelines.sources import SOURCE_FORMATS
+from pipelines.tar_samples import samples_in, table_of, tar_name
 
 STRETCH_BYTES = 4 << 20
 _LINE_BYTES = 1 << 20
+_SAMPLE_BYTES = 4 << 20  # in so many bytes of a tar a sample begins
 _THREADS = 8
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A row group, or a stretch of a jsonl file from byte ``start`` to byte ``end``.
+    """A row group, or a stretch of a jsonl file or tar from byte ``start`` to byte ``end``.
 
-    A stretch's ``num_records`` are reckoned from the length of the file's first lines.
+    A stretch's ``num_records`` are reckoned from the length of the file's first lines or samples.
     """
 
     uri: str
@@ -49,8 +52,9 @@ def metadata_clusters(config: CurationConfig) -> list[Cluster]:
 
     def clusters(item: tuple[str, Layout]) -> list[Cluster]:
         uri, layout = item
-        if SOURCE_FORMATS[layout.format].container == "jsonl":
-            return _stretches(uri, layout)
+        container = SOURCE_FORMATS[layout.format].container
+        if container != "parquet":
+            return _stretches(uri, layout, in_tar=container == "tar")
         with open_parquet(uri) as parquet:
             groups = parquet.metadata
             return [
@@ -68,7 +72,10 @@ def draw_records(cluster: Cluster, most: int, rng: np.random.Generator) -> tuple
     Memory: one batch and what is drawn, however large the row group.
     """
     if cluster.end:
-        table = read_lines(_whole_lines(cluster), cluster.layout.columns)
+        if is_tar(cluster.uri):
+            table = _whole_samples(cluster)
+        else:
+            table = read_lines(_whole_lines(cluster), cluster.layout.columns)
         return table.take(_chosen(table.num_rows, most, rng)), table.num_rows
     chosen = _chosen(cluster.num_records, most, rng)
     drawn: list[pa.Table] = []
@@ -92,14 +99,19 @@ def _chosen(num_rows: int, most: int, rng: np.random.Generator) -> npt.NDArray[n
     return np.sort(rng.choice(num_rows, most, replace=False)).astype(np.int64)
 
 
-def _stretches(uri: str, layout: Layout) -> list[Cluster]:
+def _stretches(uri: str, layout: Layout, *, in_tar: bool) -> list[Cluster]:
     num_bytes = storage.stat(uri).num_bytes
     head = read_range(uri, 0, min(num_bytes, STRETCH_BYTES))
-    lines_per_byte = max(head.count(b"\n"), 1) / len(head)
+    if in_tar:
+        with one_line_tar(uri):
+            num_records = sum(1 for _ in samples_in([head], 0, tar_name(uri)))
+    else:
+        num_records = head.count(b"\n")
+    records_per_byte = max(num_records, 1) / len(head)
     ends = [*range(STRETCH_BYTES, num_bytes, STRETCH_BYTES), num_bytes]
     starts = [0, *ends[:-1]]
     return [
-        Cluster(uri, layout, max(round((end - start) * lines_per_byte), 1), 0, start, end)
+        Cluster(uri, layout, max(round((end - start) * records_per_byte), 1), 0, start, end)
         for start, end in zip(starts, ends, strict=True)
     ]
 
@@ -112,3 +124,18 @@ def _whole_lines(cluster: Cluster) -> bytes:
     begin = 0 if cluster.start == 0 else data.find(b"\n") + 1
     end = data.find(b"\n", cluster.end - before - 1) + 1 or len(data)
     return data[begin:end]
+
+
+def _whole_samples(cluster: Cluster) -> pa.Table:
+    """The samples that begin within the stretch; one that ends far behind it may be cut."""
+    uri, name = cluster.uri, tar_name(cluster.uri)
+    num_bytes = storage.stat(uri).num_bytes
+    # A sample's first member is known by the one before it.
+    before = max(cluster.start - _SAMPLE_BYTES, 0)
+    data = read_range(uri, before, min(cluster.end + _SAMPLE_BYTES, num_bytes))
+    skipped = find_header(data) if before else 0
+    with one_line_tar(uri):
+        pieces = [] if skipped is None else [data[skipped:]]
+        found = samples_in(pieces, before + (skipped or 0), name)
+        own = [each for each in found if cluster.start <= each.start < cluster.end]
+    return table_of(own, name, cluster.layout.columns)

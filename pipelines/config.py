@@ -28,6 +28,8 @@ FormatName = Literal[
     "journeydb",
     "pick-a-pic",
     "hpd-v2",
+    "text-to-image-2m",
+    "webdataset",
 ]
 Side = Annotated[int, Field(ge=8, le=8192)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -269,7 +271,7 @@ class CurationConfig(StrictModel):
     """One dataset: which rows, which images, stored how."""
 
     metadata: list[str] = operational(
-        description="the set's parquet or jsonl files: s3:// or file:// URIs, paths, or globs",
+        description="the set's parquet, jsonl or tar files: s3:// or file:// URIs, paths, or globs",
         min_length=1,
     )
     format: FormatName | None = semantic(

@@ -82,7 +82,7 @@ def estimate_curation(
     sample = sample_metadata(config, tombstones)
     told = told_by_dataset(dataset_root, same_url=config.duplicates.same_url)
     asked = told
-    if (told is None or not told.num_asked) and store_uri is not None:
+    if (told is None or not told.num_asked) and store_uri is not None and sample.on_web:
         asked = told_by_others(store_uri, dataset_root)
     return _reckoned(config, sample, told, _yield_of(config, sample, told, asked))
 
@@ -154,14 +154,16 @@ def _reckoned(
         hours=core_hours / num_cores,
         num_cores=num_cores,
         cost=None if price is None else core_hours * price,
-        notes=_notes(config, found),
+        notes=_notes(config, sample, found),
     )
 
 
-def _notes(config: CurationConfig, found: _Yield) -> tuple[str, ...]:
+def _notes(config: CurationConfig, sample: MetadataSample, found: _Yield) -> tuple[str, ...]:
     """What the figures leave out."""
     notes = []
-    if found.success is None:
+    if not sample.on_web:
+        notes.append("all images lie in tars: no link rots, and nothing is asked of the web")
+    elif found.success is None:
         notes.append(
             "link rot is not known: curate one metadata file first, or begin and stop, and it "
             "will be; or set estimate.fetch_success_ratio"

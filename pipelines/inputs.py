@@ -5,38 +5,40 @@ A file is read in batches, so that a task's memory does not depend on how large 
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any, Literal
-from urllib.parse import unquote
 
 import polars as pl
+import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
 from infra import storage
 from infra.digests import sha256_bytes
 from infra.errors import UserError
 from infra.progress import Progress, Silent, progress
+from infra.tar_stream import BadTar
 from pipelines.captions import CAPTION_COLUMNS, canonical_captions, check_caption_schema
 from pipelines.columns import Layout, RawRows, layout_of, records_that_may_stay
 from pipelines.config import CurationConfig
+from pipelines.input_patterns import uris_behind
 from pipelines.json_lines import MAX_LINE_BYTES, BlockCutter, columns_of, read_lines
 from pipelines.parquet import open_parquet, parquet_batches
 from pipelines.sources import SOURCE_FORMATS
+from pipelines.tar_samples import SampleCutter, samples_in, table_of, tables_of, tar_name
 
 Kind = Literal["metadata", "captions"]
 
 # Row groups are read by one Spark task up to this many rows.
 ROWS_PER_UNIT = 500_000
 _THREADS = 8
-_GLOB = frozenset("*?[")
 _READ_BYTES = 1 << 20
+_PIECE_BYTES = 4 << 20
+_SAMPLES_LOOKED_AT = 16  # for the columns of a tar
 _MB = 1_000_000
 _SHOWN_FROM_BYTES = 1_000 * _MB
 # Less than this is always read again: that costs seconds, and what is behind a server's back, it
@@ -48,7 +50,8 @@ READ_AGAIN_BYTES = 2_000 * _MB
 class InputFile:
     """A file as it was when planned. ``row_groups`` are their record counts.
 
-    A jsonl file's row groups are blocks of lines; ``offsets`` says where they begin, and the end.
+    A jsonl file's row groups are blocks of lines, a tar's are blocks of samples; ``offsets`` says
+    where they begin, and the end.
     """
 
     kind: Kind
@@ -150,8 +153,8 @@ class _Memory:
 
 def check_inputs(config: CurationConfig) -> list[tuple[Kind, str, Layout | None]]:
     """Kind, address and layout of every file, from schemas alone; caption files have no layout."""
-    found: list[tuple[Kind, str]] = [("metadata", uri) for uri in _resolve(config.metadata)]
-    found += [("captions", uri) for uri in _resolve(config.captions.files)]
+    found: list[tuple[Kind, str]] = [("metadata", uri) for uri in uris_behind(config.metadata)]
+    found += [("captions", uri) for uri in uris_behind(config.captions.files)]
 
     def check(item: tuple[Kind, str]) -> tuple[Kind, str, Layout | None]:
         kind, uri = item
@@ -164,7 +167,20 @@ def check_inputs(config: CurationConfig) -> list[tuple[Kind, str, Layout | None]
     with ThreadPoolExecutor(_THREADS) as pool:
         checked = list(pool.map(check, found))
     _refuse_two_scales(checked)
+    _refuse_one_name(uri for kind, uri, _ in checked if kind == "metadata" and is_tar(uri))
     return checked
+
+
+def _refuse_one_name(tars: Iterable[str]) -> None:
+    """Images of two tars would have the same addresses."""
+    first: dict[str, str] = {}
+    for uri in tars:
+        if (other := first.setdefault(tar_name(uri), uri)) != uri:
+            raise UserError(
+                expected="tars that differ in their own name or their folder's",
+                got=f"{other} and {uri}",
+                remedy="rename one of the folders, or make a dataset of each",
+            )
 
 
 def _refuse_two_scales(checked: Sequence[tuple[Kind, str, Layout | None]]) -> None:
@@ -182,36 +198,50 @@ def _refuse_two_scales(checked: Sequence[tuple[Kind, str, Layout | None]]) -> No
 
 
 def read_layout(uri: str, config: CurationConfig) -> Layout:
-    """How a metadata file spells the canonical columns, from its footer or its first line."""
-    if uri.endswith(".tar"):
-        raise UserError(
-            expected=f"parquet or jsonl with the images' addresses at {uri}",
-            got="a tar: sets with their images inside (text-to-image-2M) are not read",
-            remedy="serve its images over HTTP and list them in jsonl: img_path, prompt and "
-            '{"Task2": {"Caption"}} with `image_base_url`, as JourneyDB does',
-        )
+    """How a metadata file spells the canonical columns, from its footer, first line or samples."""
+    if is_tar(uri):
+        with one_line_tar(uri):
+            found = islice(samples_in(_head_of(uri), 0, tar_name(uri)), _SAMPLES_LOOKED_AT)
+            samples = list(found)
+            if not samples:
+                raise BadTar("no sample")
+        names = dict.fromkeys(name for sample in samples for name in sample.record())
+        table = table_of(samples, tar_name(uri), list(names))
+        return layout_of(table.schema, config, uri, "tar")
     if not _is_jsonl(uri):
         with open_parquet(uri) as parquet:
             return layout_of(parquet.schema_arrow, config, uri)
-    with storage.open_stream(uri) as stream:
-        head = bytearray()
-        while b"\n" not in head and len(head) < MAX_LINE_BYTES:
-            if not (chunk := stream.read(_READ_BYTES)):
-                break
-            head += chunk
+    head = bytearray()
+    for chunk in _head_of(uri):
+        head += chunk
+        if b"\n" in head:
+            break
     columns = columns_of(bytes(head), uri)
     line = read_lines(bytes(head).partition(b"\n")[0], columns)
     return layout_of(line.schema, config, uri, "jsonl")
 
 
+def _head_of(uri: str) -> Iterator[bytes]:
+    """The file's first bytes, in pieces: ``MAX_LINE_BYTES`` and at most a piece more."""
+    with storage.open_stream(uri) as stream:
+        num_bytes = 0
+        while num_bytes < MAX_LINE_BYTES and (chunk := stream.read(_READ_BYTES)):
+            num_bytes += len(chunk)
+            yield chunk
+
+
 def units_of(files: Sequence[InputFile]) -> list[Unit]:
-    """Split the files into units of whole row groups of about ``ROWS_PER_UNIT`` rows."""
+    """Split the files into units of whole row groups of about ``ROWS_PER_UNIT`` rows.
+
+    A block of a tar is a unit: its rows are few, and its images must be read past.
+    """
     units: list[Unit] = []
     for file in files:
         group: list[int] = []
         num_rows = 0
+        most = 0 if is_tar(file.uri) else ROWS_PER_UNIT
         for index, group_rows in enumerate(file.row_groups):
-            if group and num_rows + group_rows > ROWS_PER_UNIT:
+            if group and num_rows + group_rows > most:
                 units.append(Unit(len(units), file, tuple(group)))
                 group, num_rows = [], 0
             group.append(index)
@@ -229,6 +259,11 @@ def metadata_batches(
     ``without_rejected``: of records that a filter rejects, as many are left out as costs nothing.
     """
     layout = read_layout(unit.file.uri, config)
+    if is_tar(unit.file.uri):
+        for block in unit.row_groups:
+            for table in _samples_of_block(unit.file, block, layout.columns):
+                yield table, layout
+        return
     if unit.file.offsets:
         for block in unit.row_groups:
             start, end = unit.file.offsets[block : block + 2]
@@ -238,6 +273,19 @@ def metadata_batches(
     where = records_that_may_stay(layout, config.filters) if without_rejected else None
     for table in parquet_batches(unit.file.uri, unit.row_groups, layout.columns, where):
         yield table, layout
+
+
+def _samples_of_block(file: InputFile, block: int, columns: list[str]) -> Iterator[pa.Table]:
+    start, end = file.offsets[block : block + 2]
+    name = tar_name(file.uri)
+    with one_line_tar(file.uri):
+        samples = samples_in(read_pieces(file.uri, start, end), start, name)
+        num_rows = 0
+        for table in tables_of(samples, name, columns):
+            num_rows += table.num_rows
+            yield table
+        if num_rows != file.row_groups[block]:
+            raise BadTar("another file than it was when the build began")
 
 
 def read_captions(unit: Unit, config: CurationConfig) -> Iterator[pl.DataFrame]:
@@ -250,9 +298,40 @@ def read_captions(unit: Unit, config: CurationConfig) -> Iterator[pl.DataFrame]:
 
 def read_range(uri: str, start: int, end: int) -> bytes:
     """The file's bytes from ``start`` up to ``end``."""
+    return b"".join(read_pieces(uri, start, end))
+
+
+def read_pieces(uri: str, start: int, end: int) -> Iterator[bytes]:
+    """The same, piece by piece; raises ``ObjectMissing``."""
+    storage.stat(uri)
     filesystem, path = storage.arrow_filesystem(uri)
     with filesystem.open_input_file(path) as file:
-        return bytes(file.read_at(end - start, start))
+        for at in range(start, end, _PIECE_BYTES):
+            yield bytes(file.read_at(min(_PIECE_BYTES, end - at), at))
+
+
+@contextmanager
+def one_line_tar(uri: str) -> Iterator[None]:
+    """What is wrong with a tar as one line that names it."""
+    try:
+        yield
+    except BadTar as error:
+        raise UserError(
+            expected=f"a whole WebDataset tar at {uri}: images, .json and .txt, those of a sample "
+            "beside each other",
+            got=str(error),
+            remedy="copy it again, or take it out of the recipe",
+        ) from error
+
+
+def is_tar(uri: str) -> bool:
+    """Whether an input holds its images."""
+    return uri.endswith(".tar")
+
+
+def tars_of(files: Sequence[InputFile]) -> dict[str, str]:
+    """The address of every tar, by the name that its images' addresses have for it."""
+    return {tar_name(file.uri): file.uri for file in files if is_tar(file.uri)}
 
 
 def _is_jsonl(uri: str) -> bool:
@@ -260,8 +339,7 @@ def _is_jsonl(uri: str) -> bool:
 
 
 def _digested(kind: Kind, uri: str, rows_per_record: int, bar: Progress) -> InputFile:
-    is_jsonl = kind == "metadata" and _is_jsonl(uri)
-    cutter = BlockCutter()
+    cutter = _cutter(kind, uri)
     digest = hashlib.sha256()
     num_bytes = 0
     with storage.open_stream(uri) as stream:
@@ -269,11 +347,14 @@ def _digested(kind: Kind, uri: str, rows_per_record: int, bar: Progress) -> Inpu
             digest.update(chunk)
             bar.advance((num_bytes + len(chunk)) // _MB - num_bytes // _MB)
             num_bytes += len(chunk)
-            if is_jsonl:
-                _feed(cutter, chunk, uri)
-    cutter.finish()
-    row_groups, offsets = tuple(cutter.num_rows), tuple(cutter.offsets)
-    if not is_jsonl:
+            if cutter is not None:
+                with _one_line(uri):
+                    cutter.feed(chunk)
+    if cutter is not None:
+        with _one_line(uri):
+            cutter.finish()
+        row_groups, offsets = tuple(cutter.num_rows), tuple(cutter.offsets)
+    else:
         with open_parquet(uri) as parquet:
             metadata = parquet.metadata
             counts = range(metadata.num_row_groups)
@@ -282,51 +363,18 @@ def _digested(kind: Kind, uri: str, rows_per_record: int, bar: Progress) -> Inpu
     return InputFile(kind, uri, num_bytes, digest.hexdigest(), row_groups, rows_per_record, offsets)
 
 
-def _feed(cutter: BlockCutter, chunk: bytes, uri: str) -> None:
+def _cutter(kind: Kind, uri: str) -> BlockCutter | SampleCutter | None:
+    if kind == "metadata" and is_tar(uri):
+        return SampleCutter()
+    return BlockCutter() if kind == "metadata" and _is_jsonl(uri) else None
+
+
+@contextmanager
+def _one_line(uri: str) -> Iterator[None]:
     try:
-        cutter.feed(chunk)
+        with one_line_tar(uri):
+            yield
     except ValueError as error:
         raise UserError(
             expected=f"one JSON record a line in {uri}", got=str(error), remedy="split its records"
         ) from error
-
-
-def _resolve(patterns: Sequence[str]) -> list[str]:
-    """The URIs behind URIs, paths, folders and globs, each once."""
-    uris: dict[str, None] = {}
-    for pattern in patterns:
-        matches = _matches(pattern)
-        if not matches:
-            raise UserError(
-                expected=f"at least one parquet file at {pattern}",
-                got="none",
-                remedy="check the path; a folder stands for the *.parquet files in it",
-            )
-        uris.update(dict.fromkeys(matches))
-    return list(uris)
-
-
-def _matches(pattern: str) -> list[str]:
-    if pattern.startswith("s3://"):
-        return _matches_on_s3(pattern)
-    if "://" in pattern and not pattern.startswith("file:///"):
-        raise UserError(
-            expected="s3://bucket/key, file:///path or a path", got=pattern, remedy="mind the //"
-        )
-    path = unquote(pattern[len("file://") :]) if pattern.startswith("file://") else pattern
-    if Path(path).is_dir():
-        path = str(Path(path) / "*.parquet")
-    if not _GLOB & set(path) or Path(path).exists():
-        return [storage.file_uri(path)] if Path(path).exists() else []
-    return [storage.file_uri(match) for match in sorted(glob.glob(path, recursive=True))]
-
-
-def _matches_on_s3(pattern: str) -> list[str]:
-    if not _GLOB & set(pattern):
-        if storage.exists(pattern):
-            return [pattern]
-        pattern = pattern.rstrip("/") + "/*.parquet"
-    folder = pattern[: min(pattern.index(sign) for sign in _GLOB if sign in pattern)]
-    folder = folder.rpartition("/")[0]
-    listed = (info.uri for info in storage.list_objects(folder))
-    return [uri for uri in listed if fnmatch.fnmatchcase(uri, pattern)]

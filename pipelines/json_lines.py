@@ -65,7 +65,7 @@ def columns_of(head: bytes, file: str) -> list[str]:
             got="one array",
             remedy="turn it into lines: jq -c '.[]'",
         )
-    columns = list(_flat(line))
+    columns = list(flat_record(line))
     if not columns:
         raise UserError(
             expected=f"one JSON record a line in {file}",
@@ -78,7 +78,7 @@ def columns_of(head: bytes, file: str) -> list[str]:
 def read_lines(data: bytes, columns: list[str]) -> pa.Table:
     """``columns`` of every line; a line that is no record is a row of nulls."""
     lines = data.removesuffix(b"\n").split(b"\n")
-    records = [_flat(line) for line in lines]
+    records = [flat_record(line) for line in lines]
     return pa.table({name: _column([record.get(name) for record in records]) for name in columns})
 
 
@@ -92,7 +92,7 @@ def _column(values: list[Any]) -> pa.Array:
     return pa.array([v if isinstance(v, str) else None for v in values], pa.string())
 
 
-def _flat(line: bytes) -> dict[str, Any]:
+def flat_record(line: bytes) -> dict[str, Any]:
     """A record with the fields of its objects as ``outer.inner`` and of its pairs as ``name_0``."""
     try:
         record = json.loads(line)

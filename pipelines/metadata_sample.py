@@ -30,6 +30,7 @@ from pipelines.config import CurationConfig
 from pipelines.decontaminate import CONTAMINATED
 from pipelines.filters import first_reason, metadata_filters, unknown_kept
 from pipelines.foreseen import BY_METADATA
+from pipelines.inputs import is_tar
 from pipelines.read_rows import without_removed
 from pipelines.sources import SOURCE_FORMATS
 from pipelines.tombstones import Tombstones
@@ -54,7 +55,8 @@ class MetadataSample:
 
     ``to_fetch`` is what is left, ``unknown``: policy and value -> share of it all; ``copies``: the
     share of ``to_fetch`` that has the row or URL of another, counted where every row was read.
-    ``pixels``: of a stored image on average, None where no size is known.
+    ``pixels``: of a stored image on average, None where no size is known. ``on_web``: whether any
+    image is; others lie in tars.
     """
 
     rows_in: int
@@ -66,6 +68,7 @@ class MetadataSample:
     to_fetch: Share
     copies: float | None
     pixels: float | None
+    on_web: bool
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ def sample_metadata(config: CurationConfig, tombstones: Tombstones) -> MetadataS
         to_fetch=share([len(found.keys) for found in judged]),
         copies=_copies(judged) if is_whole else None,
         pixels=_mean_pixels(judged, is_census),
+        on_web=not all(is_tar(cluster.uri) for cluster in clusters),
     )
 
 

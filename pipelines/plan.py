@@ -18,7 +18,7 @@ from pipelines.clip_model import as_uri
 from pipelines.config import CurationConfig
 from pipelines.decontaminate import decontamination_part
 from pipelines.image_checks import checks_part
-from pipelines.inputs import READ_AGAIN_BYTES, InputFile, Unit, find_inputs, units_of
+from pipelines.inputs import READ_AGAIN_BYTES, InputFile, Unit, find_inputs, tars_of, units_of
 from pipelines.references import references_part
 from pipelines.tombstones import Tombstones, load_tombstones, read_block_lists
 from pipelines.workspace import noted_version
@@ -166,6 +166,7 @@ def _build(
         config=config,
         num_partitions=config.partitions or automatic,
         base_key=base_key,
+        tars=tars_of(inputs),
         tombstones=tombstones | blocked,
     )
 

@@ -27,9 +27,11 @@ from pipelines.columns import (
     sample_ids,
 )
 from pipelines.config import CurationConfig
-from pipelines.filters import first_reason, metadata_filters, unknown_kept
+from pipelines.filters import Filter, first_reason, metadata_filters, unknown_kept
 from pipelines.inputs import Unit, metadata_batches, read_captions
 from pipelines.ledger import REJECTED, LedgerFile
+from pipelines.sources import SOURCE_FORMATS
+from pipelines.tar_samples import SCHEME
 from pipelines.tombstones import TAKEDOWN, Tombstones
 
 # What travels: rows, long captions (``is_caption``) and one empty seed per slot (no ``url``).
@@ -120,10 +122,18 @@ def judged_batches(
 
     ``without_rejected``: many of those with a reason are not even read; see ``metadata_batches``.
     """
-    reason = first_reason(metadata_filters(config.filters))
     batches = metadata_batches(unit, config, without_rejected=without_rejected)
     for table, layout in batches:
+        reason = first_reason(_row_filters(layout, config))
         yield table, layout, canonical_rows(table, layout, config.source).with_columns(reason)
+
+
+def _row_filters(layout: Layout, config: CurationConfig) -> list[Filter]:
+    """The metadata filters; and only rows that lie in a tar may have an address inside one."""
+    found = metadata_filters(config.filters)
+    if SOURCE_FORMATS[layout.format].container != "tar":
+        found.append(Filter(pl.col("url").str.starts_with(SCHEME), "scheme"))
+    return found
 
 
 def without_removed(rows: pl.DataFrame, tombstones: Tombstones) -> pl.DataFrame:

@@ -59,11 +59,14 @@ def repair(
     bars: Bars,
     environment: Mapping[str, str] | None = None,
     fetch: FetchConfig | None = None,
+    tars: Mapping[str, str] | None = None,
 ) -> RepairResult:
     """Read every byte, and make what is damaged again. Killed at any moment, another call goes on.
 
-    ``fetch``: how the web is reached; None: as the version's recipe says. Raises ``CannotRepair``
-    for a damaged ledger, and ``DigestMismatch`` or ``ObjectMissing`` for a damaged manifest.
+    ``fetch``: how the web is reached; None: as the version's recipe says. ``tars``: where images
+    lie that are not on the web, by name; others lie where they did when they were curated. Raises
+    ``CannotRepair`` for a damaged ledger, and ``DigestMismatch`` or ``ObjectMissing`` for a damaged
+    manifest.
     """
     with applied(environment or {}):
         root, manifest = dataset_root(manifest_uri), load_manifest(manifest_uri)
@@ -72,7 +75,10 @@ def repair(
             return RepairResult(manifest_uri, manifest.version, [], [], 0)
         others = _others(root, manifest)
         config = _config(manifest, fetch)
-        job = RepairJob(root, manifest, damaged, others, config, dict(environment or {}))
+        known_tars = {**_noted_tars(root), **(tars or {})}
+        job = RepairJob(
+            root, manifest, damaged, others, config, known_tars, dict(environment or {})
+        )
         with Lease(storage.join(job.folder, "mending", "lease.json"), "repair"):
             refuse_while_removing(root)
             _mend(job, spark, bars)
@@ -130,6 +136,23 @@ def _config(manifest: DatasetManifest, fetch: FetchConfig | None) -> CurationCon
     return config if fetch is None else config.model_copy(update={"fetch": fetch})
 
 
+def _noted_tars(root: str) -> dict[str, str]:
+    """Where the builds of this dataset found their tars. What is read there has to be proven."""
+    found: dict[str, str] = {}
+    for result in _results(root).values():
+        noted = result.get("tars")
+        found |= noted if isinstance(noted, dict) else {}
+    return found
+
+
+def _results(root: str) -> dict[str, dict[str, Any]]:
+    """Address -> content of what finished builds left."""
+    listed = list(storage.list_objects(storage.join(root, "work")))
+    uris = [info.uri for info in listed if info.uri.endswith("/result.json")]
+    read = {uri: storage.read_json(uri) for uri in uris}
+    return {uri: result for uri, result in read.items() if isinstance(result, dict)}
+
+
 def _mend(job: RepairJob, spark: Callable[[], SparkSession], bars: Bars) -> None:
     """Gather and write what is not done yet; what was given up before is tried again."""
     if storage.exists(_done_uri(job)):
@@ -178,9 +201,6 @@ def _verified(manifest_uri: str) -> None:
 
 def point_builds(root: str, old: str, new: str) -> None:
     """Builds whose result was the version ``old`` are found done, with ``new``."""
-    for info in list(storage.list_objects(storage.join(root, "work"))):
-        if not info.uri.endswith("/result.json"):
-            continue
-        result: Any = storage.read_json(info.uri)
-        if isinstance(result, dict) and result.get("version") == old:
-            storage.write_json(info.uri, {**result, "version": new})
+    for uri, result in _results(root).items():
+        if result.get("version") == old:
+            storage.write_json(uri, {**result, "version": new})

@@ -27,11 +27,11 @@ from infra.manifest import (
     FileEntry,
     ShardEntry,
 )
+from pipelines.bodies import ListedBodies
 from pipelines.build import StagedMarker
 from pipelines.config import CurationConfig, ShardConfig
 from pipelines.derive import Derivation, Members
 from pipelines.embed import publish_file
-from pipelines.fetch import shared_fetcher
 from pipelines.images import StoredImage
 from pipelines.ledger import COMMITTED
 from pipelines.outcomes import NotStored
@@ -68,7 +68,8 @@ class Mended:
 class RepairJob(Derivation):
     """The damaged shards of a version, by number; travels to the workers.
 
-    ``others``: ledger files of other versions, which may hold the same samples in other shards.
+    ``others``: ledger files of other versions, which may hold the same samples in other shards;
+    ``tars``: where images lie that are not on the web.
     """
 
     kind: ClassVar[str] = "repair"
@@ -78,6 +79,7 @@ class RepairJob(Derivation):
     damaged: tuple[int, ...]
     others: tuple[FileEntry, ...]
     config: CurationConfig
+    tars: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -323,15 +325,17 @@ class _Gathered:
         return {}
 
     def _fetch(self, keys: Iterable[str]) -> None:
-        """Ask the web for those of ``keys`` that were not asked for yet."""
+        """Ask the web, or the tars, for those of ``keys`` that were not asked for yet."""
         todo = [key for key in keys if key not in self._asked and self._texts(key)]
         self._asked.update(todo)
         config = self._job.config
-        fetcher = shared_fetcher(config.fetch)
-        with ThreadPoolExecutor(config.fetch.num_threads) as pool:
+        with (
+            ListedBodies(config.fetch, self._job.tars) as source,
+            ThreadPoolExecutor(config.fetch.num_threads) as pool,
+        ):
             for first in range(0, len(todo), config.fetch.num_threads):
                 some = todo[first : first + config.fetch.num_threads]
-                bodies = pool.map(lambda key: fetch_body(self._rows[key]["url"], fetcher), some)
+                bodies = pool.map(lambda key: fetch_body(self._rows[key]["url"], source), some)
                 for key, body in zip(some, bodies, strict=True):
                     members = None if isinstance(body, NotStored) else self._members(key, body)
                     if members is not None:

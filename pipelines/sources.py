@@ -14,8 +14,9 @@ from typing import Literal
 
 from infra.errors import UserError
 from pipelines.config import FormatName
+from pipelines.tar_samples import ADDRESS, HEIGHT, TEXT, WIDTH
 
-Container = Literal["parquet", "jsonl"]
+Container = Literal["parquet", "jsonl", "tar"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ _LAION_COLUMNS: dict[str, tuple[str, ...]] = {
     "watermark_prob": ("pwatermark",),
     "language": ("LANGUAGE",),
 }
+_INSIDE = {"url": (ADDRESS,), "width_px": (WIDTH,), "height_px": (HEIGHT,)}
 _V1, _V2 = ("v1", "aesthetic"), ("v2", "AESTHETIC_SCORE")
 _BLIP = "BLIP ViT-L/14, chosen by CLIP (LAION-COCO)"
 
@@ -207,6 +209,18 @@ SOURCE_FORMATS: dict[FormatName, SourceFormat] = {
         views=(_choice(0), _choice(1)),
         has_paths=True,
         container="jsonl",
+    ),
+    "text-to-image-2m": SourceFormat(
+        "text-to-image-2M: tars of images, each with a JSON that has its prompt",
+        frozenset({ADDRESS, "prompt"}),
+        {**_INSIDE, "caption": ("prompt",)},
+        container="tar",
+    ),
+    "webdataset": SourceFormat(
+        "any WebDataset of images and captions (.txt); of its JSON nothing is read",
+        frozenset({ADDRESS, TEXT}),
+        {**_INSIDE, "caption": (TEXT,)},
+        container="tar",
     ),
 }
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from infra.errors import UserError
 from infra.manifest import FileEntry
+from pipelines.bodies import Bodies, ListedBodies
 from pipelines.build import Build, PartMarker, StagedMarker
 from pipelines.caption_reasons import with_caption_reasons
 from pipelines.captions import CAPTION_COLUMNS, caption_counts, with_captions
@@ -28,7 +29,6 @@ from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import CurationConfig
 from pipelines.decoder import shared_decoder
 from pipelines.duplicates import row_duplicates
-from pipelines.fetch import Fetcher, shared_fetcher
 from pipelines.images import Bounds, Looks, StoredImage
 from pipelines.img2dataset_engine import outcomes_by_img2dataset
 from pipelines.ledger import FAILED, REJECTED, is_worth_a_retry
@@ -79,9 +79,9 @@ def stage_images(
         builds = [build, *lacking]
         rows = prepared_rows(pa.Table.from_batches(batches, TRAVEL_SCHEMA), build.config)
         rows = without_removed(rows, build.tombstones)
-        fetcher = shared_fetcher(build.config.fetch)
         trays = [Tray() for _ in builds if partition < NUM_PLACES]
-        fetched = fetch_rows(rows, [each.config for each in builds], fetcher, folder, trays)
+        with ListedBodies(build.config.fetch, build.tars) as bodies:
+            fetched = fetch_rows(rows, [each.config for each in builds], bodies, folder, trays)
         _check_network(fetched[0], build.config, partition)
         # The one whose partition this is comes last: until it is marked, all is done again.
         for number, each in reversed(list(enumerate(builds))):
@@ -112,8 +112,8 @@ def retry_images(build: Build, partition: int, round: int) -> None:
         todo = retried.drop(*OUTCOME_SCHEMA, "round").with_columns(
             pl.lit(None, dtype=pl.String).alias("reason")
         )
-        fetcher = shared_fetcher(build.config.fetch)
-        (again,) = fetch_rows(todo, [build.config], fetcher, folder)
+        with ListedBodies(build.config.fetch, build.tars) as bodies:
+            (again,) = fetch_rows(todo, [build.config], bodies, folder)
         again = without_removed_images(again, build.tombstones)
         again = again.with_columns(_round(round)).select(rows.columns)
         rows = pl.concat([rows.filter(~is_worth_a_retry()), again])
@@ -197,7 +197,7 @@ def images_path(folder: Path, number: int) -> Path:
 def fetch_rows(
     rows: pl.DataFrame,
     configs: Sequence[CurationConfig],
-    fetcher: Fetcher,
+    bodies: Bodies,
     folder: Path,
     trays: Sequence[Tray] = (),
 ) -> list[pl.DataFrame]:
@@ -220,7 +220,7 @@ def fetch_rows(
         recorded = rows["recorded_sha256"].to_list()
         todo = spread_by_host(rows)
         show = stack.enter_context(offering(rows, trays, configs[0]))
-        for index, found in _outcomes(todo, recorded, configs, fetcher, folder, show):
+        for index, found in _outcomes(todo, recorded, configs, bodies, folder, show):
             for number, outcome in enumerate(found):
                 outcomes[number][index] = outcome_columns(outcome, offsets[number])
                 if isinstance(outcome, StoredImage):
@@ -254,14 +254,14 @@ def _outcomes(
     todo: list[tuple[int, str]],
     recorded: list[str | None],
     configs: Sequence[CurationConfig],
-    fetcher: Fetcher,
+    bodies: Bodies,
     folder: Path,
     show: Show,
 ) -> Iterator[tuple[int, Sequence[StoredImage | NotStored]]]:
     """Outcomes as they come; at most ``num_threads`` bodies are under way or waiting."""
     first = configs[0]
     if first.fetch.engine == "img2dataset":
-        ended = outcomes_by_img2dataset(todo, first, bounds_of(first), fetcher.fetch, folder)
+        ended = outcomes_by_img2dataset(todo, first, bounds_of(first), bodies.fetch, folder)
         for index, outcome in ended:
             if isinstance(outcome, StoredImage):
                 outcome = _mismatch(outcome.sha256, recorded[index], first) or outcome
@@ -273,7 +273,7 @@ def _outcomes(
     with ThreadPoolExecutor(num_threads, thread_name_prefix="fetch") as pool:
 
         def submit(index: int, url: str) -> None:
-            pool.submit(lambda: arrived.put((index, fetch_body(url, fetcher))))
+            pool.submit(lambda: arrived.put((index, fetch_body(url, bodies))))
 
         for item in islice(remaining, num_threads):
             submit(*item)
@@ -289,10 +289,10 @@ def _outcomes(
                 yield index, images
 
 
-def fetch_body(url: str, fetcher: Fetcher) -> bytes | NotStored:
+def fetch_body(url: str, bodies: Bodies) -> bytes | NotStored:
     """What lies behind the URL, or how the row ended."""
     try:
-        return fetcher.fetch(url)
+        return bodies.fetch(url)
     except Exception as error:
         return not_stored(error)
 

@@ -265,12 +265,6 @@ def test_json_that_does_not_fit_is_one_line(tmp_path: Path, text: str, expected:
     assert "x.jsonl" in str(caught.value)
 
 
-def test_images_inside_a_tar_are_refused_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "data_000000.tar").write_bytes(bytes(10240))
-    with pytest.raises(UserError, match=r"got a tar: sets with their images inside .* are not"):
-        check_inputs(CurationConfig(metadata=[str(tmp_path / "data_000000.tar")]))
-
-
 def test_paths_need_an_address(tmp_path: Path) -> None:
     asked = lines(tmp_path / "j.jsonl", JOURNEY).model_copy(update={"image_base_url": None})
     with pytest.raises(UserError, match="`image_base_url` in the recipe"):

@@ -76,7 +76,7 @@ def test_bodies_in_memory_are_bounded_while_the_decoder_is_slow(
     monkeypatch.setattr("pipelines.decoder.Decoder.store", slow)
     config = CurationConfig.model_validate({"metadata": ["x"], "fetch": {"num_threads": 4}})
     urls = [f"http://a.example/{n}" for n in range(60)]
-    (rows,) = fetch_rows(frame(urls), [config], Network(), tmp_path)  # type: ignore[arg-type]
+    (rows,) = fetch_rows(frame(urls), [config], Network(), tmp_path)
     assert rows["url"].to_list() == urls
     assert set(rows["reason"]) == {"internal_error"}
     assert 4 <= most <= 5
