@@ -135,7 +135,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
             path, compression="snappy", row_group_size=ROWS_PER_FILE // 2
         )
         originals.append(path)
-    folders = []
+    folders: list[Path] = []
     for size in (WARM_UP_ROWS, *SIZES):
         folder = root / str(len(folders))
         folder.mkdir()
