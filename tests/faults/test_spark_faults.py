@@ -1,4 +1,4 @@
-"""A5, A6, A7, A8, B36: tasks that fail once or always, a disk that is too small, what else ends Spark."""
+"""A5, A6, A7, A8, B36: tasks that fail once or always, a full disk, what else ends Spark."""
 
 from __future__ import annotations
 
