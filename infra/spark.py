@@ -8,6 +8,7 @@ defaults, 9 with ours, 4 with the class archive that ``python -m infra.spark_arc
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import re
 import secrets
@@ -94,9 +95,15 @@ def _launch_jvm(java: Java, cluster: ClusterConfig, log: Path) -> Any:
     settings.set("spark.driver.extraJavaOptions", " ".join(options))
     settings.set("spark.ui.enabled", "false")
     jvm_starts()
+    logging.getLogger().addFilter(_is_ours)
     with open(log, "ab") as output:
         launch: Any = java_gateway.launch_gateway
         return launch(settings, {"stdout": output, "stderr": output})
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """py4j logs a trace of its own, past all loggers, when a signal interrupts it."""
+    return "py4j" not in Path(record.pathname).parts
 
 
 def _settings(app_name: str, cluster: ClusterConfig, environment: Mapping[str, str]) -> SparkConf:

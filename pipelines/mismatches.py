@@ -157,8 +157,8 @@ def learn(pairs: Pairs, config: MismatchConfig) -> PairModel:
         told = told.with_columns(
             pl.Series("cosine", _cosines(vectors, centroids, told["row"], told["k"]))
         )
-        near_half = pl.col("cosine") >= pl.col("cosine").median().over("k")
-        is_near = told.select(near_half).to_series().to_numpy()
+        middle = pl.col("cosine").median().over("k")
+        is_near = told.select(pl.col("cosine") >= middle).to_series().to_numpy()
     near, nearest = (
         pl.col("cosine").cast(pl.Float64).quantile(share, "linear") for share in (_NEAR, _NEAREST)
     )

@@ -9,9 +9,10 @@ Ours is the code of the reading task inside Spark tasks: for *rewrite* the way i
 ledger is written already, for *account* the whole task, with its slots, its own ledger and markers.
 Polars streams on the same two cores, with the same sha256 from polars-hash, and pushes its filters
 into the scan. Spark SQL is plain DataFrame code with its own sha2, in the same session: two tasks
-at once, its vectorised reader, a heap of 4 GiB; it reads once for the kept rows and once for the
-ledger. Everyone writes the same columns of the same types, snappy for what stays and zstd for the
-ledger, and what they wrote is compared.
+at once, its vectorised reader, a heap of 4 GiB, the JVM's own compiler settings; it reads once for
+the kept rows and once for the ledger. Everyone writes the same columns of the same types, snappy
+for what stays and zstd for the ledger, and what they wrote is compared. Give pytest a `--basetemp`
+in memory where disks are slow: all three write gigabytes.
 
 A rate is the slope between two sizes, so that starting up costs nobody anything; planning, which
 digests the inputs once, is not part of ours. The three take turns at each size, and a ratio of CPU
@@ -135,7 +136,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
             path, compression="snappy", row_group_size=ROWS_PER_FILE // 2
         )
         originals.append(path)
-    folders = []
+    folders: list[Path] = []
     for size in (WARM_UP_ROWS, *SIZES):
         folder = root / str(len(folders))
         folder.mkdir()
@@ -150,7 +151,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATELIER_HOME", str(tmp_path_factory.mktemp("home")))
-        session = spark_session("benchmark", ClusterConfig(spark_driver_memory_mb=HEAP_MB), {})
+        # Our default options start fast and compile little; Spark SQL gets the JVM's own.
+        cluster = ClusterConfig(spark_driver_memory_mb=HEAP_MB, spark_java_options="")
+        session = spark_session("benchmark", cluster, {})
         yield session
         stop_spark(session)
 

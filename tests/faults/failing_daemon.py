@@ -32,5 +32,5 @@ def failing_task(workspace: Workspace, name: str) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    Workspace.task = failing_task  # type: ignore[method-assign]
+    Workspace.task = failing_task  # type: ignore[method-assign, assignment]
     daemon.manager()

@@ -41,7 +41,7 @@ def head() -> tuple[Any, tuple[int, int, int, int]]:
 
 
 def planted(
-    head: Any, box: tuple[int, ...], kind: str, rng: np.random.Generator
+    head: Any, box: tuple[int, int, int, int], kind: str, rng: np.random.Generator
 ) -> tuple[Any, tuple[slice, slice]]:
     """A picture with the head somewhere in it, and the place of its face."""
     scale = float(rng.integers(36, 110)) / box[2]
@@ -71,7 +71,7 @@ def test_as_many_are_missed_as_is_printed(head: Any, kind: str) -> None:
     rng = np.random.default_rng(0)
     missed = 0
     for _ in range(NUM_EACH):
-        picture, place = planted(*head, kind, rng)
+        picture, place = planted(head[0], head[1], kind, rng)
         hidden, _ = without_faces(picture, FaceBlurConfig())
         missed += (hidden != picture).any(axis=-1)[place].mean() < MIN_CHANGED
     print(f"\n{kind}: {missed} of {NUM_EACH} missed")
@@ -81,7 +81,7 @@ def test_as_many_are_missed_as_is_printed(head: Any, kind: str) -> None:
 def test_upright_faces_are_blurred_wherever_they_are(head: Any) -> None:
     rng = np.random.default_rng(1)
     for _ in range(8):
-        picture, place = planted(*head, "upright", rng)
+        picture, place = planted(head[0], head[1], "upright", rng)
         hidden, number = without_faces(picture, FaceBlurConfig())
         assert number >= 1
         assert (hidden != picture).any(axis=-1)[place].mean() >= MIN_CHANGED
@@ -91,7 +91,8 @@ def test_upright_faces_are_blurred_wherever_they_are(head: Any) -> None:
 
 
 def test_the_page_and_the_card_say_what_is_missed(trap_world: Any, tmp_path: Path) -> None:
-    for name, asked in (("plain", {}), ("blurred", {"blur_faces": {}})):
+    both: dict[str, dict[str, Any]] = {"plain": {}, "blurred": {"blur_faces": {}}}
+    for name, asked in both.items():
         trap_world.rows[:] = trap_world.rows[:3]
         trap_world.write()
         plan = plan_curation(name, trap_world.config(**asked), (tmp_path / "store").as_uri())

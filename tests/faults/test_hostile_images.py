@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
+from PIL.GifImagePlugin import GifImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from pipelines.config import ResizeConfig
 from pipelines.guard import Rejected
@@ -171,14 +174,16 @@ def test_a_thousand_frames_cost_one(format_name: str, monkeypatch: pytest.Monkey
     with Image.open(io.BytesIO(body)) as image:
         assert image.n_frames == 1000  # type: ignore[attr-defined]
     sought: list[int] = []
-    for name in ("GifImagePlugin.GifImageFile", "PngImagePlugin.PngImageFile",
-                 "WebPImagePlugin.WebPImageFile"):  # fmt: skip
-        module, kind = name.split(".")
-        plugin = getattr(__import__(f"PIL.{module}", fromlist=[kind]), kind)
-        seek = plugin.seek
-        monkeypatch.setattr(
-            plugin, "seek", lambda self, n, seek=seek: (sought.append(n), seek(self, n))[1]
-        )
+
+    def noting(seek: Any) -> Any:
+        def sought_frame(image: Any, frame: int) -> None:
+            sought.append(frame)
+            seek(image, frame)
+
+        return sought_frame
+
+    for plugin in (GifImageFile, PngImageFile, WebPImageFile):
+        monkeypatch.setattr(plugin, "seek", noting(plugin.seek))
     assert (pixels(stored(body)) == (255, 0, 0)).all()
     assert max(sought, default=0) == 0
 

@@ -27,10 +27,10 @@ from infra.manifest import (
     shard_path,
     verify_dataset,
 )
-from pipelines import curate as curation
+from pipelines import engine
 from pipelines.clean import clean
 from pipelines.curate import curate
-from pipelines.plan import plan_curation
+from pipelines.plan import plan_curation, refuse_changed_inputs
 from tests.faults.small_curation import (
     NAME,
     all_but_published,
@@ -115,9 +115,11 @@ def test_a_driver_that_was_frozen_and_replaced_changes_nothing(
         assert child.stdout.readline() == "at the door\n"
         while psutil.Process(child.pid).status() != psutil.STATUS_STOPPED:
             time.sleep(0.01)
+        defaults = Lease.__init__.__kwdefaults__
+        assert defaults is not None
         with pytest.MonkeyPatch.context() as patch:  # the one who takes over sits elsewhere
             patch.setattr(leases, "_machine", lambda: "another machine")
-            patch.setitem(Lease.__init__.__kwdefaults__, "stale_seconds", 1.0)
+            patch.setitem(defaults, "stale_seconds", 1.0)
             result = curate(NAME, config, store_uri, no_spark)
         before = contents(store_uri)
         os.kill(child.pid, signal.SIGCONT)
@@ -224,17 +226,17 @@ def test_inputs_that_change_under_a_build_stop_its_publication(
     """The rows read were of two states; what was planned is not what would be told."""
     config, store_uri = config_of(world), (tmp_path / "store").as_uri()
     plan = plan_curation(NAME, config, store_uri)
-    curation.refuse_changed_inputs(plan)
+    refuse_changed_inputs(plan)
     world.rows[0]["TEXT"] = "something else"
     world.write(num_files=2)
     with pytest.raises(UserError, match=r"part-0\.parquet as it was when the build began"):
-        curation.refuse_changed_inputs(plan)
+        refuse_changed_inputs(plan)
     again = plan_curation(NAME, config, store_uri)
     assert again.build_key != plan.build_key
-    curation.refuse_changed_inputs(again)
+    refuse_changed_inputs(again)
     (tmp_path / "world" / "metadata" / "part-1.parquet").unlink()
     with pytest.raises(UserError, match=r"part-1\.parquet as it was"):
-        curation.refuse_changed_inputs(again)
+        refuse_changed_inputs(again)
 
 
 def test_a_curation_asks_whether_its_inputs_are_still_the_same(
@@ -252,8 +254,8 @@ def test_a_curation_asks_whether_its_inputs_are_still_the_same(
                 fetch(plan_curation(NAME, config, store_uri))
         world.write(num_files=2)
 
-    monkeypatch.setattr(curation.engine, "fetch_images", change)
-    monkeypatch.setattr(curation.engine, "write_shards", lambda *_: None)
+    monkeypatch.setattr(engine, "fetch_images", change)
+    monkeypatch.setattr(engine, "write_shards", lambda *_: None)
     with pytest.raises(UserError, match="as it was when the build began"):
         curate(NAME, config, store_uri, lambda: None)  # type: ignore[arg-type, return-value]
     assert not [i for i in storage.list_objects(store_uri) if i.uri.endswith("/manifest.json")]

@@ -1,4 +1,4 @@
-"""A5, A6, A7, A8, B36: tasks that fail once or always, a heap and a disk that are too small."""
+"""A5, A6, A7, A8, B36: tasks that fail once or always, a full disk, what else ends Spark."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -172,40 +171,3 @@ def test_a_spill_disk_that_is_full_is_one_line_and_a_rerun_goes_on(
     with pytest.raises(UserError, match=r"No space left on device; .*spark\.local\.dir"):
         job.run(ClusterConfig(spark_properties={"spark.local.dir": str(tiny_disk)}))
     assert job.run(ClusterConfig()).counts["rejected"] == ROWS
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_jvm_that_is_killed_is_one_line_and_a_rerun_goes_on(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the very process that had the JVM, another one does the rest."""
-    from pipelines import engine
-
-    one_thread = engine.one_thread_per_task
-
-    def killing(spark: Any) -> None:
-        one_thread(spark)
-        for child in psutil.Process().children(recursive=True):
-            if "java" in child.name():
-                child.kill()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "one_thread_per_task", killing)
-        with pytest.raises(UserError, match="Spark's JVM to run until the work is done"):
-            job.run(ClusterConfig())
-    assert job.run(ClusterConfig()).counts["rejected"] == ROWS
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_heap_that_is_too_small_is_one_line_with_the_setting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Far below what a recipe may ask for, which Spark only starts with when told that it tests."""
-    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
-    job = Job(tmp_path, num_rows=40_000)
-    small = ClusterConfig(spark_properties={"spark.testing.memory": "500000000"})
-    with pytest.raises(UserError, match=r"OutOf\w*Memory.*spark_driver_memory_mb"):
-        job.run(small.model_copy(update={"spark_driver_memory_mb": 64}))
-    assert job.run(ClusterConfig()).counts["rejected"] == 40_000

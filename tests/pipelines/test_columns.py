@@ -404,4 +404,5 @@ def test_identities_of_a_frame_are_hashlibs_for_any_text(rows: list[tuple[str, s
     frame = pl.DataFrame(rows, schema={"url": pl.String, "caption": pl.String}, orient="row")
     found = ids_of(frame)
     assert found.to_list() == [sample_id(*row) for row in rows]
-    assert (found.name, found.dtype) == ("sample_id", pl.String)
+    assert found.name == "sample_id"
+    assert found.dtype == pl.String

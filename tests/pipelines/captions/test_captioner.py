@@ -207,7 +207,7 @@ def test_a_version_with_captions_is_published_and_goes_on_where_it_was(
     with pytest.raises(UserError, match="images in a row"):
         captioned(small.manifest_uri, config, spark)
     caption_server.behaviour = behaviour
-    result, counts = captioned(small.manifest_uri, config, spark)
+    result, counts = captioned(small.manifest_uri, config, spark, retry_failed=True)
     assert first == 3
     assert counts == {"failed_http_400": 1, "refusal": 1, "taken": 18}
     good = Counter(
