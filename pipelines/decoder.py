@@ -17,7 +17,7 @@ import fcntl
 import json
 import os
 import resource
-import selectors
+import select
 import struct
 import subprocess
 import sys
@@ -62,6 +62,7 @@ class Decoder:
             }
         ).encode()
         self._process: subprocess.Popen[bytes] | None = None
+        self._arrived = bytearray()
         self._lock = threading.Lock()
 
     def store(self, body: bytes) -> list[StoredImage | Rejected]:
@@ -78,6 +79,7 @@ class Decoder:
     def close(self) -> None:
         """End the child."""
         process, self._process = self._process, None
+        self._arrived.clear()
         if process is not None:
             process.kill()
             for pipe in (process.stdin, process.stdout):
@@ -133,29 +135,30 @@ class Decoder:
 
     def _send(self, data: bytes) -> None:
         stdin = self._pipes()[0]
-        for part in (_LENGTH.pack(len(data)), data):
-            view = memoryview(part)
-            while view:
-                view = view[stdin.write(view) :]
+        # One write where the pipe has room: every call hands the interpreter to another thread.
+        view = memoryview(_LENGTH.pack(len(data)) + data)
+        while view:
+            view = view[stdin.write(view) :]
 
     def _receive(self, ends_at: float) -> bytes:
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size, ends_at))
         return self._read(length, ends_at)
 
     def _read(self, num_bytes: int, ends_at: float) -> bytes:
-        stdout = self._pipes()[1]
-        parts: list[bytes] = []
-        with selectors.DefaultSelector() as selector:
-            selector.register(stdout, selectors.EVENT_READ)
-            while num_bytes:
-                if not selector.select(max(0.0, ends_at - time.monotonic())):
-                    raise TimeoutError
-                part = stdout.read(min(num_bytes, _READ_BYTES))
-                if not part:
-                    raise EOFError
-                parts.append(part)
-                num_bytes -= len(part)
-        return b"".join(parts)
+        """The answer's next bytes; all that has come is taken at once, and kept."""
+        while len(self._arrived) < num_bytes:
+            stdout = self._pipes()[1]
+            waiting = select.poll()
+            waiting.register(stdout, select.POLLIN)
+            if not waiting.poll(max(0.0, ends_at - time.monotonic()) * 1000):
+                raise TimeoutError
+            part = stdout.read(_READ_BYTES)
+            if not part:
+                raise EOFError
+            self._arrived += part
+        found = bytes(self._arrived[:num_bytes])
+        del self._arrived[:num_bytes]
+        return found
 
     def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
         if self._process is None or self._process.stdin is None or self._process.stdout is None:
@@ -249,6 +252,5 @@ def _next(source: IO[bytes]) -> bytes | None:
 
 
 def _put(sink: IO[bytes], *parts: bytes) -> None:
-    for part in parts:
-        sink.write(_LENGTH.pack(len(part)) + part)
+    sink.write(b"".join(piece for part in parts for piece in (_LENGTH.pack(len(part)), part)))
     sink.flush()

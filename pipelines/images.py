@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import math
 import struct
 import threading
 import warnings
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageCms
 
 from pipelines.config import ResizeConfig
@@ -42,6 +44,7 @@ _MAGIC = (
     ("GIF", b"GIF8"),
     ("BMP", b"BM"),
 )
+_JPEGS = ("JPEG", "MPO")
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -168,7 +171,7 @@ def store_images(
             if turn:
                 image = _opened(body)  # a decoder takes its scale once
             try:
-                pixels = _decoded(image, reduction)
+                pixels = _decoded(body, image, reduction)
                 measures = measured(pixels, looks.checks)
             except Rejected as rejection:
                 found.update(dict.fromkeys(numbers, rejection))
@@ -185,7 +188,7 @@ def store_images(
 def signature_of(body: bytes) -> bytes:
     """The signature of an encoded image; ``Rejected`` when it cannot be decoded."""
     with _ONE_AT_A_TIME:
-        return signature(_decoded(_opened(body), 1))
+        return signature(_decoded(body, _opened(body), 1))
 
 
 def _stored(
@@ -237,7 +240,7 @@ def _reduction(
     image: Image.Image, size: tuple[int, int], config: ResizeConfig, looks: Looks
 ) -> int:
     """How many times smaller, per side, a JPEG is decoded: 1, 2, 4 or 8."""
-    if image.format not in ("JPEG", "MPO"):
+    if image.format not in _JPEGS:
         return 1
     spare = spare_detail(*size, config) / _DRAFT_FACTOR
     if looks.min_side_px:
@@ -245,8 +248,11 @@ def _reduction(
     return next((by for by in (8, 4, 2) if spare >= by), 1)
 
 
-def _decoded(image: Image.Image, reduction: int) -> Pixels:
-    """Upright sRGB."""
+def _decoded(body: bytes, image: Image.Image, reduction: int) -> Pixels:
+    """Upright sRGB of ``image``, which ``body`` was opened as."""
+    plain = _plain_jpeg(body, image, reduction)
+    if plain is not None:
+        return plain
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -259,6 +265,23 @@ def _decoded(image: Image.Image, reduction: int) -> Pixels:
             return np.asarray(upright)
     except Exception as error:
         raise Rejected("decode", type(error).__name__) from error
+
+
+def _plain_jpeg(body: bytes, image: Image.Image, reduction: int) -> Pixels | None:
+    """What Pillow would make of an ordinary JPEG, without its two copies of the pixels.
+
+    Both have libjpeg-turbo do it. None for one that has to be turned or has a colour profile, and
+    for one that libjpeg has anything to say about: of those, Pillow decides.
+    """
+    is_ordinary = image.mode in ("RGB", "L") and "icc_profile" not in image.info
+    if image.format not in _JPEGS or not is_ordinary or _orientation(image) in _UPRIGHT:
+        return None
+    height_px, width_px = (math.ceil(side / reduction) for side in (image.height, image.width))
+    try:
+        pixels = simplejpeg.decode_jpeg(body, "RGB", min_height=height_px, min_width=width_px)
+    except ValueError:
+        return None
+    return pixels if pixels.shape == (height_px, width_px, 3) else None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -37,7 +37,7 @@ from pipelines.ledger import COMMITTED
 from pipelines.outcomes import NotStored
 from pipelines.salvage import Plausible, is_whole, salvaged, texts_agree
 from pipelines.shards import ShardWriter, read_shard, sample_members
-from pipelines.stage_images import fetch_body, images_of
+from pipelines.stage_images import decoder_for, fetch_body, images_of
 from pipelines.stored import live_versions
 from pipelines.takedown import Found
 
@@ -352,7 +352,7 @@ class _Gathered:
         if sha256_bytes(body) != self._rows[key]["sha256"]:
             return None
         config = self._job.config
-        (image,) = images_of(body, [config])
+        (image,) = images_of(body, decoder_for([config]), [config])
         if not isinstance(image, StoredImage):
             return None
         extension = config.resize.encode_format

@@ -8,13 +8,13 @@ where. At any time a task holds at most ``num_threads`` bodies besides the one i
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import polars as pl
 import pyarrow as pa
@@ -27,7 +27,7 @@ from pipelines.caption_reasons import with_caption_reasons
 from pipelines.captions import CAPTION_COLUMNS, caption_counts, with_captions
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import CurationConfig
-from pipelines.decoder import shared_decoder
+from pipelines.decoder import Decoder, shared_decoder
 from pipelines.duplicates import row_duplicates
 from pipelines.images import Bounds, Looks, StoredImage
 from pipelines.img2dataset_engine import outcomes_by_img2dataset
@@ -267,26 +267,54 @@ def _outcomes(
                 outcome = _mismatch(outcome.sha256, recorded[index], first) or outcome
             yield index, [outcome]
         return
-    num_threads = first.fetch.num_threads
-    arrived = SimpleQueue[tuple[int, bytes | NotStored]]()
-    remaining = iter(todo)
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="fetch") as pool:
-
-        def submit(index: int, url: str) -> None:
-            pool.submit(lambda: arrived.put((index, fetch_body(url, bodies))))
-
-        for item in islice(remaining, num_threads):
-            submit(*item)
-        for _ in todo:
-            index, found = arrived.get()
-            for item in islice(remaining, 1):
-                submit(*item)
+    decoder = decoder_for(configs)
+    with _arriving(todo, bodies, first.fetch.num_threads) as arriving:
+        for index, found in arriving:
             if isinstance(found, NotStored):
                 yield index, [found] * len(configs)
             else:
-                images = images_of(found, configs, recorded[index])
+                images = images_of(found, decoder, configs, recorded[index])
                 show(index, found, images)
                 yield index, images
+
+
+@contextmanager
+def _arriving(
+    todo: list[tuple[int, str]], bodies: Bodies, num_threads: int
+) -> Iterator[Iterator[tuple[int, bytes | NotStored]]]:
+    """Bodies as they come. Each that is taken lets the next be asked for."""
+    asked = SimpleQueue[tuple[int, str] | None]()
+    arrived = SimpleQueue[tuple[int, bytes | NotStored]]()
+    remaining = iter(todo)
+
+    def fetch() -> None:
+        while (item := asked.get()) is not None:
+            arrived.put((item[0], fetch_body(item[1], bodies)))
+
+    def taken() -> Iterator[tuple[int, bytes | NotStored]]:
+        for item in islice(remaining, num_threads):
+            asked.put(item)
+        for _ in todo:
+            found = arrived.get()
+            for item in islice(remaining, 1):
+                asked.put(item)
+            yield found
+
+    threads: list[threading.Thread] = []
+    try:
+        for number in range(min(num_threads, len(todo))):
+            thread = threading.Thread(target=fetch, name=f"fetch-{number}")
+            thread.start()
+            threads.append(thread)
+        yield taken()
+    finally:
+        with suppress(Empty):  # after an error, what is asked for is not wanted any more
+            while True:
+                asked.get_nowait()
+        for _ in threads:
+            asked.put(None)
+        for thread in threads:
+            thread.join()
 
 
 def fetch_body(url: str, bodies: Bodies) -> bytes | NotStored:
@@ -297,18 +325,28 @@ def fetch_body(url: str, bodies: Bodies) -> bytes | NotStored:
         return not_stored(error)
 
 
+def decoder_for(configs: Sequence[CurationConfig]) -> Decoder:
+    """This process's decoder, as ``configs`` want it."""
+    first = configs[0]
+    return shared_decoder([each.resize for each in configs], bounds_of(first), looks_of(first))
+
+
 def images_of(
-    body: bytes, configs: Sequence[CurationConfig], recorded_sha256: str | None = None
+    body: bytes,
+    decoder: Decoder,
+    configs: Sequence[CurationConfig],
+    recorded_sha256: str | None = None,
 ) -> Sequence[StoredImage | NotStored]:
-    """The body's image as each of ``configs`` stores it, or how the row ended there."""
+    """The body's image as each of ``configs`` stores it, or how the row ended there.
+
+    ``decoder`` is ``decoder_for(configs)``.
+    """
     first = configs[0]
     if recorded_sha256 is not None:
         changed = _mismatch(hashlib.sha256(body).hexdigest(), recorded_sha256, first)
         if changed is not None:
             return [changed] * len(configs)
     try:
-        resizes = [each.resize for each in configs]
-        decoder = shared_decoder(resizes, bounds_of(first), looks_of(first))
         found = decoder.store(body)
     except Exception as error:
         return [not_stored(error)] * len(configs)

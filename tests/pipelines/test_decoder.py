@@ -15,7 +15,7 @@ from pipelines.decoder import Decoder
 from pipelines.guard import Rejected
 from pipelines.images import Bounds, Looks, StoredImage, store_images
 from pipelines.outcomes import NotStored
-from pipelines.stage_images import images_of
+from pipelines.stage_images import decoder_for, images_of
 
 CONFIGS = [ResizeConfig(), ResizeConfig(image_size_px=512, if_smaller="reject")]
 BOUNDS = Bounds(1_000_000, min_width_px=50)
@@ -121,9 +121,10 @@ def test_a_row_ends_as_failed_and_is_not_tried_again(make_picture: Any, encode: 
     from pipelines.config import CurationConfig
 
     config = CurationConfig.model_validate({"metadata": ["x"]})
-    (found,) = images_of(encode(make_picture(1)) + b"SEGV", [config])
+    decoder = decoder_for([config])
+    (found,) = images_of(encode(make_picture(1)) + b"SEGV", decoder, [config])
     assert found == NotStored("failed", "decoder_crash", False, "signal 11")
-    (found,) = images_of(b"", [config])
+    (found,) = images_of(b"", decoder, [config])
     assert isinstance(found, NotStored)
     assert found.reason == "format"
 

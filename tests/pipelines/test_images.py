@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
+from pipelines import images
 from pipelines.config import ResizeConfig
 from pipelines.guard import Rejected
 from pipelines.images import Bounds, StoredImage, sniff_format, store_images
@@ -284,6 +285,50 @@ def test_large_photographs_look_the_same_when_decoded_small(encode: Any) -> None
     small = pixels(stored(body)).astype(int)
     exact = np.asarray(Image.open(io.BytesIO(body)).resize((256, 256), Image.Resampling.BOX))
     assert np.abs(small - exact).max() <= 3
+
+
+def by_pillow(body: bytes, config: ResizeConfig, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What Pillow alone makes of it, and whether the shorter way would have been gone."""
+    took = images._plain_jpeg(body, Image.open(io.BytesIO(body)), 1) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "_plain_jpeg", lambda *_: None)
+        return [store_images(body, [config], Bounds(MAX_PIXELS)), took]
+
+
+@pytest.mark.parametrize("size", [(320, 256), (333, 257), (1031, 777), (2050, 1543)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [
+    {"subsampling": 0}, {"subsampling": 2, "progressive": True}, {"quality": 20, "subsampling": 1},
+    {"keep_rgb": True},
+])  # fmt: skip
+def test_ordinary_jpegs_come_out_as_pillow_decodes_them(
+    size: tuple[int, int], mode: str, options: dict[str, Any], make_picture: Any, encode: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    body = encode(make_picture(5, *size).convert(mode), "JPEG", **options)
+    expected, took = by_pillow(body, KEEP, monkeypatch)
+    assert took
+    assert store_images(body, [KEEP], Bounds(MAX_PIXELS)) == expected
+
+
+def test_of_any_other_jpeg_pillow_decides(
+    make_picture: Any, encode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those to be turned, with a profile, in four colours, cut, or with bytes between markers."""
+    picture = make_picture(6, 400, 300)
+    turned, plain = Image.Exif(), encode(picture)
+    turned[0x0112] = 6
+    scan = plain.index(b"\xff\xda")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for body in (
+        encode(picture, exif=turned), encode(picture, icc_profile=profile),
+        encode(picture.convert("CMYK")), plain[:-400], plain[:scan] + b"\0\0\0" + plain[scan:],
+        plain[:-300] + b"\xff\xd9",
+    ):  # fmt: skip
+        expected, took = by_pillow(body, KEEP, monkeypatch)
+        assert not took
+        found = store_images(body, [KEEP], Bounds(MAX_PIXELS))
+        assert list(map(str, found)) == list(map(str, expected))
 
 
 def test_warnings_do_not_decide(make_picture: Any, encode: Any) -> None:
