@@ -6,9 +6,15 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from infra.config import atelier_home
 from infra.errors import UserError
 
 READ_CHUNK_BYTES = 1 << 20
@@ -59,15 +65,48 @@ def code_digest(*packages: str) -> str:
     docstrings, so comments, formatting and prose do not change the digest and code does.
     The packages are located, not imported.
     """
-    sources: dict[str, Path] = {}
+    found: dict[str, Path] = {}
     for package in packages:
-        sources.update(_source_files(package))
+        found.update(_source_files(package))
+    sources = {name: found[name].read_bytes() for name in sorted(found)}
+    return _remembered(_bytes_digest(sources), lambda: _syntax_digest(sources))
+
+
+def _bytes_digest(sources: Mapping[str, bytes]) -> str:
+    """Of the very bytes, and of the Python that would read them."""
+    digest = hashlib.sha256(sys.version.encode())
+    for name, source in sources.items():
+        digest.update(f"\0{name}\0{len(source)}\0".encode() + source)
+    return digest.hexdigest()
+
+
+def _syntax_digest(sources: Mapping[str, bytes]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(sources):
-        tree = ast.parse(sources[name].read_bytes(), filename=str(sources[name]))
+    for name, source in sources.items():
+        tree = ast.parse(source, filename=name)
         _strip_docstrings(tree)
         digest.update(f"{name}\0{ast.dump(tree)}\0".encode())
     return digest.hexdigest()
+
+
+def _remembered(key: str, make: Callable[[], str]) -> str:
+    """What ``make`` returns; the second time for a ``key``, from a file in the cache.
+
+    Syntax trees of all our code take more than a second. A damaged file is made again.
+    """
+    path = atelier_home() / "cache" / "code" / key
+    with suppress(OSError, ValueError):
+        digest, check = path.read_text(encoding="ascii").split()
+        if check == sha256_bytes(f"{key} {digest}".encode()):
+            return digest
+    digest = make()
+    check = sha256_bytes(f"{key} {digest}".encode())
+    unfinished = path.with_name(f"{key}.{os.getpid()}.{threading.get_ident()}")
+    with suppress(OSError):  # a home that cannot be written to: slower, no more
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(f"{digest} {check}\n", encoding="ascii")
+        os.replace(unfinished, path)
+    return digest
 
 
 def _source_files(package: str) -> dict[str, Path]:

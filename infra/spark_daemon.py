@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.machinery
 import os
 import sys
 import traceback
@@ -60,7 +61,20 @@ def load_shared(function: str) -> None:
     gc.freeze()  # collections in the workers neither look at it nor unshare its memory
 
 
+def without_archives(search_path: list[str]) -> list[str]:
+    """The path, less Spark's zipped copy of its Python library and its jar.
+
+    Spark has them come before what is installed, which is the same; a zip keeps no bytecode, so
+    that every daemon would compile pyspark anew, a second of a core, and search both ever after.
+    """
+    archives = (f"{os.sep}pyspark.zip", "-src.zip", ".jar")
+    found = [folder for folder in search_path if not folder.endswith(archives)]
+    is_installed = importlib.machinery.PathFinder.find_spec("pyspark", found) is not None
+    return found if is_installed else search_path
+
+
 if __name__ == "__main__":
+    sys.path[:] = without_archives(sys.path)
     from pyspark.daemon import manager
 
     if asked := os.environ.get(VARIABLE):

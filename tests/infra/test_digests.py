@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import sys
@@ -81,3 +82,39 @@ def test_code_digest_covers_every_package_in_any_order(
     assert code_digest("infra.digests") != code_digest("infra.errors")
     with pytest.raises(UserError, match="no_such_package"):
         code_digest("no_such_package")
+
+
+def test_code_is_parsed_once_and_a_damaged_memory_of_it_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    _package(tmp_path, "pkg_d", "x = 1\n")
+    parsed: list[str] = []
+    parse = ast.parse
+
+    def counted(source: bytes, filename: str) -> ast.Module:
+        parsed.append(filename)
+        return parse(source, filename)
+
+    monkeypatch.setattr("infra.digests.ast.parse", counted)
+    expected = code_digest("pkg_d")
+    assert code_digest("pkg_d") == expected
+    assert parsed == ["pkg_d/__init__.py", "pkg_d/inner/part.py"]
+    (memory,) = (tmp_path / "home" / "cache" / "code").iterdir()
+    text = memory.read_text()
+    for damaged in ("0" * 64 + text[64:], text[:70], "", "\xff"):
+        memory.write_text(damaged)
+        assert code_digest("pkg_d") == expected
+        assert memory.read_text() == text
+    (tmp_path / "pkg_d" / "inner" / "part.py").write_text("x = 2\n")
+    assert code_digest("pkg_d") != expected
+
+
+def test_a_home_that_cannot_be_written_to_costs_time_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = code_digest("infra.errors")
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
+    assert code_digest("infra.errors") == expected

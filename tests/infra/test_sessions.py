@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
+import pyspark
 import pytest
 
 from infra import java
@@ -90,6 +91,8 @@ def test_spark_runs_tasks_on_loopback_and_ends_whole(home: Path) -> None:
     context = spark.sparkContext
     seen = context.parallelize([1, 2], 2).mapPartitions(see("CANARY")).collect()
     assert seen == [f"{SECRET}e3b0"] * 2
+    found = context.parallelize([1], 1).map(lambda _: sys.modules["pyspark"].__file__).collect()
+    assert found == [pyspark.__file__]  # not in the zip that Spark would have it read anew
     assert spark.range(1000).repartition(4).selectExpr("sum(id)").collect()[0][0] == 499500
     assert context.getConf().get("spark.authenticate") == "true"
     assert listeners(family()) == []

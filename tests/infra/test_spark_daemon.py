@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from infra.sessions import ClusterConfig, spark_session, stop_spark
-from infra.spark_daemon import before_workers
+from infra.spark_daemon import before_workers, without_archives
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,6 +39,13 @@ def test_what_cannot_be_loaded_is_left_to_the_tasks(tmp_path: Path) -> None:
     done = loaded("def load():\n    raise ImportError('no such library')", tmp_path)
     assert done.stdout == "port\n"
     assert "no such library" in done.stderr
+
+
+def test_archives_stay_where_nothing_else_has_pyspark() -> None:
+    folder, zipped = "/spark/python", "/spark/python/lib/pyspark.zip"
+    assert without_archives([folder, zipped]) == [folder, zipped]
+    archives = [zipped, "/spark/python/lib/py4j-0.10.9.9-src.zip", "/spark/jars/spark-core.jar"]
+    assert without_archives([folder, *archives, *sys.path]) == [folder, *sys.path]
 
 
 @pytest.mark.slow
