@@ -77,6 +77,8 @@ def spark_session(
             raise UserError(f"Spark's JVM did not start: {_last_line(log)}; see {log}") from error
         context = SparkContext(conf=_settings(app_name, cluster, environment), gateway=gateway)
     context.setLogLevel("ERROR")
+    server: Any = context._accumulatorServer
+    server.handle_error = _say_nothing  # what a JVM's end breaks is told in one line, by the job
     return SparkSession.builder.getOrCreate()
 
 
@@ -99,6 +101,10 @@ def _launch_jvm(java: Java, cluster: ClusterConfig, log: Path) -> Any:
     with open(log, "ab") as output:
         launch: Any = java_gateway.launch_gateway
         return launch(settings, {"stdout": output, "stderr": output})
+
+
+def _say_nothing(request: object, address: object) -> None:
+    """Instead of a trace on standard error; nothing of ours counts by accumulators."""
 
 
 def _is_ours(record: logging.LogRecord) -> bool:

@@ -13,6 +13,7 @@ _GOES_ON = "what is finished is kept, and the same command goes on"
 _NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded")
 _NO_HEAP = re.compile(r"OutOf(?:Direct)?Memory(?:Error|Exception):?[^\n]{0,60}")
 _LOST = re.compile(r"ExecutorLostFailure[^\n]{0,200}|Python worker exited unexpectedly \(crashed\)")
+_SHUT_DOWN = "SparkContext was shut down"  # by a JVM that ends
 _LOG_BYTES = 256 * 1024
 _starts: dict[Path, int] = {}  # how long a log was when this process's newest JVM started
 
@@ -30,10 +31,8 @@ def jvm_starts() -> None:
 
 def trouble_of(error: BaseException) -> UserError | None:
     """The line for a person, where Spark failed for what the machine lacks; None for a bug."""
-    from py4j.protocol import Py4JNetworkError
-
     text = "\n".join(_text(each) for each in _chain(error))
-    is_gone = any(isinstance(each, (Py4JNetworkError, ConnectionError)) for each in _chain(error))
+    is_gone = any(_is_silence(each) for each in _chain(error)) or _SHUT_DOWN in text
     if is_gone:
         text += _tail(spark_log())
     if found := _NO_ROOM.search(text):
@@ -64,6 +63,15 @@ def trouble_of(error: BaseException) -> UserError | None:
             remedy=_GOES_ON,
         )
     return None
+
+
+def _is_silence(error: BaseException) -> bool:
+    """Whether the JVM did not answer. py4j may say so without a cause, and without Java's words."""
+    from py4j.protocol import Py4JError, Py4JNetworkError
+
+    if isinstance(error, (Py4JNetworkError, ConnectionError)):
+        return True
+    return type(error) is Py4JError and "Trace:" not in str(error)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

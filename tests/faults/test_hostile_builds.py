@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,14 +18,17 @@ from PIL import Image
 from infra import storage
 from infra.errors import UserError
 from infra.manifest import DatasetManifest, verify_dataset
+from infra.sessions import ClusterConfig, spark_session, stop_spark
 from pipelines.build import StagedMarker
 from pipelines.config import CurationConfig
+from pipelines.curate import curate
 from pipelines.diff import diff_datasets
 from pipelines.ledger import LEDGER_SCHEMA
 from pipelines.ledger_counts import LedgerCounts, counts_of_rows
 from pipelines.plan import plan_curation
 from pipelines.report_page import _copies
 from tests.conftest import run_python
+from tests.pipelines.alike import KINDS, altered, scene
 from tests.pipelines.conftest import EvilWeb, encoded, picture, response
 from tests.pipelines.test_build import ledger, run, samples
 
@@ -194,6 +198,42 @@ def readable(data: bytes) -> bytes:
     binary = pl.selectors.binary()
     texts = rows.drop(binary).write_json().encode()
     return texts + b"".join(value or b"" for column in rows.select(binary) for value in column)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_thousand_copies_of_one_picture_leave_one_and_are_told(
+    evil_web: EvilWeb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By bytes, by crops, sizes, encodings and colours; beside pictures that nobody copied."""
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
+    rng = np.random.default_rng(2)
+    original = scene(11)
+    num_altered, num_same, num_others = 800, 200, 40
+    bodies = [encoded(Image.fromarray(original), "PNG")] * num_same
+    for number in range(num_altered):
+        copy = Image.fromarray(altered(original, rng, KINDS[number % len(KINDS)]))
+        bodies.append(encoded(copy, "PNG"))
+    bodies += [encoded(Image.fromarray(scene(5000 + n)), "PNG") for n in range(num_others)]
+    for number, body in enumerate(bodies):
+        evil_web.route(f"/{number}.png", response(body))
+    uri = metadata(tmp_path / "in", [f"http://evil.example/{n}.png" for n in range(len(bodies))])
+    asked = config(
+        evil_web, uri, partitions=3, duplicates={"perceptual": {}},
+        resize={"image_size_px": 64, "crop": "none"},
+    )  # fmt: skip
+    spark = spark_session("copies", ClusterConfig(), {})
+    try:
+        result = curate("copies", asked, (tmp_path / "store").as_uri(), lambda: spark)
+    finally:
+        stop_spark(spark)
+    left = result.counts["committed"] - num_others
+    print(f"\n{num_altered + num_same} copies: {left} left")
+    assert 1 <= left <= 0.02 * (num_altered + num_same)
+    page = storage.read_bytes(result.manifest_uri.replace("manifest.json", "report.html")).decode()
+    told = page.partition("Images that many others copy")[2].partition("<h2>")[0]
+    assert told
+    assert "images that stayed" in told
 
 
 def test_groups_of_copies_are_counted_and_bounded() -> None:

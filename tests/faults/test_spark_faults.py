@@ -1,4 +1,4 @@
-"""A5, A6, A7, A8, B36: tasks that fail once or always, a full disk, what else ends Spark."""
+"""A5, A6, A7, A8, B36: tasks that fail once or always, a heap and a disk that are too small."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from py4j.protocol import Py4JError, Py4JNetworkError
 
 from infra.config import PROJECT_ROOT
 from infra.errors import UserError
@@ -87,6 +89,19 @@ def test_a_jvm_that_is_gone_is_told_by_its_log(
     told = trouble_of(ConnectionRefusedError(111, "refused"))
     assert told is not None
     assert "killed or died" in told.line  # what an earlier JVM wrote does not count
+
+
+def test_ways_in_which_a_lost_jvm_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path))
+    for error in (
+        Py4JNetworkError("Answer from Java side is empty"),
+        Py4JError("An error occurred while calling o60.range"),
+        RuntimeError("Job 0 cancelled because SparkContext was shut down"),
+    ):
+        told = trouble_of(error)
+        assert told is not None
+        assert "killed or died" in told.line
+    assert trouble_of(Py4JError("An error occurred while calling o1.x. Trace:\nno such")) is None
 
 
 class Job:
@@ -171,3 +186,41 @@ def test_a_spill_disk_that_is_full_is_one_line_and_a_rerun_goes_on(
     with pytest.raises(UserError, match=r"No space left on device; .*spark\.local\.dir"):
         job.run(ClusterConfig(spark_properties={"spark.local.dir": str(tiny_disk)}))
     assert job.run(ClusterConfig()).counts["rejected"] == ROWS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_jvm_that_is_killed_is_one_line_and_a_rerun_goes_on(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the very process that had the JVM, another one does the rest."""
+    from pipelines import engine
+
+    one_thread = engine.one_thread_per_task
+
+    def killing(spark: Any) -> None:
+        one_thread(spark)
+        for child in psutil.Process().children(recursive=True):
+            if "java" in child.name():
+                child.kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "one_thread_per_task", killing)
+        with pytest.raises(UserError, match="Spark's JVM to run until the work is done"):
+            job.run(ClusterConfig())
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert job.run(ClusterConfig()).counts["rejected"] == ROWS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_heap_that_is_too_small_is_one_line_with_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far below what a recipe may ask for, which Spark only starts with when told that it tests."""
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
+    job = Job(tmp_path, num_rows=40_000)
+    small = ClusterConfig(spark_properties={"spark.testing.memory": "500000000"})
+    with pytest.raises(UserError, match=r"OutOf\w*Memory.*spark_driver_memory_mb"):
+        job.run(small.model_copy(update={"spark_driver_memory_mb": 64}))
+    assert job.run(ClusterConfig()).counts["rejected"] == 40_000
