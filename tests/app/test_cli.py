@@ -177,6 +177,30 @@ def test_ctrl_c_says_that_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None
     assert "the same command goes on" in capsys.readouterr().err
 
 
+def test_ctrl_c_while_it_imports_is_one_line() -> None:
+    code = (
+        "import signal, sys\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer':\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "from app.__main__ import main\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", code, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "\natelier: stopped before it began\n"
+
+
+def test_a_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "app", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: python -m app")
+    assert "atelier run recipes/demo.yaml" in done.stdout
+
+
 def test_sigterm_has_its_own_exit_code() -> None:
     import signal
 
