@@ -269,8 +269,11 @@ def _yield_lines(estimate: dict[str, Any]) -> list[str]:
     )
     cost = "" if estimate["cost"] is None else f", cost {estimate['cost']:,.2f}"
     cores = f"{estimate['num_cores']:,} core" + "s" * (estimate["num_cores"] != 1)
+    source = estimate["pace_known_from"]
+    known = "not measured yet" if source == "nothing" else f"known from {source}"
+    pace = f"{estimate['fetches_per_core_second']:,.0f} fetches a second each, {known}"
     lines.append(
         f"  stored {estimate['stored_bytes'] / 1e9:,.2f} GB, {estimate['core_hours']:,.2f} "
-        f"core-hours, {estimate['hours']:,.2f} hours on {cores}{cost}"
+        f"core-hours, {estimate['hours']:,.2f} hours on {cores}{cost} ({pace})"
     )
     return lines

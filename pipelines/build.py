@@ -50,7 +50,8 @@ class PartMarker:
     ``shard_sizes``: width and height of every image of a shard, px, where they are alike.
     ``captions``: what was done to the captions of its rows -> how many rows.
     ``hash_matches``: how many committed rows have the ``same`` sha256 as recorded, or a
-    ``different`` one. ``pictures``: of copies that stay out, see ``rejected``.
+    ``different`` one. ``pictures``: of copies that stay out, see ``rejected``. ``seconds``: what
+    the task took, for estimates.
     """
 
     shards: list[ShardEntry]
@@ -63,6 +64,7 @@ class PartMarker:
     captions: dict[str, int] = field(default_factory=dict)
     hash_matches: dict[str, int] = field(default_factory=dict)
     pictures: FileEntry | None = None
+    seconds: float = 0.0
 
     @property
     def num_rows(self) -> int:
@@ -74,7 +76,8 @@ class StagedMarker:
     """A partition was fetched: its rows, and the encoded images they point into.
 
     After a retry, both are those of the ``round`` alone; ``carried`` is what the rounds before it
-    came to. ``pictures``: of bodies that were rejected, see ``rejected``.
+    came to. ``pictures``: of bodies that were rejected, see ``rejected``. ``seconds``: what the
+    first round's task took to ask for ``num_asked`` bodies, for estimates.
     """
 
     rows: FileEntry
@@ -83,6 +86,8 @@ class StagedMarker:
     captions: dict[str, int] = field(default_factory=dict)
     carried: PartMarker | None = None
     pictures: FileEntry | None = None
+    seconds: float = 0.0
+    num_asked: int = 0
 
     @property
     def carried_files(self) -> list[FileEntry | ShardEntry | None]:

@@ -256,8 +256,11 @@ class EstimateConfig(StrictModel):
     rows_per_core_second: float = operational(
         250_000.0, "metadata rows read and filtered per core and second", gt=0
     )
-    fetches_per_core_second: float = operational(
-        60.0, "images asked for, checked and encoded per core and second", gt=0
+    fetches_per_core_second: float | None = operational(
+        None,
+        "images asked for, checked, encoded and written per core and second; null: as fast as this "
+        "dataset, or else another of the store, was; without one, 60",
+        gt=0,
     )
     num_cores: int | None = operational(
         None, "cores that will work; null: those of this machine", ge=1

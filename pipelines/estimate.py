@@ -19,6 +19,7 @@ from pipelines.metadata_sample import Z_SCORE, MetadataSample, Share, sample_met
 from pipelines.tombstones import load_tombstones, read_block_lists
 
 NOTHING, RECIPE, COUNTED = "nothing", "recipe", "all rows"
+FETCHES_PER_CORE_SECOND = 60.0  # where nothing was fetched yet
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Estimate:
     ``to_fetch`` is what the metadata leave, ``fetches`` without the copies among them; ``web``:
     outcome -> how many of these end so, where that is known, and ``samples`` what stays. Its
     margin is that of both samples, the metadata's and the fetched rows'. ``unknown``: policy and
-    value -> share. ``known_from``: who tells of the web, ``copies_known_from``: of the copies.
+    value -> share. ``known_from``: who tells of the web, ``copies_known_from``: of the copies,
+    ``pace_known_from``: how fast it goes.
     """
 
     rows_in: int
@@ -47,6 +49,8 @@ class Estimate:
     known_from: str
     copies_known_from: str
     stored_bytes: int
+    fetches_per_core_second: float
+    pace_known_from: str
     core_hours: float
     hours: float
     num_cores: int
@@ -84,7 +88,18 @@ def estimate_curation(
     asked = told
     if (told is None or not told.num_asked) and store_uri is not None and sample.on_web:
         asked = told_by_others(store_uri, dataset_root)
-    return _reckoned(config, sample, told, _yield_of(config, sample, told, asked))
+    found = _yield_of(config, sample, told, asked)
+    return _reckoned(config, sample, told, found, _pace_of(config, asked))
+
+
+def _pace_of(config: CurationConfig, asked: Told | None) -> tuple[float, str]:
+    """Fetches per core and second, and who says so."""
+    stated = config.estimate.fetches_per_core_second
+    if stated is not None:
+        return stated, RECIPE
+    if asked is not None and asked.seconds_per_fetch:
+        return 1 / asked.seconds_per_fetch, asked.where
+    return FETCHES_PER_CORE_SECOND, NOTHING
 
 
 def _yield_of(
@@ -115,7 +130,11 @@ def _yield_of(
 
 
 def _reckoned(
-    config: CurationConfig, sample: MetadataSample, told: Told | None, found: _Yield
+    config: CurationConfig,
+    sample: MetadataSample,
+    told: Told | None,
+    found: _Yield,
+    pace: tuple[float, str],
 ) -> Estimate:
     stated = config.estimate
     pixels = sample.pixels or float(config.resize.image_size_px**2)
@@ -128,9 +147,7 @@ def _reckoned(
     margin = math.hypot(
         sample.to_fetch.margin * sample.rows_in * left * success, found.margin * fetches
     )
-    core_hours = (
-        sample.rows_in / stated.rows_per_core_second + fetches / stated.fetches_per_core_second
-    ) / 3600
+    core_hours = (sample.rows_in / stated.rows_per_core_second + fetches / pace[0]) / 3600
     num_cores = stated.num_cores or os.cpu_count() or 1
     price = stated.price_per_core_hour
     return Estimate(
@@ -150,6 +167,8 @@ def _reckoned(
         known_from=found.known_from,
         copies_known_from=found.copies_known_from,
         stored_bytes=round(fetches * success * bytes_per_sample),
+        fetches_per_core_second=pace[0],
+        pace_known_from=pace[1],
         core_hours=core_hours,
         hours=core_hours / num_cores,
         num_cores=num_cores,
@@ -169,7 +188,7 @@ def _notes(config: CurationConfig, sample: MetadataSample, found: _Yield) -> tup
             "will be; or set estimate.fetch_success_ratio"
         )
     elif found.known_from.startswith("dataset "):
-        notes.append("links and copies of images are told by another dataset")
+        notes.append("links, copies of images and the pace are told by another dataset")
     if found.copies is None:
         notes.append("copies of URLs are not known: set estimate.duplicate_ratio")
     if config.captions.files:

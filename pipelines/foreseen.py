@@ -1,4 +1,4 @@
-"""What earlier work tells about rows that are not fetched yet: link rot, copies, bytes.
+"""What earlier work tells about rows that are not fetched yet: link rot, copies, bytes, seconds.
 
 Told by a version of the dataset, by the partitions that a build under way has fetched (a row's
 partition is drawn by its URL, so they are a fair sample), or by another dataset of the store.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import polars as pl
 
@@ -30,6 +30,7 @@ MAX_FILES = 64
 # Of a tar: three headers, padding, caption and JSON, beside the image.
 BYTES_BESIDE_IMAGE = 3_000
 _STAGED = re.compile(r"work/([0-9a-f]+)/staged-\d+\.json\Z")
+_PART = re.compile(r"work/[0-9a-f]+/part-\d+\.json\Z")
 _RESULT = re.compile(r"work/([0-9a-f]+)/result\.json\Z")
 _COLUMNS = ["sample_id", "url", "disposition", "reason", "sha256"]
 
@@ -41,6 +42,7 @@ class Told:
     ``copies``: of them, those that have the row or URL of another; ``outcomes``: how the others
     ended, ``committed``, a reason or ``failed:<cause>``. ``urls`` and ``images``: how often each
     came -> how many of them, in all rows or a sample; ``urls`` is None where it tells nothing.
+    ``seconds_per_fetch``: of a task, from asking for a body to the shard that it lies in.
     """
 
     where: str
@@ -49,6 +51,7 @@ class Told:
     images: Mapping[int, int]
     urls: Mapping[int, int] | None
     bytes_per_sample: float | None
+    seconds_per_fetch: float | None = None
 
     @property
     def num_asked(self) -> int:
@@ -77,22 +80,14 @@ def told_by_dataset(root: str, *, same_url: bool) -> Told | None:
 
     ``same_url``: whether rows of one URL are copies, or only those of one caption, too.
     """
-    manifests = []
-    staged: dict[str, list[str]] = defaultdict(list)
-    finished = set()
-    for info in storage.list_objects(root):
-        path = info.uri.removeprefix(root.rstrip("/") + "/")
-        if path.endswith("/manifest.json"):
-            manifests.append(info.uri)
-        elif match := _STAGED.fullmatch(path):
-            staged[match[1]].append(info.uri)
-        elif match := _RESULT.fullmatch(path):
-            finished.add(match[1])
-    open_builds = [uris for key, uris in staged.items() if key not in finished]
+    work = _work_in(root)
+    open_builds = [uris for key, uris in work.staged.items() if key not in work.finished]
     found = [_by_partitions(root, max(open_builds, key=len))] if open_builds else []
-    if manifests:
-        found.append(_by_version(root, _largest(map(load_manifest, manifests)), same_url=same_url))
-    return max(found, key=lambda told: told.num_asked, default=None)
+    if work.manifests:
+        largest = _largest(map(load_manifest, work.manifests))
+        found.append(_by_version(root, largest, same_url=same_url))
+    told = max(found, key=lambda each: each.num_asked, default=None)
+    return told and replace(told, seconds_per_fetch=work.seconds_per_fetch())
 
 
 def told_by_others(store_uri: str, root: str) -> Told | None:
@@ -108,8 +103,60 @@ def told_by_others(store_uri: str, root: str) -> Told | None:
     largest = _largest(manifests.values())
     uri = next(uri for uri, each in manifests.items() if each is largest)
     told = _by_version(dataset_root(uri), largest, same_url=True)
-    where = f"dataset {largest.name}, {told.where}"
-    return replace(told, where=where, copies=0, urls=None, bytes_per_sample=None)
+    return replace(
+        told,
+        where=f"dataset {largest.name}, {told.where}",
+        copies=0,
+        urls=None,
+        bytes_per_sample=None,
+        seconds_per_fetch=_work_in(dataset_root(uri)).seconds_per_fetch(),
+    )
+
+
+@dataclass
+class _Work:
+    """What builds left of a dataset: addresses, those of ``staged`` markers by build."""
+
+    manifests: list[str] = field(default_factory=list)
+    staged: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    parts: set[str] = field(default_factory=set)
+    finished: set[str] = field(default_factory=set)
+
+    def seconds_per_fetch(self) -> float | None:
+        """By the build that fetched most partitions; None where nothing was timed."""
+        totals: dict[str, list[float]] = {"fetching": [0.0, 0], "writing": [0.0, 0]}
+
+        def add(what: str, seconds: float, num_asked: int) -> None:
+            if seconds > 0 and num_asked > 0:
+                totals[what][0] += seconds
+                totals[what][1] += num_asked
+
+        most: list[str] = max(self.staged.values(), key=len, default=[])
+        for uri in _spread(sorted(most), MAX_FILES):
+            marker = storage.read_json(uri)
+            num_asked = marker.get("num_asked", 0)
+            add("fetching", marker.get("seconds", 0.0), num_asked)
+            part = uri.replace("/staged-", "/part-")
+            if part in self.parts:
+                add("writing", storage.read_json(part).get("seconds", 0.0), num_asked)
+        if not totals["fetching"][1]:
+            return None
+        return sum(seconds / num_asked for seconds, num_asked in totals.values() if num_asked)
+
+
+def _work_in(root: str) -> _Work:
+    work = _Work()
+    for info in storage.list_objects(root):
+        path = info.uri.removeprefix(root.rstrip("/") + "/")
+        if path.endswith("/manifest.json"):
+            work.manifests.append(info.uri)
+        elif match := _STAGED.fullmatch(path):
+            work.staged[match[1]].append(info.uri)
+        elif _PART.fullmatch(path):
+            work.parts.add(info.uri)
+        elif match := _RESULT.fullmatch(path):
+            work.finished.add(match[1])
+    return work
 
 
 def _largest(manifests: Iterable[DatasetManifest]) -> DatasetManifest:

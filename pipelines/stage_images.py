@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -74,11 +75,13 @@ def stage_images(
 
     The same bodies are stored for those of ``companions`` that lack the partition.
     """
+    started_at = time.monotonic()
     with build.task(f"staged-{partition:05d}") as folder:
         lacking = [each for each in companions if each.read(StagedMarker, partition) is None]
         builds = [build, *lacking]
         rows = prepared_rows(pa.Table.from_batches(batches, TRAVEL_SCHEMA), build.config)
         rows = without_removed(rows, build.tombstones)
+        num_asked = rows["reason"].null_count()
         trays = [Tray() for _ in builds if partition < NUM_PLACES]
         with ListedBodies(build.config.fetch, build.tars) as bodies:
             fetched = fetch_rows(rows, [each.config for each in builds], bodies, folder, trays)
@@ -91,7 +94,8 @@ def stage_images(
             if trays:
                 pictures = without_taken_down(trays[number].frame(), build.tombstones)
             images = images_path(folder, number)
-            _leave(each, partition, staged, folder, images, round=0, pictures=pictures)
+            pace = (time.monotonic() - started_at, num_asked)
+            _leave(each, partition, staged, folder, images, round=0, pictures=pictures, pace=pace)
 
 
 def retry_images(build: Build, partition: int, round: int) -> None:
@@ -118,8 +122,17 @@ def retry_images(build: Build, partition: int, round: int) -> None:
         again = again.with_columns(_round(round)).select(rows.columns)
         rows = pl.concat([rows.filter(~is_worth_a_retry()), again])
         images = images_path(folder, 0)
-        pictures = staged.pictures
-        _leave(build, partition, rows, folder, images, round=round, carried=part, kept=pictures)
+        _leave(
+            build,
+            partition,
+            rows,
+            folder,
+            images,
+            round=round,
+            carried=part,
+            kept=staged.pictures,
+            pace=(staged.seconds, staged.num_asked),
+        )
 
 
 def _round(number: int) -> pl.Expr:
@@ -137,10 +150,12 @@ def _leave(
     carried: PartMarker | None = None,
     pictures: pl.DataFrame | None = None,
     kept: FileEntry | None = None,
+    pace: tuple[float, int],
 ) -> None:
     """Upload ``rows``, the images they point into and ``pictures``, and say so.
 
-    ``kept`` are pictures that an earlier round uploaded.
+    ``kept`` are pictures that an earlier round uploaded; ``pace``: seconds of the first round and
+    bodies that it asked for.
     """
     if pictures is not None and not pictures.is_empty():
         kept = build.stage(write_pictures(pictures, folder), "pictures", pictures.height)
@@ -154,6 +169,8 @@ def _leave(
         round=round,
         carried=carried,
         pictures=kept,
+        seconds=pace[0],
+        num_asked=pace[1],
     )
     build.write(marker, partition)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -54,6 +55,7 @@ def write_shards(build: Build, partition: int, duplicates: pl.DataFrame) -> None
     After a retry, only what that round brought is written; the shards before it stay, and the
     ledger is theirs with the retried rows replaced.
     """
+    started_at = time.monotonic()
     with build.task(f"part-{partition:05d}") as folder:
         staged = _staged(build, partition)
         rows = pl.read_parquet(build.fetch_staged(staged.rows, folder)).sort("sample_id")
@@ -111,6 +113,7 @@ def write_shards(build: Build, partition: int, duplicates: pl.DataFrame) -> None
             captions=staged.captions,
             hash_matches=_hash_matches(every),
             pictures=_pictures(build, partition, staged, rows, images_path),
+            seconds=staged.carried.seconds if staged.carried else time.monotonic() - started_at,
         )
         build.write(marker, partition)
 

@@ -42,6 +42,7 @@ def test_the_funnel_is_printed_with_its_reckoning(tmp_path: Path, capsys: Any) -
     assert "- copies 0 known from recipe - not fetched 1" in printed
     assert "= samples 2 ± 0 (50.0 % of those asked for, known from recipe)" in printed
     assert "cost 4.00" in printed  # one second of reading, three of fetching
+    assert "on 4 cores, cost 4.00 (1 fetches a second each, known from recipe)" in printed
     assert json.loads(json.dumps(step.to_json()))["estimate"]["samples"] == 2
 
 
@@ -51,3 +52,4 @@ def test_what_is_not_known_is_said(tmp_path: Path, capsys: Any) -> None:
     assert "set estimate.fetch_success_ratio" in printed
     assert "copies 0 known from all rows" in " ".join(printed.split())
     assert "cost" not in printed
+    assert "(60 fetches a second each, not measured yet)" in printed

@@ -20,6 +20,7 @@ from demo.metadata import build_world
 from demo.world import WorldConfig
 from infra import storage
 from infra.manifest import DatasetManifest, ShardEntry, publish_manifest, shard_path
+from pipelines.build import PartMarker, StagedMarker
 from pipelines.columns import canonical_rows
 from pipelines.config import CurationConfig
 from pipelines.estimate import Estimate, estimate_curation
@@ -191,6 +192,8 @@ def test_what_is_stated_and_what_was_measured(laion: Path, tmp_path: Path) -> No
         (stated.rows_in / 1e5 + stated.fetches / 10) / 3600, rel=1e-3
     )
     assert stated.hours == pytest.approx(stated.core_hours / 4)
+    assert (stated.fetches_per_core_second, stated.pace_known_from) == (10.0, "recipe")
+    assert (plain.fetches_per_core_second, plain.pace_known_from) == (60.0, "nothing")
     assert stated.cost == pytest.approx(0.04 * stated.core_hours)
     assert (stated.known_from, stated.copies_known_from) == ("recipe", "recipe")
     assert stated.notes == ()
@@ -288,6 +291,7 @@ def test_what_was_fetched_foresees_the_rest(trap_world: Any, tmp_path: Path) -> 
     under_way = estimate_curation(config, root, store)
     assert under_way.known_from == "2 partitions fetched"
     assert 0 < under_way.samples < under_way.fetches
+    assert under_way.pace_known_from == "2 partitions fetched"
     manifest = run(plan_curation("traps", config, store))
     found = estimate_curation(config, root, store)
     assert found.known_from == f"version {manifest.version[:12]}"
@@ -296,6 +300,19 @@ def test_what_was_fetched_foresees_the_rest(trap_world: Any, tmp_path: Path) -> 
         **found.web,
         "committed": found.samples,
     }
+    staged = plan.build.read_all(StagedMarker, plan.build.num_partitions)
+    parts = plan.build.read_all(PartMarker, plan.build.num_partitions)
+    asked = sum(marker.num_asked for marker in staged.values())
+    seconds = sum(m.seconds for m in staged.values()) + sum(m.seconds for m in parts.values())
+    assert found.fetches_per_core_second == pytest.approx(asked / seconds)
+    assert found.core_hours == pytest.approx(
+        (found.rows_in / config.estimate.rows_per_core_second + found.fetches * seconds / asked)
+        / 3600
+    )
+    other = trap_world.config(captions={}, partitions=1)
+    elsewhere = estimate_curation(other, storage.join(store, "datasets", "new"), store)
+    assert elsewhere.pace_known_from == f"dataset traps, version {manifest.version[:12]}"
+    assert elsewhere.fetches_per_core_second == found.fetches_per_core_second
     came = funnel_of(manifest)
     assert foreseen == {n: k for n, k in came.items() if n not in ("rows_in", *ROW_COPIES)}
     assert found.to_fetch.rows - found.fetches == sum(came[name] for name in ROW_COPIES)
