@@ -37,6 +37,7 @@ from pipelines.shards import read_shard
 ANSWERS_VERSION = 1
 _READ_THREADS = 8
 # ``captions``: what the sample has, as JSON. ``text`` is clean and without personal data.
+# ``asked_on``: the day, UTC. It and the tokens are in parts alone, and in the marker's sums.
 ANSWERS_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -48,9 +49,11 @@ ANSWERS_SCHEMA = pa.schema(
         ("retryable", pa.bool_()),
         ("prompt_tokens", pa.int32()),
         ("completion_tokens", pa.int32()),
+        ("asked_on", pa.string()),
     ]
 )
 _SCHEMA = pl.Schema(ANSWERS_SCHEMA)
+_OF_THE_MOMENT = ("prompt_tokens", "completion_tokens", "asked_on")
 Sample = tuple[str, bytes, str]  # sample id, image, what it has as JSON
 
 
@@ -132,16 +135,14 @@ def caption_shard(
     task: CaptionTask, shard: ShardEntry, folder: Path, *, retry_failed: bool = False
 ) -> CaptionedShard:
     """Ask for every sample that has no answer yet, publish them all, and write the marker last."""
-    marker = task.read_marker(shard)
-    known = _known(task, shard, marker if retry_failed else None)
-    days = set(marker.asked_on if marker else ())
+    before = task.read_marker(shard) if retry_failed else None
+    known = _known(task, shard, before)
     samples = samples_of(task, shard)
     engine = task.engine()
     while chunk := list(islice(_unanswered(samples, known), task.config.checkpoint_samples)):
-        made, day = ask(task, engine, shard, chunk, folder)
-        days.add(day)
+        made = ask(task, engine, shard, chunk, folder)
         known = pl.concat([known, made])
-    return _finish(task, shard, known, sorted(days), folder)
+    return _finish(task, shard, known, before, folder)
 
 
 def _unanswered(samples: Iterator[Sample], known: pl.DataFrame) -> Iterator[Sample]:
@@ -164,8 +165,8 @@ def ask(
     shard: ShardEntry,
     samples: Sequence[Sample],
     folder: Path,
-) -> tuple[pl.DataFrame, str]:
-    """Ask, and keep what came: rows of ``ANSWERS_SCHEMA``, and the day.
+) -> pl.DataFrame:
+    """Ask, and keep what came: rows of ``ANSWERS_SCHEMA``.
 
     When the engine gives up, the texts that came before are kept.
     """
@@ -179,7 +180,8 @@ def ask(
             _keep(task, shard, _rows(task, good), folder)
         raise
     made = _rows(task, list(zip(samples, found, strict=True)))
-    return made, _keep(task, shard, made, folder)
+    _keep(task, shard, made, folder)
+    return made
 
 
 def _rows(task: CaptionTask, answered: Sequence[tuple[Sample, Answer]]) -> pl.DataFrame:
@@ -187,19 +189,19 @@ def _rows(task: CaptionTask, answered: Sequence[tuple[Sample, Answer]]) -> pl.Da
     found = [answer for _, answer in answered]
     config = CaptionConfig(personal_data="redact" if task.redacts else "off")
     texts = cleaned(pl.Series([each.text for each in found], dtype=pl.String), config, is_alt=False)
+    today = datetime.now(UTC).date().isoformat()
     rows = [
-        {"sample_id": key, "captions": has, **asdict(answer), "text": text}
+        {"sample_id": key, "captions": has, **asdict(answer), "text": text, "asked_on": today}
         for ((key, _, has), answer), text in zip(answered, texts["text"], strict=True)
     ]
     return pl.DataFrame(rows, schema=_SCHEMA)
 
 
-def _keep(task: CaptionTask, shard: ShardEntry, made: pl.DataFrame, folder: Path) -> str:
-    """Store answers beside those that came before; the day they came, UTC."""
+def _keep(task: CaptionTask, shard: ShardEntry, made: pl.DataFrame, folder: Path) -> None:
+    """Store answers beside those that came before."""
     path = folder / "part.parquet"
     made.write_parquet(path)
     publish_file(path, task.dataset_root, task.parts(shard.sha256), "parquet", made.height)
-    return datetime.now(UTC).date().isoformat()
 
 
 def known_answers(task: CaptionTask, shard: ShardEntry) -> pl.DataFrame:
@@ -226,17 +228,23 @@ def read_answers(dataset_root: str, entry: FileEntry) -> pl.DataFrame:
 
 
 def _finish(
-    task: CaptionTask, shard: ShardEntry, known: pl.DataFrame, days: list[str], folder: Path
+    task: CaptionTask,
+    shard: ShardEntry,
+    known: pl.DataFrame,
+    before: CaptionedShard | None,
+    folder: Path,
 ) -> CaptionedShard:
+    """Publish ``known``; of those that ``before`` has, only its marker knows when and for what."""
     ordered = known.sort("sample_id")
     if ordered.height != shard.num_samples:
         raise RuntimeError(
             f"{shard.path} has {shard.num_samples} samples, {ordered.height} have an answer"
         )
     path = folder / "answers.parquet"
-    # Tokens are the server's business of the moment, so no part of what has a digest.
-    ordered.drop("prompt_tokens", "completion_tokens").write_parquet(path)
+    ordered.drop(_OF_THE_MOMENT).write_parquet(path)  # no part of what has a digest
     relative = f"{task.folder}/answers"
+    days = sorted({*known["asked_on"].drop_nulls(), *(before.asked_on if before else ())})
+    spent = (before.prompt_tokens, before.completion_tokens) if before else (0, 0)
     marker = CaptionedShard(
         shard=shard.path,
         shard_sha256=shard.sha256,
@@ -244,8 +252,8 @@ def _finish(
         num_failed=ordered["error"].count(),
         num_retryable=int(ordered["retryable"].sum()),
         answers=publish_file(path, task.dataset_root, relative, "parquet", ordered.height),
-        prompt_tokens=int(ordered["prompt_tokens"].sum()),
-        completion_tokens=int(ordered["completion_tokens"].sum()),
+        prompt_tokens=spent[0] + int(ordered["prompt_tokens"].sum()),
+        completion_tokens=spent[1] + int(ordered["completion_tokens"].sum()),
         asked_on=[days[0], days[-1]] if days else [],
     )
     storage.write_json(task.marker_uri(shard.sha256), asdict(marker))

@@ -362,7 +362,7 @@ def trial(job: AskingJob, limit: int, folder: Path) -> pl.DataFrame:
             ]
             unknown = [s for s in first if s[0] not in set(known["sample_id"])]
             if unknown:
-                made, _ = ask(job.unit, engine, shard, unknown, folder)
+                made = ask(job.unit, engine, shard, unknown, folder)
                 known = pl.concat([known, made])
             wanted = [sample_id for sample_id, _, _ in first]
             frames.append(known.filter(pl.col("sample_id").is_in(wanted)))

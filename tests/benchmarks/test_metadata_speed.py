@@ -1,18 +1,19 @@
 """Metadata at speed: filter and rewrite LAION-shaped parquet, ours through Spark and two peers.
 
-Two jobs, the same for everyone:
-  rewrite  read, filter with the paper's thresholds, write the rows that stay
+Three jobs, the same for everyone:
+  rewrite  read, filter with the thresholds of 256 px, write the rows that stay, two in five
+  select   the same with those of later stages, 512 px and a score of 6: one row in a hundred
   account  the same, and to every row its sha256 identity, and the rejected rows with their reason
            and scores written to a ledger of their own: what our task does with a unit it is new to
 
-Ours is the code of the reading task inside Spark tasks: for *rewrite* the way it reads a unit whose
-ledger is written already, for *account* the whole task, with its slots, its own ledger and markers.
-Polars streams on the same two cores, with the same sha256 from polars-hash, and pushes its filters
-into the scan. Spark SQL is plain DataFrame code with its own sha2, in the same session: two tasks
-at once, its vectorised reader, a heap of 4 GiB, the JVM's own compiler settings; it reads once for
-the kept rows and once for the ledger. Everyone writes the same columns of the same types, snappy
-for what stays and zstd for the ledger, and what they wrote is compared. Give pytest a `--basetemp`
-in memory where disks are slow: all three write gigabytes.
+Ours is the code of the reading task inside Spark tasks: for *rewrite* and *select* the way it reads
+a unit whose ledger is written already, for *account* the whole task, with its slots, its own ledger
+and markers. Polars streams on the same two cores, with the same sha256 from polars-hash, and pushes
+its filters into the scan. Spark SQL is plain DataFrame code with its own sha2, in the same session:
+two tasks at once, its vectorised reader, a heap of 4 GiB, the JVM's own compiler settings; it reads
+once for the kept rows and once for the ledger. Everyone writes the same columns of the same types,
+snappy for what stays and zstd for the ledger, and what they wrote is compared. Give pytest a
+`--basetemp` in memory where disks are slow: all three write gigabytes.
 
 A rate is the slope between two sizes, so that starting up costs nobody anything; planning, which
 digests the inputs once, is not part of ours. The three take turns at each size, and a ratio of CPU
@@ -47,20 +48,41 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.bench
 
 SIZES = [int(size) for size in os.environ.get("ATELIER_BENCH_ROWS", "8000000,40000000").split(",")]
-JOBS = os.environ.get("ATELIER_BENCH_JOBS", "rewrite,account").split(",")
+JOBS = os.environ.get("ATELIER_BENCH_JOBS", "rewrite,select,account").split(",")
 PEERS = os.environ.get("ATELIER_BENCH_PEERS", "polars,sql").split(",")
 WARM_UP_ROWS = 2_000_000
 HEAP_MB = 4096
 ROWS_PER_FILE = 500_000
 NUM_DISTINCT_FILES = 4
-FILTERS: dict[str, Any] = {
-    "min_width_px": 256, "min_height_px": 256, "max_aspect_ratio": 3.0, "min_aesthetic_score": 4.5,
-    "max_watermark_prob": 0.5, "max_unsafe_prob": 0.5, "max_caption_chars": None,
-}  # fmt: skip
-KEPT_SQL = (
-    "WIDTH >= 256 and HEIGHT >= 256 and greatest(WIDTH, HEIGHT) / least(WIDTH, HEIGHT) <= 3 "
-    "and AESTHETIC_SCORE >= 4.5 and pwatermark <= 0.5 and punsafe <= 0.5"
-)
+MAX_RATIO, MAX_PROB = 3.0, 0.5
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What rows must have to stay, beside an aspect ratio and probabilities alike for all jobs."""
+
+    min_side_px: int = 256
+    min_score: float = 4.5
+
+    def filters(self) -> dict[str, Any]:
+        """As a recipe has them."""
+        return {
+            "min_width_px": self.min_side_px, "min_height_px": self.min_side_px,
+            "max_aspect_ratio": MAX_RATIO, "min_aesthetic_score": self.min_score,
+            "max_watermark_prob": MAX_PROB, "max_unsafe_prob": MAX_PROB, "max_caption_chars": None,
+        }  # fmt: skip
+
+    def sql(self) -> str:
+        """As Spark SQL has them."""
+        return (
+            f"WIDTH >= {self.min_side_px} and HEIGHT >= {self.min_side_px} and "
+            f"greatest(WIDTH, HEIGHT) / least(WIDTH, HEIGHT) <= {MAX_RATIO} and "
+            f"AESTHETIC_SCORE >= {self.min_score} and "
+            f"pwatermark <= {MAX_PROB} and punsafe <= {MAX_PROB}"
+        )
+
+
+BOUNDS = {"rewrite": Bounds(), "select": Bounds(512, 6.0), "account": Bounds()}
 # What everyone writes of a kept row, numbers as int32 and double; the file's name of each.
 COLUMNS = {
     "url": "URL", "caption": "TEXT", "width_px": "WIDTH", "height_px": "HEIGHT",
@@ -161,14 +183,15 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
 # --- ours ----------------------------------------------------------------------------------------
 
 
-def ours(spark: SparkSession, *, account: bool) -> Job:
+def ours(spark: SparkSession, bounds: Bounds, *, account: bool) -> Job:
     from pipelines.config import CurationConfig
     from pipelines.engine import keep_imports_out_of_gc, one_thread_per_task
     from pipelines.plan import plan_curation
     from pipelines.read_rows import Slots, judged_batches, read_rows
 
     def run(folder: Path, out: Path) -> Cost:
-        config = CurationConfig.model_validate({"metadata": [str(folder)], "filters": FILTERS})
+        known = {"metadata": [str(folder)], "filters": bounds.filters()}
+        config = CurationConfig.model_validate(known)
         plan = plan_curation("bench", config, out.as_uri())
         build, units = plan.build, list(plan.units)
         slots = Slots(plan.partitions, build.num_partitions)
@@ -222,18 +245,19 @@ def ours(spark: SparkSession, *, account: bool) -> Job:
 # --- peers ---------------------------------------------------------------------------------------
 
 
-def polars_alone(*, account: bool) -> Job:
+def polars_alone(bounds: Bounds, *, account: bool) -> Job:
     import polars as pl
     import polars_hash
 
     width, height = pl.col("WIDTH"), pl.col("HEIGHT")
     ratio = pl.max_horizontal(width, height) / pl.min_horizontal(width, height)
+    is_small = (width < bounds.min_side_px) | (height < bounds.min_side_px)
     reason = pl.coalesce(
-        pl.when((width < 256) | (height < 256)).then(pl.lit("too_small")),
-        pl.when(ratio > 3.0).then(pl.lit("aspect_ratio")),
-        pl.when(pl.col("AESTHETIC_SCORE") < 4.5).then(pl.lit("low_aesthetic_score")),
-        pl.when(pl.col("pwatermark") > 0.5).then(pl.lit("watermarked")),
-        pl.when(pl.col("punsafe") > 0.5).then(pl.lit("unsafe")),
+        pl.when(is_small).then(pl.lit("too_small")),
+        pl.when(ratio > MAX_RATIO).then(pl.lit("aspect_ratio")),
+        pl.when(pl.col("AESTHETIC_SCORE") < bounds.min_score).then(pl.lit("low_aesthetic_score")),
+        pl.when(pl.col("pwatermark") > MAX_PROB).then(pl.lit("watermarked")),
+        pl.when(pl.col("punsafe") > MAX_PROB).then(pl.lit("unsafe")),
     ).alias("reason")
     text = polars_hash.concat_str("URL", pl.lit("\n"), "TEXT")
     sample_id = text.chash.sha2_256().str.head(32).alias("sample_id")
@@ -251,7 +275,7 @@ def polars_alone(*, account: bool) -> Job:
                 out / "ledger.parquet", compression="zstd", compression_level=1, lazy=True
             )
         else:
-            kept = rows.filter(is_kept()).select(columns)
+            kept = rows.filter(is_kept(bounds)).select(columns)
         kept_sink = kept.sink_parquet(out / "kept.parquet", compression="snappy", lazy=True)
         pl.collect_all([kept_sink, ledger] if account else [kept_sink], engine="streaming")
         return meter.cost()
@@ -259,21 +283,22 @@ def polars_alone(*, account: bool) -> Job:
     return run
 
 
-def spark_sql(spark: SparkSession, *, account: bool) -> Job:
+def spark_sql(spark: SparkSession, bounds: Bounds, *, account: bool) -> Job:
     from pyspark.sql import functions as sf
 
     def judged(folder: Path) -> DataFrame:
         rows = spark.read.parquet(str(folder))
         width, height = sf.col("WIDTH"), sf.col("HEIGHT")
         ratio = sf.greatest(width, height) / sf.least(width, height)
+        is_small = (width < bounds.min_side_px) | (height < bounds.min_side_px)
         reason = sf.coalesce(
-            sf.when((width < 256) | (height < 256), "too_small"),
-            sf.when(ratio > 3.0, "aspect_ratio"),
-            sf.when(sf.col("AESTHETIC_SCORE") < 4.5, "low_aesthetic_score"),
-            sf.when(sf.col("pwatermark") > 0.5, "watermarked"),
-            sf.when(sf.col("punsafe") > 0.5, "unsafe"),
+            sf.when(is_small, "too_small"),
+            sf.when(ratio > MAX_RATIO, "aspect_ratio"),
+            sf.when(sf.col("AESTHETIC_SCORE") < bounds.min_score, "low_aesthetic_score"),
+            sf.when(sf.col("pwatermark") > MAX_PROB, "watermarked"),
+            sf.when(sf.col("punsafe") > MAX_PROB, "unsafe"),
         )
-        return rows.withColumn("reason", reason) if account else rows.where(KEPT_SQL)
+        return rows.withColumn("reason", reason) if account else rows.where(bounds.sql())
 
     columns = [sf.col(theirs).alias(name) for name, theirs in COLUMNS.items()]
     columns = columns[:4] + [sf.col(COLUMNS[n]).cast("double").alias(n) for n in NUMBERS[2:]]
@@ -312,11 +337,11 @@ def test_filter_and_rewrite(
     job: str, folders: list[Path], spark: SparkSession, tmp_path: Path
 ) -> None:
     """What was written agrees; the ratios are printed."""
-    account = job == "account"
+    account, bounds = job == "account", BOUNDS[job]
     jobs = {
-        "ours": ours(spark, account=account),
-        "polars": polars_alone(account=account),
-        "sql": spark_sql(spark, account=account),
+        "ours": ours(spark, bounds, account=account),
+        "polars": polars_alone(bounds, account=account),
+        "sql": spark_sql(spark, bounds, account=account),
     }
     jobs = {who: run for who, run in jobs.items() if who == "ours" or who in PEERS}
     costs: dict[str, list[Cost]] = {who: [] for who in jobs}
@@ -326,7 +351,8 @@ def test_filter_and_rewrite(
             out.mkdir()
             costs[who].append(run(folder, out))
             print(f"\nbench  {job} {who:<8} {costs[who][-1]}")
-            assert written(f"{out}/kept*" + "/*.parquet" * (who == "sql")) == expected(folder), who
+            kept = f"{out}/kept*" + "/*.parquet" * (who == "sql")
+            assert written(kept) == expected(folder, bounds), who
             shutil.rmtree(out)
     show(job, costs)
 
@@ -345,22 +371,22 @@ def show(job: str, costs: dict[str, list[Cost]]) -> None:
         print(f"bench  {job}: ours / {peer} {wall[peer] / wall['ours']:.2f}, by CPU {by_cpu:.2f}")
 
 
-def is_kept() -> pl.Expr:
+def is_kept(bounds: Bounds) -> pl.Expr:
     """The filters as one condition, for the peers; no value here is unknown."""
     import polars as pl
 
     width, height = pl.col("WIDTH"), pl.col("HEIGHT")
     ratio = pl.max_horizontal(width, height) / pl.min_horizontal(width, height)
-    large = (width >= 256) & (height >= 256) & (ratio <= 3.0)
-    sound = (pl.col("pwatermark") <= 0.5) & (pl.col("punsafe") <= 0.5)
-    return large & sound & (pl.col("AESTHETIC_SCORE") >= 4.5)
+    large = (width >= bounds.min_side_px) & (height >= bounds.min_side_px) & (ratio <= MAX_RATIO)
+    sound = (pl.col("pwatermark") <= MAX_PROB) & (pl.col("punsafe") <= MAX_PROB)
+    return large & sound & (pl.col("AESTHETIC_SCORE") >= bounds.min_score)
 
 
-def expected(folder: Path) -> Any:
+def expected(folder: Path, bounds: Bounds) -> Any:
     """What ``written`` finds when the filters are asked of the files themselves."""
     import polars as pl
 
-    kept = pl.scan_parquet(folder / "*.parquet").filter(is_kept())
+    kept = pl.scan_parquet(folder / "*.parquet").filter(is_kept(bounds))
     texts = [pl.col(COLUMNS[n]).str.len_bytes().sum().cast(pl.Float64) for n in ("url", "caption")]
     numbers = [pl.col(COLUMNS[name]).cast(pl.Float64).sum() for name in NUMBERS]
     rows = kept.select(pl.len().cast(pl.Float64), *texts, *numbers).collect(engine="streaming")

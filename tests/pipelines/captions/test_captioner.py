@@ -6,16 +6,20 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
 from infra import storage
 from infra.errors import UserError
 from infra.manifest import load_manifest, verify_dataset
+from pipelines import caption_answers
 from pipelines.caption_answers import ANSWERS_SCHEMA
 from pipelines.caption_engines import Answer, EndpointCaptioner
 from pipelines.caption_version import (
@@ -270,6 +274,51 @@ def test_failures_are_asked_again_when_told_to(
     assert counts == {"taken": 12}
     assert caption_server.requests == {bad: 1}
     assert healed.manifest.version != result.manifest.version
+
+
+def test_when_and_for_what_it_was_asked_outlives_a_kill_and_a_retry(
+    caption_server: CaptionServer, new_dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill that falls between the last answer and the marker; days later, a failure heals."""
+    small = new_dataset((tmp_path / "store").as_uri(), 6)
+    task = plan_captions(small.manifest_uri, config_for(caption_server)).unit
+    shard = next(each for each in small.manifest.shards if each.num_samples > 1)
+    images = [image for _, image, _ in caption_answers.samples_of(task, shard)]
+    bad = hashlib.sha256(images[0]).hexdigest()
+    caption_server.behaviour = lambda image, number: (500, {}, b"", 0.0) if image == bad else None
+
+    def on(day: int) -> None:
+        now = datetime(2026, 11, day, tzinfo=UTC)
+        monkeypatch.setattr(caption_answers, "datetime", SimpleNamespace(now=lambda _: now))
+
+    on(27)
+    with monkeypatch.context() as patch:
+        patch.setattr(caption_answers, "_finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            caption_answers.caption_shard(task, shard, tmp_path)
+    answered = shard.num_samples - 1
+    asked = caption_server.requests.total()
+    on(28)
+    # Nothing but the failure, which may pass, is asked again.
+    first = caption_answers.caption_shard(task, shard, tmp_path)
+    assert caption_server.requests.total() - asked == 3
+    assert first.asked_on == ["2026-11-27", "2026-11-28"]
+    on(29)
+    caption_server.behaviour = lambda image, number: None
+    healed = caption_answers.caption_shard(task, shard, tmp_path, retry_failed=True)
+    assert healed.asked_on == ["2026-11-27", "2026-11-29"]
+    each = first.completion_tokens // answered
+    assert each > 0
+    assert (first.completion_tokens, healed.completion_tokens) == (
+        each * answered, each * shard.num_samples,
+    )  # fmt: skip
+    assert healed.prompt_tokens > first.prompt_tokens
+    names = pq.read_schema(Path(small.root.removeprefix("file://"), healed.answers.path)).names
+    assert not {"asked_on", "prompt_tokens", "completion_tokens"} & set(names)
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_where_and_how_fast_it_is_asked_is_no_part_of_the_key(
