@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,26 @@ DEFAULT_STEPS, DEFAULT_GUIDANCE = 48, 9.0  # the paper's
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What the model runs on, in which type, and how it is fitted into less memory."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    quantize: str | None = None
+    offload: bool = False
+    tile_px: int | None = None
+    compile: bool = False
+
+    def lineage(self, precision: str) -> dict[str, str]:
+        """What of this changes pixels; ``precision`` is the type that was found."""
+        return {
+            "precision": precision,
+            **({} if self.quantize is None else {"quantize": self.quantize}),
+            **({} if self.tile_px is None else {"tile_px": str(self.tile_px)}),
+        }
+
+
+@dataclass(frozen=True)
 class Brush:
     """Which model paints, and how; ``None`` leaves it to the recipe, or to the model."""
 
@@ -35,6 +57,7 @@ class Brush:
     guidance_schedule: str | None = None
     token_temperature: float | None = None
     loras: tuple[str, ...] = ()
+    machine: Machine = Machine()
 
 
 @dataclass(frozen=True)
@@ -94,10 +117,7 @@ class Easel:
 def set_up(brush: Brush) -> Easel:
     """Fetch and load the model meant."""
     source = find_source(brush.stage, brush.model)
-
-    from model import TextToImage
-
-    painter = TextToImage.from_pretrained(source.folder)
+    painter, precision = _load(source.folder, brush.machine)
     for folder in brush.loras:
         painter.load_lora(folder)
     scale = source.guidance_scale if brush.guidance_scale is None else brush.guidance_scale
@@ -108,7 +128,8 @@ def set_up(brush: Brush) -> Easel:
         "negative_prompt": brush.negative_prompt or None,  # the model's own when none is given
     }
     lineage = {
-        "steps": str(keywords["steps"]), "guidance_scale": str(scale), **source.lineage,
+        "steps": str(keywords["steps"]), "guidance_scale": str(scale),
+        **brush.machine.lineage(precision), **source.lineage,
     }  # fmt: skip
     if brush.order is not None:
         keywords["order"] = lineage["order"] = brush.order
@@ -124,6 +145,36 @@ def set_up(brush: Brush) -> Easel:
     return Easel(painter, keywords, lineage)
 
 
+def _load(folder: Path, machine: Machine) -> tuple[TextToImage, str]:
+    """The model where and as it shall run, and the name of its type."""
+    from model import TextToImage, compile_network, find_device, find_dtype
+
+    device = find_device(machine.device)
+    dtype = find_dtype(machine.precision, device)
+    painter = TextToImage.from_pretrained(folder, dtype)
+    painter.save_memory(machine.quantize, machine.offload, machine.tile_px).to(device)
+    if machine.compile:
+        compile_network(painter.transformer)
+    return painter, str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """One line with what helps, where torch says that memory ran out."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            expected="to paint in the memory that is there",
+            got=str(error).partition("\n")[0][:160] or "none was left",
+            remedy="try --quantize int8, --offload, --tile 512 or a smaller batch or picture",
+        ) from None
+
+
 def paint(wish: Wish, brush: Brush) -> list[Painted]:
     """Paint every prompt with every seed and write the PNGs, prompt by prompt."""
     for path in (wish.out, wish.grid):
@@ -134,7 +185,8 @@ def paint(wish: Wish, brush: Brush) -> list[Painted]:
             expected=f"at most {MAX_GRID_IMAGES} images in a grid",
             got=f"{len(jobs)}",
         )
-    easel = set_up(brush)
+    with within_memory():
+        easel = set_up(brush)
 
     from app.contact_sheet import save_png
     from app.preview import Recorder
@@ -157,7 +209,8 @@ def paint(wish: Wish, brush: Brush) -> list[Painted]:
             "progress": report,
         }
         prompts = [prompt for prompt, _ in jobs]
-        images = easel.painter.generate(prompts, height_px, width_px, **keywords)
+        with within_memory():
+            images = easel.painter.generate(prompts, height_px, width_px, **keywords)
     painted = []
     for index, ((prompt, seed), image) in enumerate(zip(jobs, images, strict=True)):
         lineage = {"prompt": prompt, "seed": str(seed), **easel.lineage}

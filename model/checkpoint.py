@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.errors import ModelError
+from model.quantize import QuantizedLinear
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -262,7 +263,15 @@ def _sync_tree(folder: Path) -> None:
 
 
 def write_module(folder: Path, module: nn.Module, config: Mapping[str, Any], stem: str) -> None:
-    """config.json and `<stem>.safetensors` into an existing folder; weights keep their dtype."""
+    """config.json and `<stem>.safetensors` into an existing folder; weights keep their dtype.
+
+    Raises ModelError for eight-bit weights, which no folder holds.
+    """
+    if any(isinstance(part, QuantizedLinear) for part in module.modules()):
+        raise ModelError(
+            "these weights are quantised, which the published layout has no place for: save the "
+            "network before quantising it; a folder is quantised when it is loaded"
+        )
     write_json(folder / "config.json", config)
     tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
