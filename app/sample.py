@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -158,6 +159,15 @@ def _load(folder: Path, machine: Machine) -> tuple[TextToImage, str]:
     return painter, str(dtype).removeprefix("torch.")
 
 
+def check_keywords(keywords: PaintKeywords, num_images: int) -> None:
+    """One line for what no painter can do, before any progress is shown."""
+    from model import PaintOptions
+
+    options = PaintOptions(**keywords)
+    options.sampling("cosine")
+    options.image_seeds(num_images)
+
+
 @contextmanager
 def within_memory() -> Iterator[None]:
     """One line with what helps, where torch says that memory ran out."""
@@ -194,6 +204,12 @@ def paint(wish: Wish, brush: Brush) -> list[Painted]:
 
     width_px, height_px = wish.size_px or (None, None)
     easel.painter.check_size(height_px, width_px)
+    asked: PaintKeywords = {
+        **easel.keywords,
+        "seeds": [seed for _, seed in jobs],
+        "batch_size": wish.batch_size,
+    }
+    check_keywords(asked, len(jobs))
     recorder = Recorder(easel.painter, wish.batch_size)
     with progress("painting", len(jobs), "images") as bar:
 
@@ -202,15 +218,10 @@ def paint(wish: Wish, brush: Brush) -> list[Painted]:
             if wish.preview is not None:
                 recorder.add(tokens)
 
-        keywords: PaintKeywords = {
-            **easel.keywords,
-            "seeds": [seed for _, seed in jobs],
-            "batch_size": wish.batch_size,
-            "progress": report,
-        }
         prompts = [prompt for prompt, _ in jobs]
         with within_memory():
-            images = easel.painter.generate(prompts, height_px, width_px, **keywords)
+            asked["progress"] = report
+            images = easel.painter.generate(prompts, height_px, width_px, **asked)
     painted = []
     for index, ((prompt, seed), image) in enumerate(zip(jobs, images, strict=True)):
         lineage = {"prompt": prompt, "seed": str(seed), **easel.lineage}
@@ -225,9 +236,20 @@ def paint(wish: Wish, brush: Brush) -> list[Painted]:
 
 
 def check_png(path: Path | None) -> None:
-    """One line unless the name ends in .png."""
-    if path is not None and path.suffix.lower() != ".png":
+    """One line unless the name ends in .png and such a file can be written."""
+    if path is None:
+        return
+    if path.suffix.lower() != ".png":
         raise UserError(expected="a name ending in .png for an image to write", got=str(path))
+    if path.is_dir():
+        raise UserError(expected=f"a file to write at {path}", got="a folder")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise UserError(
+            expected=f"a folder for {path.name} at {path.parent}", got=f"{there} is a file"
+        )
+    if not os.access(there, os.W_OK):
+        raise UserError(expected=f"to write {path}", got=f"no permission in {there}")
 
 
 def _write_grid(wish: Wish, path: Path, images: list[Image], lineage: dict[str, str]) -> None:
@@ -259,14 +281,19 @@ def find_source(stage: str | None, model: str | None) -> Source:
 
         with_services()
         return Source(fetch_checkpoint(model), {"model": model})
-    folder = Path(model)
+    from model import model_folder
+
+    folder = model_folder(model)
     if not (folder / "model_index.json").is_file():
         raise UserError(
             expected=f"a model folder with model_index.json at {folder}",
             got="a folder without it" if folder.is_dir() else "no such folder",
             remedy="give the folder of a published model, or leave --model out",
         )
-    return Source(folder, {"model": str(folder.resolve())})
+    if folder == Path(model):
+        return Source(folder, {"model": str(folder.resolve())})
+    # The hub's copy lies under the commit it came from.
+    return Source(folder, {"model": f"{model.partition('@')[0]}@{folder.name}"})
 
 
 def _of_stage(stage: str | None) -> Source:
@@ -323,8 +350,6 @@ def lineage_of(run: RunStatus, step: StepStatus) -> dict[str, str]:
 
 def with_services() -> None:
     """Have the local store up, with its address and keys in this process's environment."""
-    import os
-
     from infra.local.services import up
 
     os.environ.update(up(atelier_home()).environment())
