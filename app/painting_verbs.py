@@ -129,6 +129,9 @@ def sample(
         float | None,
         typer.Option("--token-temperature", min=0, help="of the draw; 0 takes the likeliest"),
     ] = None,
+    zigzag: Annotated[
+        float, typer.Option("--zigzag", min=0, max=1, help="share of the steps taken twice")
+    ] = 0.0,
     lora: Lora = None,
     steps_preview: Annotated[
         str | None,
@@ -174,7 +177,7 @@ def sample(
     brush = Brush(
         stage, model, steps, guidance, negative,
         order, guidance_schedule, token_temperature, tuple(lora or ()),
-        Machine(device, precision, quantize, offload, tile, compile_),
+        Machine(device, precision, quantize, offload, tile, compile_), zigzag,
     )  # fmt: skip
     images = paint(wish, brush)
     for image in images:

@@ -59,6 +59,7 @@ class Brush:
     token_temperature: float | None = None
     loras: tuple[str, ...] = ()
     machine: Machine = Machine()
+    zigzag: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,9 @@ def set_up(brush: Brush) -> Easel:
     if brush.token_temperature is not None:
         keywords["token_temperature"] = brush.token_temperature
         lineage["token_temperature"] = str(brush.token_temperature)
+    if brush.zigzag:
+        keywords["zigzag"] = brush.zigzag
+        lineage["zigzag"] = str(brush.zigzag)
     if brush.loras:
         lineage["loras"] = ", ".join(brush.loras)
     if negative := brush.negative_prompt or painter.defaults.negative_prompt:

@@ -369,11 +369,12 @@ def test_order_draw_and_guidance_can_be_chosen(folder: Path, tmp_path: Path) -> 
     plain: list[str | Path] = ["sample", "a star", "--model", folder, *STEPS, "--out"]
     assert atelier(*plain, tmp_path / "plain.png")[0] == 0
     other = ["--order", "halton", "--guidance-schedule", "cosine", "--token-temperature", "0"]
+    other += ["--zigzag", "0.5"]
     code, _, _ = atelier(*plain, tmp_path / "other.png", *other)
     assert code == 0
     text = text_of(tmp_path / "other.png")
     assert (text["order"], text["guidance_schedule"]) == ("halton", "cosine")
-    assert text["token_temperature"] == "0.0"
+    assert (text["token_temperature"], text["zigzag"]) == ("0.0", "0.5")
     assert not np.array_equal(levels(tmp_path / "plain.png"), levels(tmp_path / "other.png"))
     code, _, lines = atelier(*plain, tmp_path / "odd.png", "--order", "sideways")
     assert code == 1

@@ -1,6 +1,7 @@
 """The README of `model/`: its blocks run as they stand, on a small model."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,15 @@ NOTEBOOK, SMALL, TRAINING = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 @pytest.fixture
-def saved(painter: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextToImage:
+def saved(
+    painter: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[TextToImage]:
     painter.save_pretrained(tmp_path / "models" / "meissonic")
     monkeypatch.chdir(tmp_path)
-    return painter
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on layers this small a second thread only waits
+    yield painter
+    torch.set_num_threads(threads)
 
 
 def test_the_notebook_has_ten_lines_and_runs(saved: TextToImage, tmp_path: Path) -> None:
