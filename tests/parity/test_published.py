@@ -39,7 +39,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         names = {
             "Transformer2DModel": "src.transformer", "Scheduler": "src.scheduler",
             "Pipeline": "src.pipeline", "VQModel": "diffusers",
-            "CLIPTextModelWithProjection": "transformers", "CLIPTokenizerFast": "transformers",
+            "CLIPTextModelWithProjection": "transformers", "CLIPTokenizer": "transformers",
         }  # fmt: skip
         found = {name: getattr(importlib.import_module(m), name) for name, m in names.items()}
         yield SimpleNamespace(**found, pipeline_module=importlib.import_module("src.pipeline"))
@@ -107,7 +107,7 @@ def test_every_part_loads_there_and_says_the_same(
     load_strictly(published.Transformer2DModel, folder / "transformer", dtype)
     vq = load_strictly(published.VQModel, folder / "vqvae", dtype)
     text = load_strictly(published.CLIPTextModelWithProjection, folder / "text_encoder", dtype)
-    tokenizer = published.CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
+    tokenizer = published.CLIPTokenizer.from_pretrained(folder / "tokenizer")
     options = {"padding": "max_length", "truncation": True, "max_length": 77}
     ids = tokenizer(PROMPTS, return_tensors="pt", **options).input_ids
     assert torch.equal(ids, ours.tokenizer(PROMPTS, 77))
@@ -132,7 +132,7 @@ def test_its_pipeline_paints_the_same_and_its_shards_come_back(
     ours.save_pretrained(folder)
     parts: dict[str, Any] = {
         "vqvae": published.VQModel.from_pretrained(folder / "vqvae"),
-        "tokenizer": published.CLIPTokenizerFast.from_pretrained(folder / "tokenizer"),
+        "tokenizer": published.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         "text_encoder": published.CLIPTextModelWithProjection.from_pretrained(
             folder / "text_encoder"
         ),
