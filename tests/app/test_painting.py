@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from infra.digests import sha256_file
 from infra.errors import UserError
 from model import CLIPTokenizer, LoRA, LoRAConfig, TextToImage
 from tests.model.conftest import CAPTIONS, small_painter
+from tests.model.test_hub import COMMIT, Hub
 
 STEPS = ["--steps", "3"]
 
@@ -199,6 +201,26 @@ def test_a_damaged_model_is_one_line(
     assert (code, stdout, len(lines)) == (1, "", 1), lines
     assert line in lines[0]
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_model_by_its_name_on_a_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    server = Hub(folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    asked: list[str | Path] = ["sample", "a star", *STEPS, "--out"]
+    named = atelier(*asked, tmp_path / "named.png", "--model", "someone/painter@main")
+    server.shutdown()
+    server.server_close()
+    assert named[0] == 0, named
+    assert atelier(*asked, tmp_path / "path.png", "--model", folder)[0] == 0
+    assert text_of(tmp_path / "named.png")["model"] == f"someone/painter@{COMMIT}"
+    assert np.array_equal(levels(tmp_path / "named.png"), levels(tmp_path / "path.png"))
 
 
 def test_small_machines_paint_and_say_how(folder: Path, tmp_path: Path) -> None:
