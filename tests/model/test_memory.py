@@ -87,14 +87,20 @@ def test_a_part_has_its_own_tensors_again(painter: TextToImage) -> None:
 def test_an_offloaded_painter_works_where_its_network_is(
     painter: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The meta device stands for a GPU: it computes shapes, and mixing it with the CPU fails."""
+    """The meta device stands for a GPU; every part is asked where its tensors are at work."""
     lora = LoRA.start({"text_encoder": painter.text_encoder}, LoRAConfig(1, targets=".*fc1"))
     lora.save_pretrained(tmp_path / "style")
     lora.detach()
     painter.save_memory(offload=True).to(META)
     painter.load_lora(tmp_path / "style")
     assert painter.device == META
+    at_work: list[set[torch.device]] = []
+    painter.text_encoder.register_forward_pre_hook(
+        lambda part, ids: at_work.append({t.device for t in part.parameters()})
+    )
     features = painter.encode_prompts(["a star"])
+    assert at_work == [{META}]
+    assert {t.device for t in painter.loras[0].parameters()} == {META}
     assert (features.hidden_BTD.device, features.pooled_BP.device) == (META, META)
     seen: list[set[torch.device]] = []
     for name in ("encode", "decode"):  # torch cannot run these two themselves on that device
