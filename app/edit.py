@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.painting_options import MAX_SIDE_PX, printable
-from app.sample import Brush, Easel, check_png, set_up
+from app.sample import Brush, Easel, check_keywords, check_png, set_up, within_memory
 from infra.digests import sha256_bytes, sha256_file
 from infra.errors import UserError
 
@@ -63,11 +63,12 @@ def edit(wish: EditWish, brush: Brush) -> Edited:
     image, carried = open_picture(wish.image)
     mask = _mask_of(wish, image)
     prompt, caption, operation = read_words(wish, carried)
-    easel = set_up(brush)
 
     from app.contact_sheet import save_png
 
-    result, place = _painted(wish, easel, image, mask, prompt, caption, operation)
+    with within_memory():
+        easel = set_up(brush)
+        result, place = _painted(wish, easel, image, mask, prompt, caption, operation)
     lineage = {
         "prompt": prompt,
         "instruction": printable(wish.words),
@@ -104,7 +105,11 @@ def _painted(
     """The result, and the mask in which it was painted, if there is one."""
     from infra.progress import progress
     from model import OPERATIONS
+    from model.sampler import first_step_of
 
+    check_keywords({**easel.keywords, "seed": wish.seed}, 1)
+    if wish.strength is not None:
+        first_step_of(wish.strength, easel.keywords["steps"])
     painter, sources = easel.painter, None if caption is None else [caption]
     with progress("painting", int(easel.keywords["steps"]), "steps") as bar:
         keywords: PaintKeywords = {

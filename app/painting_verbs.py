@@ -30,6 +30,30 @@ Negative = Annotated[
 Lora = Annotated[
     list[str] | None, typer.Option("--lora", metavar="FOLDER", help="adapters on top; several add")
 ]
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1; auto is a GPU or the CPU"),
+]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision", metavar="TYPE", help="fp32, bf16 or fp16; auto is bf16 where it is native"
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", metavar="TYPE", help="int8 or fp8 weights, a quarter of fp32's"),
+]
+Offload = Annotated[
+    bool,
+    typer.Option("--offload", help="text encoder and tokenizer on the GPU only while they work"),
+]
+Tile = Annotated[
+    int | None, typer.Option("--tile", min=1, metavar="PX", help="decode in tiles of this side")
+]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="slow to begin, then faster: for many images on a GPU")
+]
 
 SAMPLE_EXAMPLES = """\b
 Examples
@@ -37,7 +61,9 @@ Examples
   atelier sample "two squares" "a star" --stage concepts --seed 7 --out pair.png
   atelier sample --prompts prompts.txt --seeds 0-3 --grid grid.png
   atelier sample "a star" --size 64x96 --steps-preview gif
-  atelier sample "a red fox" --model /models/meissonic --steps 48 --guidance 9 --negative blurry"""
+  atelier sample "a red fox" --model /models/meissonic --steps 48 --guidance 9 --negative blurry
+  atelier sample "a red fox" --model /models/meissonic --quantize int8 --offload --tile 512
+      on a GPU of 8 GB and less"""
 
 EDIT_EXAMPLES = """\b
 Examples
@@ -103,6 +129,9 @@ def sample(
         float | None,
         typer.Option("--token-temperature", min=0, help="of the draw; 0 takes the likeliest"),
     ] = None,
+    zigzag: Annotated[
+        float, typer.Option("--zigzag", min=0, max=1, help="share of the steps taken twice")
+    ] = 0.0,
     lora: Lora = None,
     steps_preview: Annotated[
         str | None,
@@ -111,6 +140,12 @@ def sample(
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="images painted at a time")
     ] = 16,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    quantize: Quantize = None,
+    offload: Offload = False,
+    tile: Tile = None,
+    compile_: Compile = False,
     json_: Json = False,
 ) -> None:
     """Paint prompts with a trained stage.
@@ -120,7 +155,7 @@ def sample(
     """
     from app.painting_options import prompts_of, seeds_of, size_of
     from app.preview import KINDS
-    from app.sample import Brush, Wish, paint
+    from app.sample import Brush, Machine, Wish, paint
     from infra.errors import UserError
 
     output = Output(json_)
@@ -142,6 +177,7 @@ def sample(
     brush = Brush(
         stage, model, steps, guidance, negative,
         order, guidance_schedule, token_temperature, tuple(lora or ()),
+        Machine(device, precision, quantize, offload, tile, compile_), zigzag,
     )  # fmt: skip
     images = paint(wish, brush)
     for image in images:
@@ -187,6 +223,12 @@ def edit(
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="also write NAME-before-after.png")
     ] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    quantize: Quantize = None,
+    offload: Offload = False,
+    tile: Tile = None,
+    compile_: Compile = False,
     json_: Json = False,
 ) -> None:
     """Change a picture by words, in a mask, or beyond its borders.
@@ -198,7 +240,7 @@ def edit(
     from app.edit import EditWish
     from app.edit import edit as paint_into
     from app.painting_options import box_of, sides_of
-    from app.sample import Brush
+    from app.sample import Brush, Machine
 
     output = Output(json_)
     wish = EditWish(
@@ -215,7 +257,8 @@ def edit(
         seed,
         side_by_side,
     )
-    brush = Brush(stage, model, steps, guidance, negative, loras=tuple(lora or ()))
+    machine = Machine(device, precision, quantize, offload, tile, compile_)
+    brush = Brush(stage, model, steps, guidance, negative, loras=tuple(lora or ()), machine=machine)
     edited = paint_into(wish, brush)
     output.say(f"{edited.path}  {edited.operation}: {edited.prompt}")
     if edited.before_after is not None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,26 @@ DEFAULT_STEPS, DEFAULT_GUIDANCE = 48, 9.0  # the paper's
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What the model runs on, in which type, and how it is fitted into less memory."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    quantize: str | None = None
+    offload: bool = False
+    tile_px: int | None = None
+    compile: bool = False
+
+    def lineage(self, precision: str) -> dict[str, str]:
+        """What of this changes pixels; ``precision`` is the type that was found."""
+        return {
+            "precision": precision,
+            **({} if self.quantize is None else {"quantize": self.quantize}),
+            **({} if self.tile_px is None else {"tile_px": str(self.tile_px)}),
+        }
+
+
+@dataclass(frozen=True)
 class Brush:
     """Which model paints, and how; ``None`` leaves it to the recipe, or to the model."""
 
@@ -35,6 +58,8 @@ class Brush:
     guidance_schedule: str | None = None
     token_temperature: float | None = None
     loras: tuple[str, ...] = ()
+    machine: Machine = Machine()
+    zigzag: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,10 +119,7 @@ class Easel:
 def set_up(brush: Brush) -> Easel:
     """Fetch and load the model meant."""
     source = find_source(brush.stage, brush.model)
-
-    from model import TextToImage
-
-    painter = TextToImage.from_pretrained(source.folder)
+    painter, precision = _load(source.folder, brush.machine)
     for folder in brush.loras:
         painter.load_lora(folder)
     scale = source.guidance_scale if brush.guidance_scale is None else brush.guidance_scale
@@ -108,7 +130,8 @@ def set_up(brush: Brush) -> Easel:
         "negative_prompt": brush.negative_prompt or None,  # the model's own when none is given
     }
     lineage = {
-        "steps": str(keywords["steps"]), "guidance_scale": str(scale), **source.lineage,
+        "steps": str(keywords["steps"]), "guidance_scale": str(scale),
+        **brush.machine.lineage(precision), **source.lineage,
     }  # fmt: skip
     if brush.order is not None:
         keywords["order"] = lineage["order"] = brush.order
@@ -117,11 +140,53 @@ def set_up(brush: Brush) -> Easel:
     if brush.token_temperature is not None:
         keywords["token_temperature"] = brush.token_temperature
         lineage["token_temperature"] = str(brush.token_temperature)
+    if brush.zigzag:
+        keywords["zigzag"] = brush.zigzag
+        lineage["zigzag"] = str(brush.zigzag)
     if brush.loras:
         lineage["loras"] = ", ".join(brush.loras)
     if negative := brush.negative_prompt or painter.defaults.negative_prompt:
         lineage["negative_prompt"] = negative
     return Easel(painter, keywords, lineage)
+
+
+def _load(folder: Path, machine: Machine) -> tuple[TextToImage, str]:
+    """The model where and as it shall run, and the name of its type."""
+    from model import TextToImage, compile_network, find_device, find_dtype
+
+    device = find_device(machine.device)
+    dtype = find_dtype(machine.precision, device)
+    painter = TextToImage.from_pretrained(folder, dtype)
+    painter.save_memory(machine.quantize, machine.offload, machine.tile_px).to(device)
+    if machine.compile:
+        compile_network(painter.transformer)
+    return painter, str(dtype).removeprefix("torch.")
+
+
+def check_keywords(keywords: PaintKeywords, num_images: int) -> None:
+    """One line for what no painter can do, before any progress is shown."""
+    from model import PaintOptions
+
+    options = PaintOptions(**keywords)
+    options.sampling("cosine")
+    options.image_seeds(num_images)
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """One line with what helps, where torch says that memory ran out."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            expected="to paint in the memory that is there",
+            got=str(error).partition("\n")[0][:160] or "none was left",
+            remedy="try --quantize int8, --offload, --tile 512 or a smaller batch or picture",
+        ) from None
 
 
 def paint(wish: Wish, brush: Brush) -> list[Painted]:
@@ -134,7 +199,8 @@ def paint(wish: Wish, brush: Brush) -> list[Painted]:
             expected=f"at most {MAX_GRID_IMAGES} images in a grid",
             got=f"{len(jobs)}",
         )
-    easel = set_up(brush)
+    with within_memory():
+        easel = set_up(brush)
 
     from app.contact_sheet import save_png
     from app.preview import Recorder
@@ -142,6 +208,12 @@ def paint(wish: Wish, brush: Brush) -> list[Painted]:
 
     width_px, height_px = wish.size_px or (None, None)
     easel.painter.check_size(height_px, width_px)
+    asked: PaintKeywords = {
+        **easel.keywords,
+        "seeds": [seed for _, seed in jobs],
+        "batch_size": wish.batch_size,
+    }
+    check_keywords(asked, len(jobs))
     recorder = Recorder(easel.painter, wish.batch_size)
     with progress("painting", len(jobs), "images") as bar:
 
@@ -150,14 +222,10 @@ def paint(wish: Wish, brush: Brush) -> list[Painted]:
             if wish.preview is not None:
                 recorder.add(tokens)
 
-        keywords: PaintKeywords = {
-            **easel.keywords,
-            "seeds": [seed for _, seed in jobs],
-            "batch_size": wish.batch_size,
-            "progress": report,
-        }
         prompts = [prompt for prompt, _ in jobs]
-        images = easel.painter.generate(prompts, height_px, width_px, **keywords)
+        with within_memory():
+            asked["progress"] = report
+            images = easel.painter.generate(prompts, height_px, width_px, **asked)
     painted = []
     for index, ((prompt, seed), image) in enumerate(zip(jobs, images, strict=True)):
         lineage = {"prompt": prompt, "seed": str(seed), **easel.lineage}
@@ -172,9 +240,20 @@ def paint(wish: Wish, brush: Brush) -> list[Painted]:
 
 
 def check_png(path: Path | None) -> None:
-    """One line unless the name ends in .png."""
-    if path is not None and path.suffix.lower() != ".png":
+    """One line unless the name ends in .png and such a file can be written."""
+    if path is None:
+        return
+    if path.suffix.lower() != ".png":
         raise UserError(expected="a name ending in .png for an image to write", got=str(path))
+    if path.is_dir():
+        raise UserError(expected=f"a file to write at {path}", got="a folder")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise UserError(
+            expected=f"a folder for {path.name} at {path.parent}", got=f"{there} is a file"
+        )
+    if not os.access(there, os.W_OK):
+        raise UserError(expected=f"to write {path}", got=f"no permission in {there}")
 
 
 def _write_grid(wish: Wish, path: Path, images: list[Image], lineage: dict[str, str]) -> None:
@@ -206,14 +285,19 @@ def find_source(stage: str | None, model: str | None) -> Source:
 
         with_services()
         return Source(fetch_checkpoint(model), {"model": model})
-    folder = Path(model)
+    from model import model_folder
+
+    folder = model_folder(model)
     if not (folder / "model_index.json").is_file():
         raise UserError(
             expected=f"a model folder with model_index.json at {folder}",
             got="a folder without it" if folder.is_dir() else "no such folder",
             remedy="give the folder of a published model, or leave --model out",
         )
-    return Source(folder, {"model": str(folder.resolve())})
+    if folder == Path(model):
+        return Source(folder, {"model": str(folder.resolve())})
+    # The hub's copy lies under the commit it came from.
+    return Source(folder, {"model": f"{model.partition('@')[0]}@{folder.name}"})
 
 
 def _of_stage(stage: str | None) -> Source:
@@ -270,8 +354,6 @@ def lineage_of(run: RunStatus, step: StepStatus) -> dict[str, str]:
 
 def with_services() -> None:
     """Have the local store up, with its address and keys in this process's environment."""
-    import os
-
     from infra.local.services import up
 
     os.environ.update(up(atelier_home()).environment())

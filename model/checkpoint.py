@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.errors import ModelError
+from model.quantize import QuantizedLinear
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -38,13 +39,27 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: expected a model folder with this file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}): expected a file") from None
+    except (ValueError, RecursionError) as error:
         raise ModelError(
             f"{path} is not valid JSON ({error}): fetch or export the folder again"
         ) from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a {type(value).__name__}: expected a JSON object")
     return value
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of the UTF-8 text in `path`; one line of error when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}): expected a file") from None
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"{path} is not UTF-8 text ({error}): fetch or export the folder again"
+        ) from None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -85,6 +100,21 @@ def parse_config(
     return cls(**lists_as_tuples)
 
 
+def out_of_range(config: object, largest: Mapping[str, int]) -> list[str]:
+    """A line for each field named in `largest` that is not in 1 … its largest value.
+
+    Building what such a config.json says would fail in torch, or not end.
+    """
+    problems = []
+    for name, most in largest.items():
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not 1 <= number <= most:
+                problems.append(f"{name} is {value}: expected 1 to {most}")
+                break
+    return problems
+
+
 def _is_of_kind(value: object, hint: Any) -> bool:
     """Whether a JSON value fits a field's type: a number, text, truth value, None or a tuple."""
     if isinstance(hint, UnionType):
@@ -92,7 +122,7 @@ def _is_of_kind(value: object, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_is_of_kind(v, get_args(hint)[0]) for v in value)
     if hint is float:
-        return type(value) in (int, float)
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
     return type(value) is hint
 
 
@@ -262,7 +292,15 @@ def _sync_tree(folder: Path) -> None:
 
 
 def write_module(folder: Path, module: nn.Module, config: Mapping[str, Any], stem: str) -> None:
-    """config.json and `<stem>.safetensors` into an existing folder; weights keep their dtype."""
+    """config.json and `<stem>.safetensors` into an existing folder; weights keep their dtype.
+
+    Raises ModelError for eight-bit weights, which no folder holds.
+    """
+    if any(isinstance(part, QuantizedLinear) for part in module.modules()):
+        raise ModelError(
+            "these weights are quantised, which the published layout has no place for: save the "
+            "network before quantising it; a folder is quantised when it is loaded"
+        )
     write_json(folder / "config.json", config)
     tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})

@@ -19,7 +19,16 @@ from model.edit_operations import DEFAULT_STRENGTH, Operation, operation_of
 from model.errors import ModelError
 from model.paint_options import PaintOptions
 from model.pixels import Picture as Picture
-from model.pixels import feathered, grown, padded, to_images, to_masks, to_pixels, token_masks
+from model.pixels import (
+    check_sides,
+    feathered,
+    grown,
+    padded,
+    to_images,
+    to_masks,
+    to_pixels,
+    token_masks,
+)
 from model.sampler import Condition, first_step_of
 from model.schedule import mask_schedule
 
@@ -55,6 +64,7 @@ def outpaint(
     if min(sides) < 0 or max(sides) == 0:
         raise ModelError("outpaint needs sides of 0 px or more, and one of them above 0")
     pixels_B3HW = to_pixels(images)
+    check_sides(pixels_B3HW.shape[2] + top + bottom, pixels_B3HW.shape[3] + left + right)
     padding = (left, right, top, bottom)
     canvas_B3HW = torch.nn.functional.pad(pixels_B3HW, padding, mode="replicate")
     inside_BHW = torch.zeros(len(pixels_B3HW), *pixels_B3HW.shape[2:])
@@ -183,6 +193,7 @@ def repaint(
 
 def encode(painter: "TextToImage", pixels_B3HW: Tensor, options: PaintOptions) -> Tensor:
     """tokens_BHW of pictures of any size, on the painter's device, batch by batch."""
+    check_sides(*pixels_B3HW.shape[2:])
     wide_B3HW = padded(pixels_B3HW, painter.size_multiple_px)
     return torch.cat(
         [

@@ -25,6 +25,7 @@ class PaintKeywords(TypedDict, total=False):
     negative_prompt: str | None
     order: str
     token_temperature: float
+    zigzag: float
     temperature: float | tuple[float, float]
     preference_score: float | None
     dtype: torch.dtype | None
@@ -45,6 +46,7 @@ class PaintOptions:
     negative_prompt: str | None = None  # what "uncond" is told; None is the model's default
     order: str = "confidence"  # which tokens stay: also "margin", "entropy", "random", "halton"
     token_temperature: float = 1.0  # of the tokens' draw; 0 takes the likeliest
+    zigzag: float = 0.0  # share of the steps that are taken twice, with a random way back between
     temperature: float | tuple[float, float] = (2.0, 0.0)  # confidence noise, first and last step
     preference_score: float | None = None  # last micro-condition; None is the model's default
     dtype: torch.dtype | None = None  # compute type of the network (autocast); None is its weights'
@@ -69,6 +71,7 @@ class PaintOptions:
             guidance_interval=self.guidance_interval,
             order=self.order,
             token_temperature=self.token_temperature,
+            zigzag=self.zigzag,
         )
 
     def image_seeds(self, num_images: int) -> list[int]:

@@ -15,8 +15,17 @@ from torch.nn import functional as F
 
 from model.errors import ModelError
 
+MAX_SIDE_PX = 8192
 Picture = Image.Image | NDArray[Any] | Tensor
 _MID_GREY = {np.dtype(np.uint8): 127, np.dtype(np.uint16): 32767, np.dtype(np.int32): 32767}
+
+
+def check_sides(height_px: int, width_px: int) -> None:
+    """ModelError for a picture with a side beyond MAX_SIDE_PX."""
+    if max(height_px, width_px) > MAX_SIDE_PX:
+        raise ModelError(
+            f"a picture of {width_px} x {height_px} px: expected at most {MAX_SIDE_PX} px a side"
+        )
 
 
 def to_images(pixels_B3HW: Tensor) -> list[Image.Image]:

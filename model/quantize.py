@@ -70,7 +70,7 @@ def quantize(module: nn.Module, kind: str, targets: str = DEFAULT_TARGETS) -> Qu
         raise ModelError(f"quantisation is {kind!r}: expected one of {', '.join(KINDS)}")
     pattern = re.compile(targets)
     found = [
-        (name, part)
+        name
         for name, part in module.named_modules()
         if isinstance(part, nn.Linear) and pattern.fullmatch(name)
     ]
@@ -78,16 +78,27 @@ def quantize(module: nn.Module, kind: str, targets: str = DEFAULT_TARGETS) -> Qu
         raise ModelError(f"no linear layer is called like {targets!r}: nothing was quantised")
     before = after = 0
     worst = 0.0
-    for name, linear in found:
-        small = QuantizedLinear(linear, KINDS[kind])
+    for name in found:  # by name: a layer that was replaced is freed before the next one
+        linear, small = _replaced(module, name, KINDS[kind])
         before += _bytes(linear.weight)
         after += _bytes(small.weight) + _bytes(small.weight_scale)
         wide = linear.weight.float()
         if norm := float(wide.norm()):
             worst = max(worst, float((wide - small.dequantized()).norm()) / norm)
-        parent, _, own = name.rpartition(".")
-        setattr(module.get_submodule(parent), own, small)
+        del linear, wide
     return QuantizationReport(len(found), before, after, worst)
+
+
+def _replaced(
+    module: nn.Module, name: str, dtype: torch.dtype
+) -> tuple[nn.Linear, QuantizedLinear]:
+    """Put a small layer in the place called `name`; returns the old layer and the new one."""
+    parent, _, own = name.rpartition(".")
+    linear = module.get_submodule(name)
+    assert isinstance(linear, nn.Linear)  # the caller's choice
+    small = QuantizedLinear(linear, dtype)
+    setattr(module.get_submodule(parent), own, small)
+    return linear, small
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.errors import ModelError
+from model.noise import TINY_PROB, ImageNoise
 from model.order import CONFIDENCE, FIXED_ORDERS, HALTON, certainty, check_order, halton_ranks
 from model.schedule import MASK_RATIO, Schedule, cosine_schedule
 from model.text import TextFeatures
@@ -24,7 +25,6 @@ Progress = Callable[[int, int, Tensor], None]
 
 # Float32 probabilities of this many tokens exist at a time: 128 MB with 8192 codes.
 _CHUNK_TOKENS = 4096
-_TINY_PROB = 1e-20
 
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
@@ -44,6 +44,7 @@ class SamplingOptions:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # progress that is guided; the rest is not
     order: str = CONFIDENCE  # which new tokens stay, one of `model.order.ORDERS`
     token_temperature: float = 1.0  # logits are divided by it; 0 takes the likeliest token
+    zigzag: float = 0.0  # share of the steps, from the first, that are taken twice
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -65,6 +66,8 @@ class SamplingOptions:
                 f"guidance_interval is {self.guidance_interval}: expected two rising numbers in "
                 "[0, 1]"
             )
+        if not 0 <= self.zigzag <= 1:
+            raise ModelError(f"zigzag is {self.zigzag}: expected 0 to 1, a share of the steps")
         check_order(self.order)
 
     @property
@@ -168,7 +171,7 @@ def remask(
     Confidence is log probability plus noise. Each image keeps num_left_B masks (fewer when
     confidences tie at the border, as published; none where num_left_B is 0).
     """
-    confidence_N = prob_N.clamp(min=_TINY_PROB).log() + noise_N
+    confidence_N = prob_N.clamp(min=TINY_PROB).log() + noise_N
     return mask_least(tokens_BHW, mask_BHW, confidence_N, num_left_B, mask_token_id)
 
 
@@ -187,24 +190,6 @@ def mask_least(
     cutoff_B1 = confidence_BL.sort(dim=1).values.gather(1, border_B1)
     again_BL = (confidence_BL < cutoff_B1) & (num_left_B[:, None] > 0)
     return tokens_BHW.masked_fill(again_BL.view_as(mask_BHW) & mask_BHW, mask_token_id)
-
-
-class _Noise:
-    """A CPU generator per image: its numbers depend neither on the batch nor on the device."""
-
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.device = device
-
-    def uniform(self, counts: Sequence[int]) -> Tensor:
-        """`counts[b]` numbers in [0, 1) from each image b, one after another."""
-        parts = [torch.rand(n, generator=g) for n, g in zip(counts, self.generators, strict=True)]
-        return torch.cat(parts).to(self.device)
-
-    def gumbel(self, counts: Sequence[int]) -> Tensor:
-        """Standard Gumbel noise, laid out like `uniform`."""
-        exponential = -self.uniform(counts).clamp(min=_TINY_PROB).log()
-        return -exponential.clamp(min=_TINY_PROB).log()
 
 
 def unmask(
@@ -241,52 +226,92 @@ def unmask_steps(
     first_step: int = 0,
 ) -> Iterator[Unmasked]:
     """`unmask`, one step at a time."""
-    scales = options.guidance_scales()
-    is_guided = any(scale != 1.0 for scale in scales[first_step:])
+    is_guided = any(scale != 1.0 for scale in options.guidance_scales()[first_step:])
     if is_guided and condition.null is None:
         raise ModelError(
             "guidance needs a null text: give Condition.null or set guidance_scale to 1"
         )
-    mask_token_id = transformer.config.mask_token_id
-    both = _network_inputs(condition, len(tokens_BHW), is_guided)
-    plain = _network_inputs(condition, len(tokens_BHW), False)
-    noise = _Noise(seeds, tokens_BHW.device)
-    order = _FixedOrder(options.order, tokens_BHW, noise)
-    begun = options.schedule(torch.tensor(first_step / options.steps, device=tokens_BHW.device))
-    num_start_B = (tokens_BHW == mask_token_id).flatten(1).sum(dim=1) / begun
-    temperatures = torch.linspace(*options.temperature, options.steps).tolist()
+    walk = _Walk(transformer, tokens_BHW, condition, seeds, options, first_step)
     for step in range(first_step, options.steps):
-        mask_BHW = tokens_BHW == mask_token_id
+        mask_BHW = tokens_BHW == walk.mask_token_id
+        guess_BHW, tokens_BHW = walk.step(tokens_BHW, mask_BHW, step)
+        if step - first_step < options.zigzag * (options.steps - first_step):
+            guess_BHW, tokens_BHW = walk.step(*walk.back(guess_BHW, mask_BHW), step)
+        yield Unmasked(step + 1 - first_step, options.steps - first_step, tokens_BHW, guess_BHW)
+
+
+class _Walk:
+    """What the steps of one `unmask` share, made once."""
+
+    def __init__(
+        self,
+        transformer: MaskedImageTransformer,
+        tokens_BHW: Tensor,
+        condition: Condition,
+        seeds: Sequence[int],
+        options: SamplingOptions,
+        first_step: int,
+    ) -> None:
+        self.transformer, self.options = transformer, options
+        self.mask_token_id = transformer.config.mask_token_id
+        self.scales = options.guidance_scales()
+        is_guided = any(scale != 1.0 for scale in self.scales[first_step:])
+        self.guided_inputs = _network_inputs(condition, len(tokens_BHW), is_guided)
+        self.plain_inputs = _network_inputs(condition, len(tokens_BHW), False)
+        self.noise = ImageNoise(seeds, tokens_BHW.device)
+        self.order = _FixedOrder(options.order, tokens_BHW, self.noise)
+        begun = options.schedule(torch.tensor(first_step / options.steps, device=tokens_BHW.device))
+        self.free_BHW = tokens_BHW == self.mask_token_id
+        self.num_start_B = self.free_BHW.flatten(1).sum(dim=1) / begun
+        self.temperatures = torch.linspace(*options.temperature, options.steps).tolist()
+
+    def step(self, tokens_BHW: Tensor, mask_BHW: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """(guess_BHW, tokens_BHW) after predicting what mask_BHW says is masked."""
         num_masked_B = mask_BHW.flatten(1).sum(dim=1)
         counts = num_masked_B.tolist()
-        guess_BHW = tokens_BHW
-        if any(counts):
-            drawn_N, certainty_N = _predict(
-                transformer,
-                tokens_BHW,
-                mask_BHW,
-                plain if scales[step] == 1.0 else both,
-                _timestep(transformer, num_masked_B / mask_BHW[0].numel(), step, options.steps),
-                noise.uniform(counts),
-                scales[step],
-                options,
-            )
-            guess_BHW = tokens_BHW.masked_scatter(mask_BHW, drawn_N)
-            confidence_N = order.confidence(mask_BHW)
-            if confidence_N is None:
-                gumbel_N = temperatures[step] * noise.gumbel(counts)
-                confidence_N = certainty_N.clamp(min=_TINY_PROB).log() + gumbel_N
-            num_left_B = num_left_masked(
-                num_start_B, num_masked_B, step, options.steps, options.schedule
-            )
-            tokens_BHW = mask_least(guess_BHW, mask_BHW, confidence_N, num_left_B, mask_token_id)
-        yield Unmasked(step + 1 - first_step, options.steps - first_step, tokens_BHW, guess_BHW)
+        if not any(counts):
+            return tokens_BHW, tokens_BHW
+        steps, is_plain = self.options.steps, self.scales[step] == 1.0
+        drawn_N, certainty_N = _predict(
+            self.transformer,
+            tokens_BHW,
+            mask_BHW,
+            self.plain_inputs if is_plain else self.guided_inputs,
+            _timestep(self.transformer, num_masked_B / mask_BHW[0].numel(), step, steps),
+            self.noise.uniform(counts),
+            self.scales[step],
+            self.options,
+        )
+        guess_BHW = tokens_BHW.masked_scatter(mask_BHW, drawn_N)
+        confidence_N = self.order.confidence(mask_BHW)
+        if confidence_N is None:
+            gumbel_N = self.temperatures[step] * self.noise.gumbel(counts)
+            confidence_N = certainty_N.clamp(min=TINY_PROB).log() + gumbel_N
+        num_left_B = num_left_masked(
+            self.num_start_B, num_masked_B, step, steps, self.options.schedule
+        )
+        return guess_BHW, mask_least(
+            guess_BHW, mask_BHW, confidence_N, num_left_B, self.mask_token_id
+        )
+
+    def back(self, guess_BHW: Tensor, mask_BHW: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens_BHW, mask_BHW): the guess with as many masks as before it, at random places.
+
+        The way back of a zigzag (Bag of Design Choices, arXiv:2411.10781). What was given at the
+        start is never masked; where everything was, one token of the guess stays.
+        """
+        num_masked_B = mask_BHW.flatten(1).sum(dim=1)
+        chance_N = self.noise.uniform(self.free_BHW.flatten(1).sum(dim=1).tolist())
+        tokens_BHW = mask_least(
+            guess_BHW, self.free_BHW, chance_N, num_masked_B, self.mask_token_id
+        )
+        return tokens_BHW, tokens_BHW == self.mask_token_id
 
 
 class _FixedOrder:
     """The orders that are known before the first step; each image has its own, from its seed."""
 
-    def __init__(self, order: str, tokens_BHW: Tensor, noise: _Noise) -> None:
+    def __init__(self, order: str, tokens_BHW: Tensor, noise: ImageNoise) -> None:
         self.confidence_BHW: Tensor | None = None
         if order not in FIXED_ORDERS:
             return

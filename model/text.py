@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.checkpoint import (
     TRANSFORMERS_STEM,
     load_module,
+    out_of_range,
     parse_config,
     read_json,
     write_module,
@@ -24,6 +25,15 @@ from model.errors import ModelError
 from model.layers import softmax_attention
 
 LEGACY_EOS_TOKEN_ID = 2
+_LARGEST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 16,
+    "intermediate_size": 1 << 20,
+    "projection_dim": 1 << 16,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 1 << 12,
+    "max_position_embeddings": 1 << 16,
+}
 # Older exports store this buffer; it only counts 0, 1, 2, …
 _IGNORED_WEIGHTS = ("text_model.embeddings.position_ids",)
 
@@ -53,15 +63,15 @@ class CLIPTextConfig:
     pad_token_id: int = 1
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = out_of_range(self, _LARGEST)
         if self.hidden_act not in ("gelu", "quick_gelu"):
             problems.append(f"hidden_act is {self.hidden_act!r}: expected 'gelu' or 'quick_gelu'")
-        if self.hidden_size % self.num_attention_heads:
+        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
             problems.append(
                 f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads"
             )
-        if self.num_hidden_layers < 1:
-            problems.append("num_hidden_layers is below 1")
+        if self.layer_norm_eps < 0:
+            problems.append(f"layer_norm_eps is {self.layer_norm_eps}: expected 0 or more")
         if problems:
             raise ModelError("text encoder config: " + "; ".join(problems))
 

@@ -4,7 +4,7 @@ Shape suffixes: B images, H token rows, W token columns, T text tokens, 5 micro-
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -13,37 +13,20 @@ from PIL import Image
 from torch import Tensor
 
 from model import edit
-from model.checkpoint import read_json, write_json, write_whole
+from model.checkpoint import write_whole
 from model.errors import ModelError
+from model.folder import PainterDefaults, read_defaults, write_index
 from model.hub import model_folder
 from model.lora import LoRA
+from model.memory import at_work_on, decode_in_tiles, tile_tokens
 from model.paint_options import PaintKeywords, PaintOptions
-from model.pixels import Picture, to_images
+from model.pixels import MAX_SIDE_PX, Picture, to_images
+from model.quantize import quantize
 from model.sampler import Condition, unmask
-from model.schedule import mask_schedule
 from model.text import CLIPTextEncoder, TextFeatures
 from model.text_tokenizer import CLIPTokenizer
 from model.transformer import MaskedImageTransformer
 from model.vq import VQTokenizer
-
-_PARTS = {
-    "scheduler": ["scheduler", "Scheduler"],
-    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "transformer": ["transformer", "Transformer2DModel"],
-    "vqvae": ["diffusers", "VQModel"],
-}
-
-
-@dataclass(frozen=True)
-class PainterDefaults:
-    """What model_index.json may say beyond the published keys, with what is used otherwise."""
-
-    text_tokens: int = 77  # length that prompts are cut or padded to
-    preference_score: float = 6.0  # the last micro-condition
-    resolution_px: int = 1024  # height and width when none is given
-    negative_prompt: str = ""  # what guidance leads away from when nothing else is said
-    masking_schedule: str = "cosine"  # from scheduler_config.json
 
 
 class TextToImage:
@@ -64,6 +47,8 @@ class TextToImage:
         longest = text_encoder.config.max_position_embeddings
         self.defaults = replace(defaults, text_tokens=min(defaults.text_tokens, longest))
         self.loras: list[LoRA] = []
+        self.tile_px: int | None = None
+        self.is_offloaded = False
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -88,15 +73,38 @@ class TextToImage:
         return self.transformer.context_embedder.weight.device
 
     def to(self, device: torch.device | str) -> "TextToImage":
-        """Move all parts; returns self."""
-        for part in (self.transformer, self.vq, self.text_encoder, *self.loras):
+        """Move all parts (of an offloaded painter those that stay there); returns self."""
+        parts = [self.transformer, *self.loras]
+        for part in parts if self.is_offloaded else (*parts, self.text_encoder, self.vq):
             part.to(device)
+        return self
+
+    def save_memory(
+        self, quantize_to: str | None = None, offload: bool = False, tile_px: int | None = None
+    ) -> "TextToImage":
+        """Paint in less memory, before or after `to`; returns self.
+
+        quantize_to: "int8" or "fp8", the type of most weights of the transformer and the text
+        encoder. offload: text encoder and tokenizer lie in CPU memory, and are where the
+        transformer is only while they work. tile_px: images of a larger side are decoded in tiles
+        of this side.
+        """
+        if tile_px is not None:
+            tile_tokens(tile_px, self.vq.downsample_factor)
+            self.tile_px = tile_px
+        if quantize_to is not None:
+            quantize(self.transformer, quantize_to)
+            quantize(self.text_encoder, quantize_to)
+        if offload:
+            self.is_offloaded = True
+            for part in (self.text_encoder, self.vq):
+                part.to("cpu")
         return self
 
     def load_lora(self, folder: str | Path, weight: float = 1.0) -> LoRA:
         """Put a folder's adapters on top of what is there; several add up. See `model.lora`."""
         parts = {"transformer": self.transformer, "text_encoder": self.text_encoder}
-        self.loras.append(LoRA.from_pretrained(folder, parts, weight))
+        self.loras.append(LoRA.from_pretrained(folder, parts, weight).to(self.device))
         return self.loras[-1]
 
     def remove_loras(self) -> None:
@@ -112,7 +120,8 @@ class TextToImage:
     def encode_prompts(self, prompts: Sequence[str]) -> TextFeatures:
         """Text features of each prompt, cut or padded to `defaults.text_tokens`."""
         input_ids_BT = self.tokenizer(prompts, self.defaults.text_tokens)
-        features: TextFeatures = self.text_encoder(input_ids_BT.to(self.device))
+        with at_work_on(self.device, self.text_encoder):
+            features: TextFeatures = self.text_encoder(input_ids_BT.to(self.device))
         return features
 
     def generate(
@@ -294,12 +303,18 @@ class TextToImage:
     @torch.no_grad()
     def decode_pixels(self, tokens_BHW: Tensor) -> Tensor:
         """pixels_B3HW in [0, 1] of tokens_BHW."""
-        return self.vq.decode(tokens_BHW)
+        with at_work_on(self.device, self.vq):
+            if self.tile_px is None:
+                return self.vq.decode(tokens_BHW)
+            factor = self.vq.downsample_factor
+            tile = tile_tokens(self.tile_px, factor)
+            return decode_in_tiles(self.vq.decode, tokens_BHW, tile, factor)
 
     @torch.no_grad()
     def encode_pixels(self, pixels_B3HW: Tensor) -> Tensor:
         """tokens_BHW, on this painter's device, of pixels_B3HW in [0, 1]."""
-        return self.vq.encode(pixels_B3HW.to(self.device)).to(self.device)
+        with at_work_on(self.device, self.vq):
+            return self.vq.encode(pixels_B3HW.to(self.device))
 
     def micro_conditions(self, batch: int, height_px: int, width_px: int, score: float) -> Tensor:
         """micro_conditions_B5 of uncropped images of this size: width, height, 0, 0, score."""
@@ -311,10 +326,10 @@ class TextToImage:
         height = self.defaults.resolution_px if height is None else height
         width = self.defaults.resolution_px if width is None else width
         step = self.size_multiple_px
-        if any(size < step or size % step for size in (height, width)):
+        if any(not step <= size <= MAX_SIDE_PX or size % step for size in (height, width)):
             raise ModelError(
                 f"image size is {height} x {width} px (height x width): "
-                f"expected multiples of {step} px, at least {step}"
+                f"expected multiples of {step} px, from {step} to {MAX_SIDE_PX}"
             )
         return height, width
 
@@ -330,23 +345,13 @@ class TextToImage:
         `folder` may also be the name of a model on a hub, as `model_folder` says.
         """
         folder = model_folder(folder)
-        index = read_json(folder / "model_index.json")
-        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         transformer = MaskedImageTransformer.from_pretrained(folder / "transformer", dtype)
-        if scheduler.get("mask_token_id") != transformer.config.mask_token_id:
-            raise ModelError(
-                f"{folder}: the scheduler's mask_token_id is {scheduler.get('mask_token_id')}: "
-                f"expected {transformer.config.mask_token_id}, the transformer's last token"
-            )
-        ours = {key: index[key] for key in _OWN_KEYS if key in index} or _PUBLISHED
-        schedule = scheduler.get("masking_schedule", "cosine")
-        mask_schedule(schedule)
         painter = cls(
             transformer,
             VQTokenizer.from_pretrained(folder / "vqvae", dtype),
             CLIPTextEncoder.from_pretrained(folder / "text_encoder", dtype),
             CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-            PainterDefaults(**ours, masking_schedule=schedule),
+            read_defaults(folder, transformer.config),
         )
         return painter.to(device)
 
@@ -360,28 +365,6 @@ class TextToImage:
         self.text_encoder.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
         write_index(folder, self.defaults, self.transformer.config.mask_token_id)
-
-
-_OWN_KEYS = ("text_tokens", "preference_score", "resolution_px", "negative_prompt")
-# Published weights never met an empty prompt in training: their scripts guide away from this one.
-_PUBLISHED = {
-    "negative_prompt": "worst quality, low quality, low res, blurry, distortion, watermark, logo, "
-    "signature, text, jpeg artifacts, signature, sketch, duplicate, ugly, identifying mark"
-}
-
-
-def write_index(folder: str | Path, defaults: PainterDefaults, mask_token_id: int) -> None:
-    """model_index.json and scheduler/ of a folder whose other parts are written one by one."""
-    folder = Path(folder)
-    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    schedule = {
-        "_class_name": "Scheduler",
-        "mask_token_id": mask_token_id,
-        "masking_schedule": defaults.masking_schedule,
-    }
-    write_json(folder / "scheduler" / "scheduler_config.json", schedule)
-    ours = {key: getattr(defaults, key) for key in _OWN_KEYS}
-    write_json(folder / "model_index.json", {"_class_name": "Pipeline", **_PARTS, **ours})
 
 
 def as_prompts(prompts: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
-from model.checkpoint import read_json, write_json, write_whole
+from model.checkpoint import read_json, read_lines, write_json, write_whole
 from model.errors import ModelError
 
 BOS_TOKEN = "<|startoftext|>"
@@ -35,6 +35,10 @@ def _byte_alphabet() -> list[str]:
 
 
 def _engine(vocab: dict[str, int], merges: Merges) -> Tokenizer:
+    if lost := [t for pair in merges for t in (*pair, "".join(pair)) if t not in vocab]:
+        raise ModelError(
+            f"the tokenizer merges into or from {lost[0]!r}, which its vocabulary lacks"
+        )
     model = BPE(
         vocab=vocab, merges=merges, end_of_word_suffix=WORD_END, continuing_subword_prefix=""
     )
@@ -155,20 +159,23 @@ class CLIPTokenizer:
     def from_pretrained(cls, folder: str | Path) -> "CLIPTokenizer":
         """Read vocab.json and merges.txt, or tokenizer.json, and the padding token's name."""
         folder = Path(folder)
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocab = read_json(folder / "vocab.json")
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = _as_pairs([line for line in lines if line and not line.startswith("#version")])
-        elif (folder / "tokenizer.json").is_file():
-            model = read_json(folder / "tokenizer.json").get("model", {})
-            vocab, merges = model.get("vocab", {}), _as_pairs(model.get("merges", []))
+        source = folder / "vocab.json"
+        if source.is_file() and (folder / "merges.txt").is_file():
+            vocab: object = read_json(source)
+            lines = read_lines(folder / "merges.txt")
+            merges = [line for line in lines if line and not line.startswith("#version")]
+        elif (source := folder / "tokenizer.json").is_file():
+            model = read_json(source).get("model")
+            model = model if isinstance(model, dict) else {}
+            vocab, merges = model.get("vocab"), model.get("merges", [])
         else:
             raise ModelError(
                 f"{folder} has no tokenizer: expected vocab.json and merges.txt, or tokenizer.json"
             )
-        return cls(
-            {str(token): int(index) for token, index in vocab.items()}, merges, _pad_token(folder)
-        )
+        try:
+            return cls(_as_vocab(vocab), _as_pairs(merges), _pad_token(folder))
+        except ModelError as error:
+            raise ModelError(f"{source}: {error}") from None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the published layout whole: a reader sees the old folder or the new."""
@@ -199,14 +206,36 @@ class CLIPTokenizer:
         )
 
 
-def _as_pairs(merges: Iterable[str | Sequence[str]]) -> Merges:
-    """Merges as pairs, from either form that the published files use ("a b" or ["a", "b"])."""
-    pairs = [
-        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges
+def _as_vocab(vocab: object) -> dict[str, int]:
+    """The published files' table of tokens and ids, checked."""
+    if not isinstance(vocab, dict):
+        raise ModelError("the tokenizer has no vocabulary: expected tokens and their ids")
+    odd = [
+        token for token, index in vocab.items() if type(index) is not int or not 0 <= index < 2**31
     ]
-    if bad := [pair for pair in pairs if len(pair) != 2]:
-        raise ModelError(f"the tokenizer has a merge of {len(bad[0])} parts: expected pairs")
-    return [(pair[0], pair[1]) for pair in pairs]
+    if odd:
+        raise ModelError(
+            f"the tokenizer's vocabulary gives {odd[0]!r} the id {vocab[odd[0]]!r}: expected a "
+            "whole number of 0 or more"
+        )
+    return vocab
+
+
+def _as_pairs(merges: object) -> Merges:
+    """Merges as pairs, from either form that the published files use ("a b" or ["a", "b"])."""
+    if not isinstance(merges, list):
+        raise ModelError("the tokenizer's merges are no list: expected pairs of tokens")
+    pairs: Merges = []
+    for merge in merges:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not (
+            isinstance(parts, list | tuple)
+            and len(parts) == 2
+            and all(isinstance(part, str) for part in parts)
+        ):
+            raise ModelError(f"the tokenizer has the merge {str(merge)[:80]!r}: expected a pair")
+        pairs.append((parts[0], parts[1]))
+    return pairs
 
 
 def _pad_token(folder: Path) -> str:

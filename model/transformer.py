@@ -18,6 +18,7 @@ from model.blocks import GridBlock, GridResampler, JointBlock, Rotary, SingleBlo
 from model.checkpoint import (
     DIFFUSERS_STEM,
     load_module,
+    out_of_range,
     parse_config,
     read_json,
     write_module,
@@ -39,7 +40,6 @@ from model.schedule import STEP_INDEX, TIMESTEP_CONVENTIONS
 NUM_MICRO_CONDITIONS = 5
 TIMESTEP_SCALE = 1000.0
 _MAX_CACHED_GRIDS = 32
-# Beyond these a config.json is an error, and building what it says would not end.
 _LARGEST = {
     "num_layers": 1000,
     "num_single_layers": 1000,
@@ -74,11 +74,7 @@ class TransformerConfig:
     timestep_convention: str = STEP_INDEX  # what `timestep` means: "step_index" or "mask_ratio"
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)}: expected 1 to {most}"
-            for name, most in _LARGEST.items()
-            if not 1 <= getattr(self, name) <= most
-        ]
+        problems = out_of_range(self, _LARGEST)
         if self.guidance_embeds:
             problems.append("guidance_embeds is true: no published weights use it; set it to false")
         if self.downsample != self.upsample:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.checkpoint import (
     DIFFUSERS_STEM,
     load_module,
+    out_of_range,
     parse_config,
     read_json,
     write_module,
@@ -26,6 +27,16 @@ from model.vq_layers import Decoder, Encoder, init_convolutions
 
 # Distances are made for this many positions at a time: 128 MB with 8192 codes.
 _NEAREST_CHUNK = 4096
+_MOST_LEVELS = 8
+_LARGEST = {
+    "in_channels": 64,
+    "out_channels": 64,
+    "block_out_channels": 1 << 14,
+    "layers_per_block": 100,
+    "latent_channels": 1 << 14,
+    "num_vq_embeddings": 1 << 24,
+    "norm_num_groups": 1 << 14,
+}
 
 
 class Quantized(NamedTuple):
@@ -67,7 +78,7 @@ class VQConfig:
     force_upcast: bool = False  # run in float32 even when float16 weights are asked for
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = out_of_range(self, _LARGEST)
         num_levels = len(self.block_out_channels)
         if (
             set(self.down_block_types) != {"DownEncoderBlock2D"}
@@ -83,7 +94,12 @@ class VQConfig:
             problems.append(f"act_fn is {self.act_fn!r}: expected 'silu'")
         if self.norm_type != "group":
             problems.append(f"norm_type is {self.norm_type!r}: expected 'group'")
-        if bad := [c for c in self.block_out_channels if c % self.norm_num_groups]:
+        if not 1 <= num_levels <= _MOST_LEVELS:
+            problems.append(f"block_out_channels has {num_levels}: expected 1 to {_MOST_LEVELS}")
+        if not 1 <= self.codebook_dim <= _LARGEST["latent_channels"]:
+            problems.append(f"vq_embed_dim is {self.vq_embed_dim}: expected at least 1")
+        groups = max(1, self.norm_num_groups)
+        if bad := [c for c in self.block_out_channels if c % groups]:
             problems.append(
                 f"block_out_channels {bad} are no multiples of norm_num_groups "
                 f"{self.norm_num_groups}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from app.cli import app
 from app.edit import EditWish, open_picture, read_words
 from app.painting_options import box_of, printable, prompts_of, seeds_of, sides_of, size_of
+from app.sample import within_memory
 from infra.digests import sha256_file
 from infra.errors import UserError
 from model import CLIPTokenizer, LoRA, LoRAConfig, TextToImage
 from tests.model.conftest import CAPTIONS, small_painter
+from tests.model.test_hub import COMMIT, Hub
 
 STEPS = ["--steps", "3"]
 
@@ -28,6 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "small"
     small_painter(CLIPTokenizer.train(CAPTIONS, 560)).save_pretrained(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _progress_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--json` silences progress for the rest of the process, and with it lines too many."""
+    monkeypatch.setenv("ATELIER_QUIET", "")
 
 
 def atelier(*arguments: str | Path) -> tuple[int, str, list[str]]:
@@ -111,6 +123,9 @@ def test_prompts_of_every_kind(folder: Path, tmp_path: Path, prompt: str) -> Non
         (["--size", "99999"], "each 1 to 8192"),
         (["--size", "8x8x8"], "each 1 to 8192"),
         (["--size", "26"], "expected multiples of 4 px"),
+        (["--order", "sideways"], "confidence, margin, entropy, random, halton"),
+        (["--guidance-schedule", "step"], "constant, linear, cosine"),
+        (["--seed", "99999999999999999999"], "a seed leaves the range"),
         (["--seeds", "5-2"], "numbers and ranges"),
         (["--seeds", "0-99999"], "at most 1000"),
         (["--steps-preview", "mp4"], "gif or strip"),
@@ -118,6 +133,12 @@ def test_prompts_of_every_kind(folder: Path, tmp_path: Path, prompt: str) -> Non
         (["--grid", "a.jpg"], "ending in .png"),
         (["--seeds", "0-200", "--grid", "g.png"], "at most 100 images"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--out", "/proc/version/a.png"], "/proc/version is a file"),
+        (["--out", "."], "ending in .png"),
+        (["--device", "cuda:99"], "expected auto or one of cpu"),
+        (["--precision", "fp8"], "expected auto or one of fp32, bf16, fp16"),
+        (["--quantize", "int4"], "expected one of int8, fp8"),
+        (["--tile", "3"], "expected at least 16 px"),
     ],
 )
 def test_a_wish_that_cannot_be_is_one_line(
@@ -128,6 +149,110 @@ def test_a_wish_that_cannot_be_is_one_line(
     assert (code, stdout, len(lines)) == (1, "", 1)
     assert line in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def put_nan(folder: Path) -> None:
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["context_embedder.bias"][0] = torch.nan
+    save_file(tensors, file)
+
+
+def put_pickle(folder: Path) -> None:
+    (folder / "vqvae" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"a": torch.zeros(1)}, folder / "vqvae" / "diffusion_pytorch_model.bin")
+
+
+def cut_weights(folder: Path) -> None:
+    file = folder / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def misspell_config(folder: Path) -> None:
+    file = folder / "transformer" / "config.json"
+    file.write_text(file.read_text().replace("num_layers", "num_layer"))
+
+
+def change_widths(folder: Path) -> None:
+    file = folder / "transformer" / "config.json"
+    file.write_text(file.read_text().replace('"vocab_size": 40', '"vocab_size": 41'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (put_nan, "NaN or infinite values in 1 tensors (context_embedder.bias)"),
+        (put_pickle, "holds pickled weights (diffusion_pytorch_model.bin)"),
+        (cut_weights, "model.safetensors is damaged"),
+        (misspell_config, "unknown key 'num_layer' (did you mean 'num_layers'?)"),
+        (change_widths, "1 misshapen: embed.embeddings.weight is (40, 16), expected (41, 16)"),
+        (lambda folder: (folder / "tokenizer" / "merges.txt").unlink(), "has no tokenizer"),
+        (lambda folder: (folder / "tokenizer" / "merges.txt").write_bytes(b"\xff"), "not UTF-8"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "is not valid JSON"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_damaged_model_is_one_line(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], object], line: str
+) -> None:
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    damage(model)
+    code, stdout, lines = atelier("sample", "a", "--model", model, "--out", tmp_path / "a.png")
+    assert (code, stdout, len(lines)) == (1, "", 1), lines
+    assert line in lines[0]
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_model_by_its_name_on_a_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    server = Hub(folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    asked: list[str | Path] = ["sample", "a star", *STEPS, "--out"]
+    named = atelier(*asked, tmp_path / "named.png", "--model", "someone/painter@main")
+    server.shutdown()
+    server.server_close()
+    assert named[0] == 0, named
+    assert atelier(*asked, tmp_path / "path.png", "--model", folder)[0] == 0
+    assert text_of(tmp_path / "named.png")["model"] == f"someone/painter@{COMMIT}"
+    assert np.array_equal(levels(tmp_path / "named.png"), levels(tmp_path / "path.png"))
+
+
+def test_small_machines_paint_and_say_how(folder: Path, tmp_path: Path) -> None:
+    small = ["--quantize", "int8", "--offload", "--tile", "16", "--precision", "bf16"]
+    asked: list[str | Path] = ["--model", folder, *STEPS, "--device", "cpu", "--out"]
+    assert atelier("sample", "a star", *asked, tmp_path / "s.png", *small)[0] == 0
+    text = text_of(tmp_path / "s.png")
+    assert (text["precision"], text["quantize"], text["tile_px"]) == ("bfloat16", "int8", "16")
+    edited = ("edit", tmp_path / "s.png", "a circle", *asked, tmp_path / "e.png", *small)
+    assert atelier(*edited, "--box", "4,4,8,8")[0] == 0
+    assert np.array_equal(levels(tmp_path / "e.png")[12:], levels(tmp_path / "s.png")[12:])
+    assert atelier("sample", "a star", *asked, tmp_path / "p.png", "--precision", "fp32")[0] == 0
+    text = text_of(tmp_path / "p.png")
+    assert text["precision"] == "float32"
+    assert "quantize" not in text
+    assert not np.array_equal(levels(tmp_path / "p.png"), levels(tmp_path / "s.png"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nMore of it."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(error: Exception) -> None:
+    with pytest.raises(UserError, match="--quantize int8") as told, within_memory():
+        raise error
+    assert "\n" not in str(told.value)
+    with pytest.raises(RuntimeError, match="a bug"), within_memory():
+        raise RuntimeError("a bug")
 
 
 def picture(path: Path, width: int = 22, height: int = 18, **options: Any) -> Path:
@@ -266,11 +391,12 @@ def test_order_draw_and_guidance_can_be_chosen(folder: Path, tmp_path: Path) -> 
     plain: list[str | Path] = ["sample", "a star", "--model", folder, *STEPS, "--out"]
     assert atelier(*plain, tmp_path / "plain.png")[0] == 0
     other = ["--order", "halton", "--guidance-schedule", "cosine", "--token-temperature", "0"]
+    other += ["--zigzag", "0.5"]
     code, _, _ = atelier(*plain, tmp_path / "other.png", *other)
     assert code == 0
     text = text_of(tmp_path / "other.png")
     assert (text["order"], text["guidance_schedule"]) == ("halton", "cosine")
-    assert text["token_temperature"] == "0.0"
+    assert (text["token_temperature"], text["zigzag"]) == ("0.0", "0.5")
     assert not np.array_equal(levels(tmp_path / "plain.png"), levels(tmp_path / "other.png"))
     code, _, lines = atelier(*plain, tmp_path / "odd.png", "--order", "sideways")
     assert code == 1

@@ -253,7 +253,7 @@ def our_sample(
     return unmask(transformer, blank, condition, [0], options)
 
 
-@pytest.mark.parametrize("side_px", [256, 512])
+@pytest.mark.parametrize("side_px", [256, 512, 1024])
 def test_sample_without_chance_is_the_same(side_px: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32, no noise, the likeliest tokens: both give the same image."""
     if "PUBLISHED_MEISSONIC" not in os.environ:

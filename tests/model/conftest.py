@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from model.folder import PainterDefaults
 from model.schedule import MASK_RATIO
 from model.text import CLIPTextConfig, CLIPTextEncoder
-from model.text_to_image import PainterDefaults, TextToImage
+from model.text_to_image import TextToImage
 from model.text_tokenizer import CLIPTokenizer
 from model.transformer import MaskedImageTransformer, TransformerConfig
 from model.vq import VQConfig, VQTokenizer

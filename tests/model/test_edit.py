@@ -223,3 +223,11 @@ def test_misspelt_operations_and_wrong_counts(painter: TextToImage) -> None:
         painter.edit(["a"], [picture()], masks=[])
     with pytest.raises(ModelError, match="at least 1 x 1"):
         painter.edit(["a"], [Image.new("RGB", (0, 4))])
+
+
+def test_pictures_too_large_are_refused(painter: TextToImage) -> None:
+    wide = Image.new("RGB", (8196, 8))
+    with pytest.raises(ModelError, match="8196 x 8 px: expected at most 8192 px a side"):
+        painter.edit(["a"], [wide], steps=1)
+    with pytest.raises(ModelError, match="expected at most 8192 px a side"):
+        painter.outpaint(["a"], [Image.new("RGB", (24, 24))], bottom=1 << 40, steps=1)

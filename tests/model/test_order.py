@@ -79,13 +79,14 @@ def test_warm_draws_spread_more() -> None:
     assert shares == sorted(shares, reverse=True)
 
 
+@pytest.mark.parametrize("zigzag", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_order_fills_all_and_keeps_what_is_given(
-    make_transformer: MakeTransformer, order: str
+    make_transformer: MakeTransformer, order: str, zigzag: float
 ) -> None:
     tokens = torch.randint(0, 32, (3, 4, 6), generator=torch.Generator().manual_seed(0))
     hidden = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(1)) < 0.7
-    options = SamplingOptions(steps=5, guidance_scale=2.0, order=order)
+    options = SamplingOptions(steps=5, guidance_scale=2.0, order=order, zigzag=zigzag)
     blank, text = tokens.masked_fill(hidden, MASK), condition(3)
     filled = unmask(make_transformer(), blank, text, [1, 2, 3], options)
     assert torch.equal(filled[~hidden], tokens[~hidden])
@@ -119,6 +120,27 @@ def test_halton_steps_go_along_the_sequence(make_transformer: MakeTransformer) -
         gaps = sum((rank + 1) % 64 not in ranks_known for rank in ranks_known)
         assert gaps == 1  # one run of the sequence, which may pass its end
     assert len(known[-1]) == 64
+
+
+def test_a_zigzag_goes_back_to_as_many_masks(
+    make_transformer: MakeTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer, asked = make_transformer(), []
+    features = transformer.features
+
+    def count(tokens_BHW: Tensor, *rest: Tensor) -> Tensor:
+        asked.append((tokens_BHW[0] == MASK).clone())
+        return features(tokens_BHW, *rest)
+
+    monkeypatch.setattr(transformer, "features", count)
+    given, options = torch.full((1, 8, 8), MASK), SamplingOptions(4, 1.0, zigzag=0.5)
+    given[0, 0] = 7
+    unmask(transformer, given, condition(1), [0], options)
+    # Two of four steps are taken twice; the way back hides other places, but none that was given.
+    # The first guess has no place left that was not masked before it.
+    assert [int(mask.sum()) for mask in asked] == [56, 56, 51, 51, 39, 21]
+    assert not torch.equal(asked[2], asked[3])
+    assert not any(bool(mask[0].any()) for mask in asked)
 
 
 def test_a_guess_is_whole_and_agrees_with_what_is_decided(
@@ -163,6 +185,8 @@ def test_steps_outside_the_interval_cost_half(make_transformer: MakeTransformer)
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
+        ({"zigzag": 1.5}, "zigzag is 1.5"),
+        ({"zigzag": math.nan}, "zigzag is nan"),
         ({"order": "best"}, "order is 'best': expected one of confidence, margin"),
         ({"guidance_schedule": "step"}, "guidance_schedule is 'step'"),
         ({"guidance_interval": (0.5, 0.5)}, "expected two rising numbers"),

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from model.errors import ModelError
+from model.folder import PainterDefaults
 from model.pixels import to_pixels
-from model.text_to_image import PainterDefaults, TextToImage
+from model.text_to_image import TextToImage
 from model.vq import VQConfig, VQTokenizer
 
 FAST = 3
@@ -44,7 +45,7 @@ def test_own_resolution_is_the_default(painter: TextToImage) -> None:
     assert image.size == (24, 24)
 
 
-@pytest.mark.parametrize("size", [(0, 24), (-4, 24), (24, 26), (2, 24)])
+@pytest.mark.parametrize("size", [(0, 24), (-4, 24), (24, 26), (2, 24), (8196, 24), (24, 1 << 40)])
 def test_other_sizes_are_refused(painter: TextToImage, size: tuple[int, int]) -> None:
     with pytest.raises(ModelError, match="expected multiples of 4 px"):
         painter.generate(["a"], *size, steps=FAST)
@@ -191,7 +192,8 @@ def test_published_index_without_our_keys(painter: TextToImage, tmp_path: Path) 
     # 77 tokens are published; this text encoder has room for 16.
     negative = loaded.defaults.negative_prompt
     assert negative.startswith("worst quality, low quality")
-    assert loaded.defaults == PainterDefaults(text_tokens=16, negative_prompt=negative)
+    # Without compression it is a network for 512 px.
+    assert loaded.defaults == PainterDefaults(16, resolution_px=512, negative_prompt=negative)
     by_itself = loaded.generate_tokens(["a star"], 24, 24, steps=FAST)
     given = loaded.generate_tokens(["a star"], 24, 24, steps=FAST, negative_prompt=negative)
     empty = loaded.generate_tokens(["a star"], 24, 24, steps=FAST, negative_prompt="")
