@@ -14,7 +14,7 @@ from infra.config import StrictModel, operational, semantic
 
 Precision = Literal["fp32", "bf16"]
 Schedule = Literal["constant", "cosine", "linear"]
-OptimizerName = Literal["adamw", "muon"]
+OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
 CropPolicy = Literal["center", "random"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -67,7 +67,9 @@ class OptimizerConfig(StrictModel):
     """The optimizer with a warm-up and a schedule."""
 
     name: OptimizerName = semantic(
-        "adamw", "muon: orthogonal steps for matrices and kernels, AdamW for the rest"
+        "adamw",
+        "muon: orthogonal steps for matrices and kernels, AdamW for the rest; adamw_8bit: moments "
+        "of a byte each",
     )
     learning_rate: float = semantic(1e-4, "peak step size", gt=0.0)
     betas: tuple[Probability, Probability] = semantic((0.9, 0.99), "decay of the two moments")
@@ -281,9 +283,10 @@ class StageConfig(SavingConfig):
             problems.append("caption_mix needs one weight above 0")
         if self.compress and self.init.source == "fresh" and self.init.new_parameters:
             problems.append("init.new_parameters means nothing when init.source is 'fresh'")
-        if self.strategy == "fsdp" and self.optimizer.name == "muon":
+        if self.strategy == "fsdp" and self.optimizer.name != "adamw":
             problems.append(
-                "strategy fsdp has parts of matrices and optimizer muon needs whole ones"
+                f"strategy fsdp has parts of matrices and optimizer {self.optimizer.name} needs "
+                "whole ones"
             )
         if self.optimizer.warmup_steps >= self.steps and self.optimizer.warmup_steps:
             problems.append(
