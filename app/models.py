@@ -215,7 +215,7 @@ def _stage_lines(stage: StageLink) -> list[str]:
     if init:
         new = list(init.get("new_keys") or ())
         began = f"  began {init.get('source', '?')}"
-        if init.get("source") == "parent":
+        if init.get("num_inherited"):
             began += f": {init.get('num_inherited', 0)} parameters inherited, {len(new)} new"
         lines.append(f"{began}{' (' + ', '.join(new[:SHOWN_FILES]) + ')' if new else ''}")
     for start in stage.starts:

@@ -189,7 +189,7 @@ def _order_problems(parts: Parts) -> Iterator[Problem]:
         stage = parts.stages.get(name)
         if stage is None:
             return  # told already; what follows it would be guessed
-        if stage.init.source == "fresh":
+        if stage.init.source != "parent":
             compressed_by = name if stage.compress else None
             continue
         if compressed_by is not None and not stage.compress:

@@ -196,11 +196,31 @@ class TokenizerConfig(SavingConfig):
 class InitConfig(StrictModel):
     """Where a stage's transformer starts, when it has no checkpoint of its own."""
 
-    source: Literal["parent", "fresh"] = semantic(
-        "parent", "the previous stage's weights, or random ones"
+    source: Literal["parent", "fresh", "pretrained"] = semantic(
+        "parent", "the previous stage's weights, random ones, or those of a published folder"
+    )
+    pretrained: str | None = semantic(
+        None, "folder (path or URI) of a published transformer; for source: pretrained"
     )
     new_parameters: tuple[str, ...] = semantic(
         (), "name prefixes that may be absent from the parent; any other absence is an error"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.source == "pretrained") != (self.pretrained is not None):
+            raise ValueError("source: pretrained and a folder in pretrained need each other")
+        return self
+
+
+class AdaptersConfig(StrictModel):
+    """LoRA: small matrices beside the transformer's linear layers learn, and nothing else of it."""
+
+    rank: int = semantic(16, "rows of A and columns of B", ge=1)
+    alpha: float | None = semantic(None, "B A is scaled by alpha / rank; None is rank", gt=0.0)
+    dropout: float = semantic(0.0, "share of A's input that is left out", ge=0.0, lt=1.0)
+    targets: str | None = semantic(
+        None, "regular expression for layers' dotted names; None is every block's linear layers"
     )
 
 
@@ -223,6 +243,9 @@ class StageConfig(SavingConfig):
     global_batch_size: int = semantic(description="samples per step, over all workers", ge=1)
     optimizer: OptimizerConfig = semantic(
         default_factory=OptimizerConfig, description="of the transformer"
+    )
+    lora: AdaptersConfig | None = semantic(
+        None, "adapters to train in place of the transformer's weights; None trains these"
     )
     train_text_encoder: bool = semantic(False, "whether the text encoder learns too")
     text_encoder_learning_rate: float = semantic(1e-5, "its peak step size when it learns", gt=0.0)
@@ -269,6 +292,9 @@ class StageConfig(SavingConfig):
         None, "samples a worker holds at a time; None is its whole share of the batch", ge=1
     )
     gradient_checkpointing: bool = operational(False, "recompute blocks on the way back")
+    compile: bool = operational(
+        False, "whether blocks run compiled; faster after minutes, other in rounding"
+    )
     max_resident_bytes: int = operational(1 << 30, "token shards kept in memory, bytes", ge=1)
     sample_grid: SampleGridConfig = operational(
         default_factory=SampleGridConfig, description="painted at the end"
@@ -283,6 +309,10 @@ class StageConfig(SavingConfig):
             problems.append("caption_mix needs one weight above 0")
         if self.compress and self.init.source == "fresh" and self.init.new_parameters:
             problems.append("init.new_parameters means nothing when init.source is 'fresh'")
+        if self.lora is not None and (self.init.source == "fresh" or self.init.new_parameters):
+            problems.append("lora trains no new weights of the network; let another stage do that")
+        if self.lora is not None and self.strategy == "fsdp":
+            problems.append("lora has few weights to learn, and strategy fsdp parts them; use ddp")
         if self.strategy == "fsdp" and self.optimizer.name != "adamw":
             problems.append(
                 f"strategy fsdp has parts of matrices and optimizer {self.optimizer.name} needs "

@@ -20,6 +20,7 @@ from model import PainterDefaults, TextToImage
 from training import token_cache
 from training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from training.checkpoint_store import CheckpointDamaged
+from training.compiled import compile_blocks
 from training.config import NetworkConfig, StageConfig
 from training.coverage import Coverage, Tally, signed, unsigned
 from training.data import TokenDataset
@@ -36,6 +37,7 @@ from training.masked_stage import (
     backward,
     diverged,
     gradient_norm,
+    merge_adapters,
     named_trained,
     start_stage,
     step_inputs,
@@ -48,6 +50,7 @@ from training.sharding import check_shardable, like, shard_networks, whole_on_cp
 from training.utilisation import training_flops_per_image
 
 EMA_PREFIX = "ema/"
+ADAPTERS_FOLDER = "lora"
 SCORED_SHARDS = 8  # shards whose preference scores decide the painter's default
 GOOD_SCORE_QUANTILE = 0.9
 GRID_COLUMNS = 4
@@ -63,6 +66,8 @@ class MaskedRun:
         self.networks = networks
         self.dataset = dataset
         self.num_steps = config.steps
+        if config.compile:
+            compile_blocks(networks.transformer)
         self.is_sharded = config.strategy == "fsdp" and session.world_size > 1
         if self.is_sharded:
             check_shardable(config.global_batch_size, session.world_size)
@@ -73,9 +78,12 @@ class MaskedRun:
         )
         self.network: nn.Module = nn.ModuleDict(
             {"transformer": networks.transformer, "text_encoder": networks.text_encoder}
+            | ({} if self.stage.lora is None else {"lora": self.stage.lora})
         )
         self.optimizer = self.stage.optimizer
         self.init_record = networks.record()
+        if self.stage.lora is not None:
+            self.init_record["num_adapters"] = len(self.stage.lora.adapters)
         self.guard = Guard(config.guard)
         self.coverage = Coverage(len(dataset), config.seed)
         self.batch = 0
@@ -109,7 +117,10 @@ class MaskedRun:
         """The work of training on one image."""
         side = self.config.resolution_px // self.networks.vq.downsample_factor
         return training_flops_per_image(
-            self.networks.transformer, side * side, self.config.text_tokens
+            self.networks.transformer,
+            side * side,
+            self.config.text_tokens,
+            learns=self.config.lora is None,
         )
 
     def prepare(self, number: int) -> StepInputs:
@@ -261,10 +272,15 @@ class MaskedRun:
         self.stage.ema = None
 
     def export(self, folder: Path) -> dict[str, float]:
-        """Write the model as it is published, with averaged weights if they are kept; ends the
-        training. Returns what is known about it."""
+        """Write the model as it is published, with averaged weights if they are kept and adapters
+        both in the weights and beside them; ends the training. Returns what is known about it."""
         use_averaged_weights(self.stage)
+        lora = self.stage.lora
+        if lora is not None:
+            merge_adapters(lora)
         self._painter().save_pretrained(folder)
+        if lora is not None:
+            lora.save_pretrained(folder / ADAPTERS_FOLDER)
         return {"num_samples": float(len(self.dataset))}
 
     def _painter(self) -> TextToImage:

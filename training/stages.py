@@ -179,10 +179,9 @@ def _masked_spec(
 
 def init_policy(config: StageConfig) -> str:
     """How a stage's transformer starts, as it is recorded: ``parent``, ``parent+new(…)``, …"""
-    if config.init.source == "fresh":
-        return "fresh"
-    new = ",".join(config.init.new_parameters)
-    return f"parent+new({new})" if new else "parent"
+    source = config.init.source
+    new = "" if source == "fresh" else ",".join(config.init.new_parameters)
+    return f"{source}+new({new})" if new else source
 
 
 def _keyed(values: Mapping[str, Any]) -> dict[str, Any]:
