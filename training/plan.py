@@ -198,6 +198,7 @@ def _ready_parent(spec: StageSpec, context: PlanContext) -> Pin:
             f"stage {spec.stage} starts from stage {parent}, and {name} has no ready version; "
             f"train stage {parent} first"
         )
+    registry.check_place(context.store_uri, found)
     return Pin.of(parent, found)
 
 
@@ -227,6 +228,7 @@ def _decide_existing(
 ) -> StagePlan | None:
     """SKIP or RESUME on account of a version with this key; None when its files are all gone."""
     label = f"version {existing.version} of {existing.name}"
+    registry.check_place(context.store_uri, existing)
     damage = _damage(existing.uri) if context.verify else []
     if damage is None:
         return None
