@@ -255,11 +255,12 @@ def test_a_slow_worker_is_named(
         from training.journal import Journal
         from training.masked_run import MaskedRun
 
-        plain_prepare, plain_note = MaskedRun.prepare, Journal.note
+        plain_train, plain_note = MaskedRun.train, Journal.note
 
-        def slow_prepare(self: MaskedRun, number: int) -> Any:
-            time.sleep(0.2)
-            return plain_prepare(self, number)
+        def slow_train(self: MaskedRun, *arguments: Any) -> Any:
+            if self.step >= 10:
+                time.sleep(1.0)
+            return plain_train(self, *arguments)
 
         def note(self: Journal, name: str, text: str) -> None:
             with told.open("a") as file:
@@ -268,7 +269,7 @@ def test_a_slow_worker_is_named(
 
         Journal.note = note  # type: ignore[method-assign]
         if ray.train.get_context().get_world_rank() == 1:
-            MaskedRun.prepare = slow_prepare  # type: ignore[method-assign]
+            MaskedRun.train = slow_train  # type: ignore[method-assign]
         worker.train_worker(raw)
 
     _in_ray(raw_job(small_config(steps=21)), tmp_path / "ray", "slow", 2, work)
