@@ -221,8 +221,9 @@ def _stage_lines(stage: StageLink) -> list[str]:
     for start in stage.starts:
         lines.append(f"  attempt {start.get('attempt')}: {start.get('how')}")
     lines.append(f"  key {stage.stage_key[:SHORT]}  MLflow run {stage.mlflow_run_id}")
-    if stage.dataset is not None:
-        lines += _dataset_lines(stage.dataset)
+    for dataset in (stage.dataset, *stage.mixed_in):
+        if dataset is not None:
+            lines += _dataset_lines(dataset)
     return lines
 
 

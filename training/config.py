@@ -238,6 +238,10 @@ class StageConfig(SavingConfig):
     """One masked-token stage."""
 
     dataset: str = semantic(description="curated dataset to train on")
+    mixed_in: dict[str, Annotated[float, Field(gt=0.0)]] = semantic(
+        {}, "further datasets, and how often a sample of each comes in an epoch, in which one of "
+        "`dataset` comes once; a fraction takes that share of them",
+    )  # fmt: skip
     resolution_px: int = semantic(description="side of the square images", ge=8)
     steps: int = semantic(description="optimizer steps", ge=1)
     global_batch_size: int = semantic(description="samples per step, over all workers", ge=1)
@@ -303,6 +307,8 @@ class StageConfig(SavingConfig):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
+        if self.dataset in self.mixed_in:
+            problems.append(f"mixed_in names {self.dataset}, which is the stage's dataset already")
         if not self.caption_mix or any(weight < 0 for weight in self.caption_mix.values()):
             problems.append("caption_mix needs weights of 0 or more")
         elif sum(self.caption_mix.values()) <= 0:

@@ -359,6 +359,7 @@ def worker_job(
         "resume_step": plan.step if plan.decision == "RESUME" else None,
         "manifest_uri": None if dataset is None else dataset.manifest_uri,
         "manifest_sha256": None if dataset is None else dataset.version,
+        "mixed_in": [asdict(pin) for pin in plan.mixed_in],
         "init_uri": None if parent is None else parent.uri,
         "init_sha256": None if parent is None else parent.sha256,
         "progress_uri": progress_uri,

@@ -168,8 +168,9 @@ class _Stopwatch:
     """The time from ``start`` to the last ``mark``, of the GPU's work where there is one."""
 
     def __init__(self) -> None:
-        self._on_gpu = torch.cuda.is_available()
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * self._on_gpu)]
+        cuda: Any = torch.cuda
+        self._on_gpu = bool(cuda.is_available())
+        self._events = [cuda.Event(enable_timing=True) for _ in range(2 * self._on_gpu)]
         self._started_at = self._marked_at = 0.0
 
     def start(self) -> None:

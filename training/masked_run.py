@@ -43,6 +43,7 @@ from training.masked_stage import (
     step_inputs,
     use_averaged_weights,
 )
+from training.mixing import Part, mixture
 from training.order import rank_slice
 from training.publish import fetch_checkpoint
 from training.session import Session
@@ -332,13 +333,27 @@ def tile(images: list[Image.Image]) -> bytes:
 
 
 def _open_dataset(job: Job, config: StageConfig, folder: Path, session: Session) -> TokenDataset:
-    """The stage's tokens; the workers share the shards that have none yet."""
+    """The stage's tokens, those of datasets that are mixed in among them."""
+    own = _open_tokens(str(job.manifest_uri), job.manifest_sha256, config, folder, session)
+    if not job.mixed_in:
+        return own
+    parts = [Part(config.dataset, own, 1.0)]
+    for pin in job.mixed_in:
+        tokens = _open_tokens(pin["manifest_uri"], pin["version"], config, folder, session)
+        parts.append(Part(pin["name"], tokens, config.mixed_in[pin["name"]]))
+    return mixture(parts, config)
+
+
+def _open_tokens(
+    manifest_uri: str,
+    manifest_sha256: str | None,
+    config: StageConfig,
+    folder: Path,
+    session: Session,
+) -> TokenDataset:
+    """A dataset's tokens; the workers share the shards that have none yet."""
     plan = token_cache.plan_cache(
-        str(job.manifest_uri),
-        str(folder),
-        config.resolution_px,
-        config.crop,
-        job.manifest_sha256,
+        manifest_uri, str(folder), config.resolution_px, config.crop, manifest_sha256
     )
     if not token_cache.is_complete(plan):
         for task in plan.tasks[session.rank :: session.world_size]:

@@ -82,6 +82,12 @@ class StageSpec:
     num_workers: int
     bounds: Bounds = field(default_factory=Bounds)
     next_stage: NextStage | None = field(default=None, repr=False)
+    mixed_in: tuple[str, ...] = ()
+
+    @property
+    def dataset_names(self) -> tuple[str, ...]:
+        """All datasets that it reads, its own first."""
+        return (() if self.dataset_name is None else (self.dataset_name,)) + self.mixed_in
 
 
 def stage_specs(
@@ -174,6 +180,7 @@ def _masked_spec(
         num_workers=config.num_workers,
         bounds=Bounds({} if limit is None else {"final_loss": limit}, dict(min_scores)),
         next_stage=next_stage,
+        mixed_in=tuple(config.mixed_in),
     )
 
 
