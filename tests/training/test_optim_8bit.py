@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from training import optim_8bit
 from training.checkpoint import optimizer_tensors, restore_optimizer
 from training.checkpoint_store import CheckpointDamaged
-from training.config import OptimizerConfig, StageConfig
+from training.config import OptimizerConfig, OptimizerName, StageConfig
 from training.data import TokenShard, in_memory
 from training.masked_stage import MaskedStage, named_trained, train_step
 from training.optim import build_optimizer, parameter_groups
@@ -60,7 +60,7 @@ def test_a_small_second_moment_is_never_rounded_to_nothing() -> None:
         assert not decode(*encode(zeros, draws, zeros.shape)).any()
 
 
-def _learn(name: str, num_steps: int = 200) -> tuple[float, int]:
+def _learn(name: OptimizerName, num_steps: int = 200) -> tuple[float, int]:
     """(loss, bytes of moments) after fitting a fixed map with this optimizer."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64))
@@ -72,7 +72,7 @@ def _learn(name: str, num_steps: int = 200) -> tuple[float, int]:
     for _ in range(num_steps):
         optimizer.zero_grad()
         loss = (net(inputs) - targets).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss.backward()
         optimizer.step()
     moments = optimizer_tensors(optimizer).values()
     return loss.item(), sum(each.nbytes for each in moments if each.ndim)
