@@ -124,8 +124,7 @@ def _referred_to(store_uri: str, names: Iterable[str], store: str | None) -> dic
     such version refers to. ``UserError`` where the registry cannot be asked."""
     from app.status import read_latest
     from infra.tracking_server import TrackingServer
-    from training.plan import TAG_DATASET
-    from training.versions import versions_with_tag
+    from training.versions import trained_on
 
     newest = read_latest(atelier_home())
     tracking_uri = None if newest is None else newest.mlflow_uri
@@ -141,11 +140,7 @@ def _referred_to(store_uri: str, names: Iterable[str], store: str | None) -> dic
         root = storage.join(store_uri, "datasets", name)
         for version in stored_versions(root):
             manifests[name, version] = load_manifest(storage.join(root, version, MANIFEST_NAME))
-    used = {
-        (name, version)
-        for name, version in manifests
-        if versions_with_tag(server, TAG_DATASET, version)
-    }
+    used = {(name, version) for name, version in manifests if trained_on(server, version)}
     for run in newest_of_each_recipe(atelier_home()):
         for step in run.steps:
             if step.dataset_version is not None and step.manifest_uri is not None:

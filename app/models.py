@@ -215,14 +215,15 @@ def _stage_lines(stage: StageLink) -> list[str]:
     if init:
         new = list(init.get("new_keys") or ())
         began = f"  began {init.get('source', '?')}"
-        if init.get("source") == "parent":
+        if init.get("num_inherited"):
             began += f": {init.get('num_inherited', 0)} parameters inherited, {len(new)} new"
         lines.append(f"{began}{' (' + ', '.join(new[:SHOWN_FILES]) + ')' if new else ''}")
     for start in stage.starts:
         lines.append(f"  attempt {start.get('attempt')}: {start.get('how')}")
     lines.append(f"  key {stage.stage_key[:SHORT]}  MLflow run {stage.mlflow_run_id}")
-    if stage.dataset is not None:
-        lines += _dataset_lines(stage.dataset)
+    for dataset in (stage.dataset, *stage.mixed_in):
+        if dataset is not None:
+            lines += _dataset_lines(dataset)
     return lines
 
 

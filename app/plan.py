@@ -174,9 +174,7 @@ def _plan_stages(recipe: Recipe, place: Place, pins: dict[str, DatasetPin]) -> l
 
 
 def _planned(recipe: Recipe, plan: StagePlan, expected: Expected | None) -> PlannedStep:
-    inputs = {}
-    if plan.dataset is not None:
-        inputs[f"dataset {plan.dataset.name}"] = plan.dataset.version
+    inputs = {f"dataset {pin.name}": pin.version for pin in plan.datasets}
     if plan.parent is not None:
         inputs[f"{plan.parent.model} version {plan.parent.version}"] = plan.parent.sha256
     work = {"steps": plan.spec.steps, "steps_done": plan.step}

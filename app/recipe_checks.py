@@ -164,14 +164,15 @@ def _stage_problems(parts: Parts) -> Iterator[Problem]:
     for name, stage in parts.stages.items():
         at = ("stages", name)
         yield from _known_dataset(parts, (*at, "dataset"), stage.dataset)
-        dataset = parts.dataset_of(stage.dataset)
-        if dataset is not None:
-            yield from _large_enough(
-                (*at, "resolution_px"), stage.resolution_px, stage.dataset, dataset
-            )
-            derived = parts.derived.get(stage.dataset)
-            if derived is None or not derived.caption:
-                yield from _captions_there(at, stage, dataset)
+        for other in stage.mixed_in:
+            yield from _known_dataset(parts, (*at, "mixed_in", other), other)
+        for read in (stage.dataset, *stage.mixed_in):
+            dataset = parts.dataset_of(read)
+            if dataset is not None:
+                yield from _large_enough((*at, "resolution_px"), stage.resolution_px, read, dataset)
+        dataset, derived = parts.dataset_of(stage.dataset), parts.derived.get(stage.dataset)
+        if dataset is not None and (derived is None or not derived.caption):
+            yield from _captions_there(at, stage, dataset)
         yield from _divisible(parts, at, stage)
         if longest is not None and stage.text_tokens > longest:
             yield problem(
@@ -189,7 +190,7 @@ def _order_problems(parts: Parts) -> Iterator[Problem]:
         stage = parts.stages.get(name)
         if stage is None:
             return  # told already; what follows it would be guessed
-        if stage.init.source == "fresh":
+        if stage.init.source != "parent":
             compressed_by = name if stage.compress else None
             continue
         if compressed_by is not None and not stage.compress:

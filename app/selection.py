@@ -68,7 +68,7 @@ class Selection:
                 hint = did_you_mean(last_stage, names)
                 raise UserError(f"the recipe has no stage {last_stage!r}; {hint}")
             specs = specs[: names.index(last_stage) + 1]
-        used = {spec.dataset_name for spec in specs}
+        used = {name for spec in specs for name in spec.dataset_names}
         derived = tuple(name for name in recipe.derived if name in used)
         used |= {recipe.derived[name].dataset for name in derived}
         datasets = tuple(name for name in recipe.datasets if name in used)

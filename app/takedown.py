@@ -237,8 +237,7 @@ def _models_of(versions: Collection[str], tracking_uri: str) -> list[dict[str, A
         return []
 
     from infra.tracking_server import TrackingServer
-    from training.plan import TAG_DATASET
-    from training.versions import TAG_STAGE, versions_with_tag
+    from training.versions import TAG_STAGE, trained_on
 
     server = TrackingServer(tracking_uri)
     return [
@@ -250,5 +249,5 @@ def _models_of(versions: Collection[str], tracking_uri: str) -> list[dict[str, A
             "checkpoint": found.uri,
         }
         for version in sorted(versions)
-        for found in versions_with_tag(server, TAG_DATASET, version)
+        for found in trained_on(server, version)
     ]

@@ -9,8 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent
 PAGES = sorted((ROOT.parent / "docs").glob("reliability-*.md"))
-# The cases of the project's list that the page on curation answers, by letter: 1 to so many.
-CASES = {"A": 15, "B": 36, "C": 29, "D": 8}
+# The cases of the project's list that each page answers, by letter: 1 to so many.
+CASES = {
+    "reliability-curation": {"A": 15, "B": 36, "C": 29, "D": 8},
+    "reliability-training": {"E": 28, "F": 11},
+}
 NAMED = re.compile(r"`([a-z0-9_/]+\.py)(?:::(test_[a-z0-9_]+))?(?:…)?(?:\[[^\]`]*\])?`")
 
 
@@ -41,10 +44,11 @@ def numbered_rows(page: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def test_every_case_of_the_list_has_one_row_with_a_test() -> None:
-    rows = numbered_rows(ROOT.parent / "docs" / "reliability-curation.md")
-    numbers = [number for number, _ in rows if number[0] in CASES]
-    wanted = [f"{letter}{n}" for letter, last in CASES.items() for n in range(1, last + 1)]
+@pytest.mark.parametrize("page", CASES)
+def test_every_case_of_the_list_has_one_row_with_a_test(page: str) -> None:
+    rows = numbered_rows(ROOT.parent / "docs" / f"{page}.md")
+    numbers = [number for number, _ in rows if number[0] in CASES[page]]
+    wanted = [f"{letter}{n}" for letter, last in CASES[page].items() for n in range(1, last + 1)]
     assert sorted(numbers) == sorted(wanted)
     without = [number for number, line in rows if not any(name for _, name in NAMED.findall(line))]
     assert without == []

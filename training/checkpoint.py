@@ -22,6 +22,7 @@ from torch import Tensor
 from infra.digests import canonical_json, sha256_file
 from infra.errors import UserError
 from training.checkpoint_store import CheckpointDamaged
+from training.optim_8bit import SCALES, num_blocks
 from training.publish import LISTING_NAME, CheckpointFile, describe_folder
 from training.sharding import like
 
@@ -158,7 +159,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         left.setdefault(name, {})[moment] = value
     for name, parameter in _named(optimizer):
         state = left.pop(name, {})
-        shapes_fit = all(v.ndim == 0 or v.shape == parameter.shape for v in state.values())
+        shapes_fit = all(_fits(moment, value, parameter) for moment, value in state.items())
         if not state or not shapes_fit:
             raise CheckpointDamaged(f"the run's checkpoint has no fitting moments of {name}")
         optimizer.state[parameter] = {
@@ -170,6 +171,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
             f"the run's checkpoint has moments of {len(left)} unknown parameters, such as "
             f"{sorted(left)[0]}"
         )
+
+
+def _fits(moment: str, value: Tensor, parameter: Tensor) -> bool:
+    if moment in SCALES:
+        return value.shape == (num_blocks(parameter.numel()),)
+    return value.ndim == 0 or value.shape == parameter.shape
 
 
 def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:

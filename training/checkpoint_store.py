@@ -144,6 +144,14 @@ class CheckpointStore:
             storage.delete(storage.join(folder, LISTING_NAME))
             storage.delete_prefix(folder)
 
+    def discard_after(self, step: int) -> list[int]:
+        """Remove what was saved after ``step``; returns the steps."""
+        gone = [each for each in self.complete() if each.step > step]
+        for stored in gone:
+            storage.delete(storage.join(stored.uri, LISTING_NAME))
+            storage.delete_prefix(stored.uri)
+        return [each.step for each in gone]
+
     def _has_all_bytes(self, stored: StoredCheckpoint, sizes: dict[str, int]) -> bool:
         try:
             raw = storage.read_json(storage.join(stored.uri, LISTING_NAME))

@@ -14,7 +14,7 @@ from infra.config import StrictModel, operational, semantic
 
 Precision = Literal["fp32", "bf16"]
 Schedule = Literal["constant", "cosine", "linear"]
-OptimizerName = Literal["adamw", "muon"]
+OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
 CropPolicy = Literal["center", "random"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -67,7 +67,9 @@ class OptimizerConfig(StrictModel):
     """The optimizer with a warm-up and a schedule."""
 
     name: OptimizerName = semantic(
-        "adamw", "muon: orthogonal steps for matrices and kernels, AdamW for the rest"
+        "adamw",
+        "muon: orthogonal steps for matrices and kernels, AdamW for the rest; adamw_8bit: moments "
+        "of a byte each",
     )
     learning_rate: float = semantic(1e-4, "peak step size", gt=0.0)
     betas: tuple[Probability, Probability] = semantic((0.9, 0.99), "decay of the two moments")
@@ -194,11 +196,31 @@ class TokenizerConfig(SavingConfig):
 class InitConfig(StrictModel):
     """Where a stage's transformer starts, when it has no checkpoint of its own."""
 
-    source: Literal["parent", "fresh"] = semantic(
-        "parent", "the previous stage's weights, or random ones"
+    source: Literal["parent", "fresh", "pretrained"] = semantic(
+        "parent", "the previous stage's weights, random ones, or those of a published folder"
+    )
+    pretrained: str | None = semantic(
+        None, "folder (path or URI) of a published transformer; for source: pretrained"
     )
     new_parameters: tuple[str, ...] = semantic(
         (), "name prefixes that may be absent from the parent; any other absence is an error"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.source == "pretrained") != (self.pretrained is not None):
+            raise ValueError("source: pretrained and a folder in pretrained need each other")
+        return self
+
+
+class AdaptersConfig(StrictModel):
+    """LoRA: small matrices beside the transformer's linear layers learn, and nothing else of it."""
+
+    rank: int = semantic(16, "rows of A and columns of B", ge=1)
+    alpha: float | None = semantic(None, "B A is scaled by alpha / rank; None is rank", gt=0.0)
+    dropout: float = semantic(0.0, "share of A's input that is left out", ge=0.0, lt=1.0)
+    targets: str | None = semantic(
+        None, "regular expression for layers' dotted names; None is every block's linear layers"
     )
 
 
@@ -216,11 +238,18 @@ class StageConfig(SavingConfig):
     """One masked-token stage."""
 
     dataset: str = semantic(description="curated dataset to train on")
+    mixed_in: dict[str, Annotated[float, Field(gt=0.0)]] = semantic(
+        {}, "further datasets, and how often a sample of each comes in an epoch, in which one of "
+        "`dataset` comes once; a fraction takes that share of them",
+    )  # fmt: skip
     resolution_px: int = semantic(description="side of the square images", ge=8)
     steps: int = semantic(description="optimizer steps", ge=1)
     global_batch_size: int = semantic(description="samples per step, over all workers", ge=1)
     optimizer: OptimizerConfig = semantic(
         default_factory=OptimizerConfig, description="of the transformer"
+    )
+    lora: AdaptersConfig | None = semantic(
+        None, "adapters to train in place of the transformer's weights; None trains these"
     )
     train_text_encoder: bool = semantic(False, "whether the text encoder learns too")
     text_encoder_learning_rate: float = semantic(1e-5, "its peak step size when it learns", gt=0.0)
@@ -267,6 +296,9 @@ class StageConfig(SavingConfig):
         None, "samples a worker holds at a time; None is its whole share of the batch", ge=1
     )
     gradient_checkpointing: bool = operational(False, "recompute blocks on the way back")
+    compile: bool = operational(
+        False, "whether blocks run compiled; faster after minutes, other in rounding"
+    )
     max_resident_bytes: int = operational(1 << 30, "token shards kept in memory, bytes", ge=1)
     sample_grid: SampleGridConfig = operational(
         default_factory=SampleGridConfig, description="painted at the end"
@@ -275,15 +307,22 @@ class StageConfig(SavingConfig):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
+        if self.dataset in self.mixed_in:
+            problems.append(f"mixed_in names {self.dataset}, which is the stage's dataset already")
         if not self.caption_mix or any(weight < 0 for weight in self.caption_mix.values()):
             problems.append("caption_mix needs weights of 0 or more")
         elif sum(self.caption_mix.values()) <= 0:
             problems.append("caption_mix needs one weight above 0")
         if self.compress and self.init.source == "fresh" and self.init.new_parameters:
             problems.append("init.new_parameters means nothing when init.source is 'fresh'")
-        if self.strategy == "fsdp" and self.optimizer.name == "muon":
+        if self.lora is not None and (self.init.source == "fresh" or self.init.new_parameters):
+            problems.append("lora trains no new weights of the network; let another stage do that")
+        if self.lora is not None and self.strategy == "fsdp":
+            problems.append("lora has few weights to learn, and strategy fsdp parts them; use ddp")
+        if self.strategy == "fsdp" and self.optimizer.name != "adamw":
             problems.append(
-                "strategy fsdp has parts of matrices and optimizer muon needs whole ones"
+                f"strategy fsdp has parts of matrices and optimizer {self.optimizer.name} needs "
+                "whole ones"
             )
         if self.optimizer.warmup_steps >= self.steps and self.optimizer.warmup_steps:
             problems.append(

@@ -40,6 +40,7 @@ Evaluate = Callable[[Path], Mapping[str, float]]
 WorkerFunction = Callable[[dict[str, Any]], object]
 
 EXPORT_FOLDER = "export"
+FOLDER_FIELDS = ("pretrained", "pretrained_bpe")  # of the tokenizer, the text encoder, and `init`
 
 
 class GateFailed(UserError):
@@ -353,18 +354,33 @@ def worker_job(
         "stage_key": plan.key,
         "run_name": plan.run_name,
         "attempt": attempt,
-        "configs": dict(plan.spec.configs),
+        "configs": with_whole_paths(plan.spec.configs),
         "store_uri": context.store_uri,
         "run_uri": storage.join(context.store_uri, "runs", plan.run_name or ""),
         "resume_step": plan.step if plan.decision == "RESUME" else None,
         "manifest_uri": None if dataset is None else dataset.manifest_uri,
         "manifest_sha256": None if dataset is None else dataset.version,
+        "mixed_in": [asdict(pin) for pin in plan.mixed_in],
         "init_uri": None if parent is None else parent.uri,
         "init_sha256": None if parent is None else parent.sha256,
         "progress_uri": progress_uri,
         "tracking_uri": context.server.uri,
         "mlflow_run_id": run.run_id,
     }
+
+
+def with_whole_paths(configs: Mapping[str, Any]) -> dict[str, Any]:
+    """The configurations with folders of published parts as a worker finds them, wherever it
+    stands: Ray puts each into a folder of its own. Keys are made of what was written."""
+
+    def whole(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return with_whole_paths(value)
+        if name in FOLDER_FIELDS and isinstance(value, str) and "://" not in value:
+            return str(Path(value).expanduser().absolute())
+        return value
+
+    return {name: whole(name, value) for name, value in configs.items()}
 
 
 __all__ = [

@@ -98,8 +98,11 @@ class Watcher(Protocol):
 
     stop: threading.Event
 
-    def stepped(self, measured: Measured, seconds: float, data_seconds: float) -> None:
-        """A step took ``seconds``, of which it waited ``data_seconds`` for its inputs."""
+    def stepped(
+        self, measured: Measured, seconds: float, data_seconds: float, own_seconds: float
+    ) -> None:
+        """A step took ``seconds``, of which it waited ``data_seconds`` for its inputs; with that
+        wait it took ``own_seconds`` until other workers had to be waited for."""
 
     def between_steps(self) -> None:
         """No step is going on: the time to save, and to raise ``Stopped`` if ``stop`` is set."""
@@ -121,6 +124,7 @@ class StageModule(pl.LightningModule):
         self._run = run
         self._watcher = watcher
         self._stepped_at = self._begun_at = 0.0
+        self._stopwatch = _Stopwatch()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self._run.optimizer
@@ -136,20 +140,54 @@ class StageModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._begun_at = time.monotonic()
+        self._stopwatch.start()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        measured = self._run.train(batch, self.manual_backward, self._without_sync)
+        measured = self._run.train(batch, self._run_backward, self._without_sync)
         if measured is not None:
             seconds = time.monotonic() - self._stepped_at
-            self._watcher.stepped(measured, seconds, self._begun_at - self._stepped_at)
+            data_seconds = self._begun_at - self._stepped_at
+            own_seconds = data_seconds + self._stopwatch.seconds()
+            self._watcher.stepped(measured, seconds, data_seconds, own_seconds)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._watcher.between_steps()
         self._stepped_at = time.monotonic()
 
+    def _run_backward(self, loss: Tensor) -> None:
+        """The last of a step waits for other workers' gradients: until it begins, time is ours."""
+        self._stopwatch.mark()
+        self.manual_backward(loss)
+
     def _without_sync(self) -> AbstractContextManager[object]:
         wrapped: Any = self.trainer.strategy.model
         return wrapped.no_sync() if hasattr(wrapped, "no_sync") else nullcontext()
+
+
+class _Stopwatch:
+    """The time from ``start`` to the last ``mark``, of the GPU's work where there is one."""
+
+    def __init__(self) -> None:
+        cuda: Any = torch.cuda
+        self._on_gpu = bool(cuda.is_available())
+        self._events = [cuda.Event(enable_timing=True) for _ in range(2 * self._on_gpu)]
+        self._started_at = self._marked_at = 0.0
+
+    def start(self) -> None:
+        self._started_at = self._marked_at = time.monotonic()
+        if self._on_gpu:
+            self._events[0].record()
+
+    def mark(self) -> None:
+        self._marked_at = time.monotonic()
+        if self._on_gpu:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """Call it when the step's work is done, as it is once its loss is a number."""
+        if self._on_gpu and self._events[1].query():
+            return float(self._events[0].elapsed_time(self._events[1])) / 1e3
+        return self._marked_at - self._started_at
 
 
 class _Steps:

@@ -203,7 +203,7 @@ def _next_problems(folder: Path, shapes: Mapping[str, Shape] | None, stage: Next
         expected = meta_shapes(lambda: MaskedImageTransformer(config))
     except ModelError as error:
         return [f"stage {stage.name} cannot start from it: {error}"]
-    if shapes is None or stage.config.init.source == "fresh":
+    if shapes is None or stage.config.init.source != "parent":
         return []
     prefixes = stage.config.init.new_parameters
     absent = [name for name in sorted(expected) if name not in shapes]

@@ -18,7 +18,6 @@ from infra.digests import canonical_json
 from infra.tracking_server import TrackedRun, TrackingServer, json_number, now_ms
 from training import keys, registry, versions
 from training.plan import (
-    TAG_DATASET,
     TAG_EVALUATION,
     TAG_METRICS,
     TAG_MODEL_ID,
@@ -64,6 +63,7 @@ def provenance(plan: StagePlan, run: TrackedRun, step: int, metrics: Mapping[str
         "init_policy": plan.spec.init_policy,
         "parent": None if parent is None else asdict(parent),
         "dataset": None if dataset is None else asdict(dataset),
+        "mixed_in": [asdict(pin) for pin in plan.mixed_in],
         "step": step,
         "metrics": {name: value for name, value in sorted(metrics.items())},
         "libraries": _library_versions(),
@@ -89,7 +89,7 @@ def register(
     }
     facts = {
         TAG_STEP: str(outcome.step),
-        TAG_DATASET: UNKNOWN if plan.dataset is None else plan.dataset.version,
+        **_dataset_tags(plan),
         TAG_PARENT: UNKNOWN if plan.parent is None else str(plan.parent.version),
         TAG_TOKENIZER: _tokenizer_sha256(plan, published),
         TAG_METRICS: _numbers(outcome.metrics),
@@ -124,6 +124,13 @@ def register(
     }
     versions.set_version_tags(server, version, **verdict)
     return versions.get_version(server, name, version.version)
+
+
+def _dataset_tags(plan: StagePlan) -> dict[str, str]:
+    """The versions that a stage trains on, so that they can be searched for."""
+    own = UNKNOWN if plan.dataset is None else plan.dataset.version
+    mixed_in = {versions.mixed_in_tag(pin.version): pin.version for pin in plan.mixed_in}
+    return {versions.TAG_DATASET: own, **mixed_in}
 
 
 def _tokenizer_sha256(plan: StagePlan, published: PublishedCheckpoint) -> str:
@@ -190,7 +197,7 @@ def run_tags(plan: StagePlan, attempt: int, parent_run_id: str | None) -> dict[s
         "reason": plan.reason,
         "init_policy": plan.spec.init_policy,
         "run_name": plan.run_name or "",
-        TAG_DATASET: UNKNOWN if plan.dataset is None else plan.dataset.version,
+        **_dataset_tags(plan),
         TAG_PARENT: UNKNOWN if plan.parent is None else str(plan.parent.version),
         "parent_sha256": UNKNOWN if plan.parent is None else plan.parent.sha256,
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from infra import storage
 from infra.errors import UserError
 from model import (
     CLIPTextEncoder,
@@ -26,7 +28,7 @@ WITHOUT_EFFECT = ("in_channels", "patch_size")
 class Networks:
     """The parts of a model, and how its transformer started.
 
-    ``source`` is "fresh" or "parent"; ``new_keys`` are the parameters that the parent lacked.
+    ``source`` is as in ``InitConfig``; ``new_keys`` are the parameters that the parent lacked.
     """
 
     transformer: MaskedImageTransformer
@@ -66,12 +68,16 @@ def initial_networks(folder: Path, network: NetworkConfig, config: StageConfig) 
             "text encoder's positions",
             got=str(config.text_tokens),
         )
-    if config.init.source == "fresh" or not (folder / "transformer").is_dir():
+    is_first = config.init.source == "parent" and not (folder / "transformer").is_dir()
+    if config.init.source == "fresh" or is_first:
         transformer = new_transformer(wanted, config.seed)
         return Networks(transformer, text_encoder, tokenizer, vq, "fresh", [])
-    parent = MaskedImageTransformer.from_pretrained(folder / "transformer")
+    start = folder / "transformer"
+    if config.init.pretrained is not None:
+        start = part_folder(config.init.pretrained)
+    parent = MaskedImageTransformer.from_pretrained(start)
     transformer, new_keys = fit_parent(parent, wanted, config.init.new_parameters)
-    return Networks(transformer, text_encoder, tokenizer, vq, "parent", new_keys)
+    return Networks(transformer, text_encoder, tokenizer, vq, config.init.source, new_keys)
 
 
 def fit_parent(
@@ -112,3 +118,12 @@ def check_grid(config: StageConfig, vq: VQTokenizer, wanted: TransformerConfig) 
             got=str(config.resolution_px),
             remedy="that is the tokenizer's pixels per token, times two when the stage compresses",
         )
+
+
+def part_folder(address: str) -> Path:
+    """A local folder for a path or an address; what is fetched lies in a temporary place."""
+    if "://" not in address:
+        return Path(address)
+    folder = Path(tempfile.mkdtemp(prefix="atelier-part-"))
+    storage.download_folder(address, folder)
+    return folder

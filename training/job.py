@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -12,11 +12,11 @@ class Job:
     """One stage, as JSON values. ``configs`` holds the resolved configurations by part:
     ``tokenizer`` and ``text_encoder``, or ``stage`` and ``network``.
 
-    ``manifest_*`` pin the dataset and ``init_*`` the published checkpoint to start from.
-    ``run_uri`` is where the run keeps its checkpoints, ``attempt`` which try of a driver this is
-    and ``resume_step`` the step of the checkpoint that the plan saw (None: none). ``cpus`` is how
-    many threads to use (None: as many as the environment gives) and ``local_dir`` where
-    temporary files lie (None: the system's place).
+    ``manifest_*`` pin the dataset, ``mixed_in`` those beside it (``DatasetPin`` as JSON), and
+    ``init_*`` the published checkpoint to start from. ``run_uri`` is where the run keeps its
+    checkpoints, ``attempt`` which try of a driver this is and ``resume_step`` the step of the
+    checkpoint that the plan saw (None: none). ``cpus`` is how many threads to use (None: as many as
+    the environment gives) and ``local_dir`` where temporary files lie (None: the system's place).
     """
 
     kind: Literal["tokenizer", "masked"]
@@ -28,6 +28,7 @@ class Job:
     resume_step: int | None = None
     manifest_uri: str | None = None
     manifest_sha256: str | None = None
+    mixed_in: Sequence[Mapping[str, str]] = ()
     init_uri: str | None = None
     init_sha256: str | None = None
     progress_uri: str | None = None

@@ -141,6 +141,11 @@ class Journal:
         """Training waited ``seconds`` between steps, for ``name``."""
         self._waits[name] = self._waits.get(name, 0.0) + seconds
 
+    def compared(self, step: int, slowest_ratio: float) -> None:
+        """The slowest worker took so many times the others' median."""
+        if self.tracker is not None:
+            self.tracker.log_metrics({"workers/slowest_ratio": slowest_ratio}, step)
+
     def note(self, name: str, text: str) -> None:
         """Something worth knowing happened, once or several times."""
         logger.info("%s: %s", name, text)

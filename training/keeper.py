@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -25,6 +26,14 @@ from training.guard import WentBack
 from training.job import Job
 from training.journal import Journal
 from training.masked_run import MaskedRun
+from training.replicas import (
+    CHECK_STEPS,
+    SLOW_RATIO,
+    ReplicasDiffer,
+    compare,
+    digest_of,
+    names_of_machines,
+)
 from training.saver import Saver, snapshot
 from training.session import Session
 from training.sharding import whole_on_cpu
@@ -57,6 +66,9 @@ class Keeper:
         self._stall = stall
         self._started_at = self._saved_at = time.monotonic()
         self._saved_for_preemption = False
+        self._own_seconds = 0.0
+        self._machines: list[str] = []
+        self._equal_at = self._last_saved = self._trusted = run.step
         self._is_first = session.rank == 0
         self._saver = Saver(
             store,
@@ -80,9 +92,12 @@ class Keeper:
 
     # --- while training --------------------------------------------------------------------------
 
-    def stepped(self, measured: Measured, seconds: float, data_seconds: float) -> None:
+    def stepped(
+        self, measured: Measured, seconds: float, data_seconds: float, own_seconds: float
+    ) -> None:
         """Put a finished step into the journal."""
         self._stall.stepped()
+        self._own_seconds += own_seconds
         self._journal.waited("data_seconds", data_seconds)
         self._journal.stepped(
             self._run.step,
@@ -98,6 +113,8 @@ class Keeper:
         checkpoint from being written."""
         run, began_at = self._run, time.monotonic()
         self._saver.check()
+        if self._session.world_size > 1 and run.step % CHECK_STEPS == 0:
+            self._compare_workers()
         if self._all(self._is_first and self.stop.is_set()):
             self.save()
             if self._is_first:
@@ -114,6 +131,39 @@ class Keeper:
             elif self._all(self._is_due()):
                 self.save()
         self._journal.waited("checkpoint_seconds", time.monotonic() - began_at)
+
+    def _compare_workers(self) -> None:
+        """Tell which worker holds up the others; raises ``ReplicasDiffer`` when one's weights are
+        not the others', after what was saved since they were equal is gone."""
+        run, size = self._run, self._session.world_size
+        digest = None if run.is_sharded else digest_of({**run.weights(), **run.optimizer_state()})
+        found = compare(digest, self._own_seconds / CHECK_STEPS, size)
+        self._own_seconds = 0.0
+        is_warm = bool(self._machines)  # the first steps are not like the others
+        if not is_warm:
+            self._machines = names_of_machines(socket.gethostname(), size)
+        if found.odd_ones:
+            self._discard_unequal()
+            who = ", ".join(f"worker {rank} on {self._machines[rank]}" for rank in found.odd_ones)
+            raise ReplicasDiffer(
+                f"weights are no longer equal on all workers at step {run.step} ({who}); they were "
+                f"at step {self._equal_at}, and what was saved since is gone"
+            )
+        self._equal_at, self._trusted = run.step, self._last_saved
+        rank, ratio = found.slowest
+        self._journal.compared(run.step, ratio)
+        if is_warm and ratio > SLOW_RATIO:
+            self._journal.note(
+                "slow worker",
+                f"step {run.step}: worker {rank} on {self._machines[rank]} takes "
+                f"{found.seconds[rank]:.3f} s a step, {ratio:.1f} times as long as the others",
+            )
+
+    def _discard_unequal(self) -> None:
+        if self._is_first:
+            self._saver.wait()
+            self._store.discard_after(self._equal_at)
+        self._session.barrier()  # the first to raise ends all
 
     def _all(self, answer: bool) -> bool:
         """The first worker's answer, where a save is everybody's work."""
@@ -146,6 +196,8 @@ class Keeper:
 
     def _is_needed(self, stored: StoredCheckpoint) -> bool:
         run = self._run
+        if self._session.world_size > 1 and stored.step == self._trusted:
+            return True  # the newest that was saved before all workers were seen to be equal
         return isinstance(run, MaskedRun) and run.guard.is_kept(stored.step, run.step)
 
     # --- saving ----------------------------------------------------------------------------------
@@ -155,7 +207,7 @@ class Keeper:
         checkpoint = self._checkpoint()
         if checkpoint is not None:
             self._saver.save(checkpoint, self.generation, self._flush_log)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._last_saved = time.monotonic(), self._run.step
 
     def _flush_log(self, folder: Path) -> None:
         """What a checkpoint covers is never logged again: send it first, if MLflow answers."""
@@ -201,6 +253,7 @@ class Keeper:
         lost_steps = run.step - why.to_step
         run.go_back(found.checkpoint, why.to_batch)
         self.generation = run.guard.num_went_back
+        self._equal_at = self._last_saved = self._trusted = why.to_step
         self._journal.losses.clear()
         self._journal.losses.extend(found.checkpoint.state.losses)
         self._journal.note(

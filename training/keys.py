@@ -36,6 +36,7 @@ DRIVER_MODULES = frozenset(
         "progress",
         "publish",
         "registry",
+        "replicas",
         "saver",
         "stages",
         "stall",

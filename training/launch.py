@@ -299,6 +299,13 @@ def explain(error: BaseException, launch: Launch) -> TrainingFailed:
                 f"memory, then {again}",
                 str(error),
             )
+        if _is_out_of_memory(failure):
+            return TrainingFailed(
+                f"training {launch.name} ran out of memory in worker {rank}: lower "
+                "max_microbatch_size, set gradient_checkpointing or strategy: fsdp, then "
+                f"{again}",
+                str(error),
+            )
         return TrainingFailed(
             f"training {launch.name} failed in worker {rank}: {type(failure).__name__}: {failure}; "
             "the trace is in the run's failure.txt",
@@ -331,6 +338,12 @@ def _root_failure(failures: Mapping[int, BaseException]) -> tuple[int, BaseExcep
     ranked = sorted(failures.items(), key=lambda item: (_is_lost_worker(item[1]), item[0]))
     final = [item for item in ranked if is_final(item[1])]
     return (final or ranked)[0]
+
+
+def _is_out_of_memory(failure: BaseException) -> bool:
+    """Of a GPU, or of the machine as Python and torch tell it."""
+    text = f"{type(failure).__name__}: {failure}".lower()
+    return "outofmemory" in text or "memoryerror" in text or "can't allocate memory" in text
 
 
 def _is_lost_worker(failure: BaseException) -> bool:

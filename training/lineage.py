@@ -47,6 +47,7 @@ class StageLink:
     starts: tuple[Mapping[str, Any], ...]
     metrics: Mapping[str, float]
     dataset: DatasetLink | None
+    mixed_in: tuple[DatasetLink, ...] = ()
 
 
 @dataclass
@@ -91,13 +92,12 @@ def trace(uri: str, store_uri: str, *, verify: bool = False) -> Lineage:
 def _stage(
     uri: str, sha256: str, facts: Mapping[str, Any], store_uri: str, problems: list[str]
 ) -> StageLink:
+    def link_of(pin: Mapping[str, Any]) -> DatasetLink | None:
+        name, version, at = (str(pin[key]) for key in ("name", "version", "manifest_uri"))
+        return _dataset(name, version, at, store_uri, problems)
+
     dataset = facts.get("dataset")
-    link = None
-    if dataset:
-        link = _dataset(
-            str(dataset["name"]), str(dataset["version"]), str(dataset["manifest_uri"]),
-            store_uri, problems,
-        )  # fmt: skip
+    mixed_in = [link_of(pin) for pin in facts.get("mixed_in") or ()]
     return StageLink(
         stage=str(facts.get("stage", "")),
         sha256=sha256,
@@ -108,7 +108,8 @@ def _stage(
         init=dict(facts.get("init") or {}),
         starts=tuple(facts.get("starts") or ()),
         metrics=dict(facts.get("metrics") or {}),
-        dataset=link,
+        dataset=link_of(dataset) if dataset else None,
+        mixed_in=tuple(link for link in mixed_in if link is not None),
     )
 
 

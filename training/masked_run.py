@@ -20,6 +20,7 @@ from model import PainterDefaults, TextToImage
 from training import token_cache
 from training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from training.checkpoint_store import CheckpointDamaged
+from training.compiled import compile_blocks
 from training.config import NetworkConfig, StageConfig
 from training.coverage import Coverage, Tally, signed, unsigned
 from training.data import TokenDataset
@@ -36,11 +37,13 @@ from training.masked_stage import (
     backward,
     diverged,
     gradient_norm,
+    merge_adapters,
     named_trained,
     start_stage,
     step_inputs,
     use_averaged_weights,
 )
+from training.mixing import Part, mixture
 from training.order import rank_slice
 from training.publish import fetch_checkpoint
 from training.session import Session
@@ -48,6 +51,7 @@ from training.sharding import check_shardable, like, shard_networks, whole_on_cp
 from training.utilisation import training_flops_per_image
 
 EMA_PREFIX = "ema/"
+ADAPTERS_FOLDER = "lora"
 SCORED_SHARDS = 8  # shards whose preference scores decide the painter's default
 GOOD_SCORE_QUANTILE = 0.9
 GRID_COLUMNS = 4
@@ -63,6 +67,8 @@ class MaskedRun:
         self.networks = networks
         self.dataset = dataset
         self.num_steps = config.steps
+        if config.compile:
+            compile_blocks(networks.transformer)
         self.is_sharded = config.strategy == "fsdp" and session.world_size > 1
         if self.is_sharded:
             check_shardable(config.global_batch_size, session.world_size)
@@ -73,9 +79,12 @@ class MaskedRun:
         )
         self.network: nn.Module = nn.ModuleDict(
             {"transformer": networks.transformer, "text_encoder": networks.text_encoder}
+            | ({} if self.stage.lora is None else {"lora": self.stage.lora})
         )
         self.optimizer = self.stage.optimizer
         self.init_record = networks.record()
+        if self.stage.lora is not None:
+            self.init_record["num_adapters"] = len(self.stage.lora.adapters)
         self.guard = Guard(config.guard)
         self.coverage = Coverage(len(dataset), config.seed)
         self.batch = 0
@@ -109,7 +118,10 @@ class MaskedRun:
         """The work of training on one image."""
         side = self.config.resolution_px // self.networks.vq.downsample_factor
         return training_flops_per_image(
-            self.networks.transformer, side * side, self.config.text_tokens
+            self.networks.transformer,
+            side * side,
+            self.config.text_tokens,
+            learns=self.config.lora is None,
         )
 
     def prepare(self, number: int) -> StepInputs:
@@ -261,10 +273,15 @@ class MaskedRun:
         self.stage.ema = None
 
     def export(self, folder: Path) -> dict[str, float]:
-        """Write the model as it is published, with averaged weights if they are kept; ends the
-        training. Returns what is known about it."""
+        """Write the model as it is published, with averaged weights if they are kept and adapters
+        both in the weights and beside them; ends the training. Returns what is known about it."""
         use_averaged_weights(self.stage)
+        lora = self.stage.lora
+        if lora is not None:
+            merge_adapters(lora)
         self._painter().save_pretrained(folder)
+        if lora is not None:
+            lora.save_pretrained(folder / ADAPTERS_FOLDER)
         return {"num_samples": float(len(self.dataset))}
 
     def _painter(self) -> TextToImage:
@@ -316,13 +333,27 @@ def tile(images: list[Image.Image]) -> bytes:
 
 
 def _open_dataset(job: Job, config: StageConfig, folder: Path, session: Session) -> TokenDataset:
-    """The stage's tokens; the workers share the shards that have none yet."""
+    """The stage's tokens, those of datasets that are mixed in among them."""
+    own = _open_tokens(str(job.manifest_uri), job.manifest_sha256, config, folder, session)
+    if not job.mixed_in:
+        return own
+    parts = [Part(config.dataset, own, 1.0)]
+    for pin in job.mixed_in:
+        tokens = _open_tokens(pin["manifest_uri"], pin["version"], config, folder, session)
+        parts.append(Part(pin["name"], tokens, config.mixed_in[pin["name"]]))
+    return mixture(parts, config)
+
+
+def _open_tokens(
+    manifest_uri: str,
+    manifest_sha256: str | None,
+    config: StageConfig,
+    folder: Path,
+    session: Session,
+) -> TokenDataset:
+    """A dataset's tokens; the workers share the shards that have none yet."""
     plan = token_cache.plan_cache(
-        str(job.manifest_uri),
-        str(folder),
-        config.resolution_px,
-        config.crop,
-        job.manifest_sha256,
+        manifest_uri, str(folder), config.resolution_px, config.crop, manifest_sha256
     )
     if not token_cache.is_complete(plan):
         for task in plan.tasks[session.rank :: session.world_size]:

@@ -17,11 +17,14 @@ from infra.errors import UserError
 from model import (
     CLIPTextEncoder,
     CLIPTokenizer,
+    LoRA,
+    LoRAConfig,
     MaskedImageTransformer,
+    Merged,
     WeightAverage,
     masked_token_loss,
 )
-from training.config import StageConfig
+from training.config import AdaptersConfig, StageConfig
 from training.data import Batch
 from training.masking import draw_dropped, draw_masks, drop_prompts
 from training.optim import (
@@ -33,10 +36,12 @@ from training.optim import (
     trained_parameters,
 )
 from training.order import Visit
+from training.randomness import derive
 from training.sharding import whole
 
 TRANSFORMER_PREFIX = "transformer."
 TEXT_PREFIX = "text_encoder."
+LORA_PREFIX = "lora."
 _NAMED_SAMPLES = 8
 
 
@@ -54,6 +59,7 @@ class MaskedStage:
     tokenizer: CLIPTokenizer
     optimizer: torch.optim.AdamW
     ema: WeightAverage | None
+    lora: LoRA | None = None
     step: int = 0
 
 
@@ -102,16 +108,32 @@ def start_stage(
     transformer.train().requires_grad_(True)
     transformer.gradient_checkpointing = config.gradient_checkpointing
     text_encoder.train(config.train_text_encoder).requires_grad_(config.train_text_encoder)
-    decay = config.optimizer.weight_decay
-    groups = parameter_groups(
-        transformer, TRANSFORMER_PREFIX, config.optimizer.learning_rate, decay
-    )
+    lora = None if config.lora is None else start_adapters(transformer, config.lora, config.seed)
+    rate, decay = config.optimizer.learning_rate, config.optimizer.weight_decay
+    groups = parameter_groups(transformer, TRANSFORMER_PREFIX, rate, decay)
+    if lora is not None:
+        groups += parameter_groups(lora, LORA_PREFIX, rate, decay)
     groups += parameter_groups(text_encoder, TEXT_PREFIX, config.text_encoder_learning_rate, decay)
     optimizer = build_optimizer(groups, config.optimizer)
     ema = None
     if config.ema_decay is not None:
         ema = WeightAverage(dict(named_trained(optimizer)), config.ema_decay)
-    return MaskedStage(config, transformer, text_encoder, tokenizer, optimizer, ema)
+    return MaskedStage(config, transformer, text_encoder, tokenizer, optimizer, ema, lora)
+
+
+def start_adapters(transformer: MaskedImageTransformer, config: AdaptersConfig, seed: int) -> LoRA:
+    """Adapters that add nothing yet, on a transformer that no longer learns; the same for the same
+    seed. Raises ``ModelError`` when no layer is called as ``config.targets`` says."""
+    chosen = {} if config.targets is None else {"targets": config.targets}
+    how = LoRAConfig(rank=config.rank, alpha=config.alpha, dropout=config.dropout, **chosen)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "adapters"))
+        return LoRA.start({"transformer": transformer}, how)
+
+
+def merge_adapters(lora: LoRA) -> None:
+    """Put the adapters into the transformer's weights (for export only)."""
+    Merged([lora])
 
 
 def named_trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
@@ -146,6 +168,9 @@ def loss_of_rows(stage: MaskedStage, inputs: StepInputs, rows: slice) -> Tensor:
     """Mean loss over the masked tokens of these rows of ``inputs`` (0-d float32)."""
     config = stage.config
     device = inputs.tokens_BHW.device
+    if config.lora is not None and config.lora.dropout:  # torch draws it, wherever it stands
+        first = int(inputs.visit.indices[rows.start or 0])
+        torch.manual_seed(derive(config.seed, "adapters' dropout", inputs.number, first))
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         with torch.set_grad_enabled(config.train_text_encoder and torch.is_grad_enabled()):
             text = stage.text_encoder(inputs.input_ids_BT[rows])

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.config import OptimizerConfig, Schedule
+from training.config import OptimizerConfig, OptimizerName, Schedule
+from training.optim_8bit import AdamW8bit
 
 MUON_MOMENTUM = 0.95
 MUON_ROOT_MEAN_SQUARE = 0.2  # of an update's entries, about what AdamW's have
@@ -81,8 +82,12 @@ def parameter_groups(
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
     """The configured optimizer over ``parameter_groups``."""
-    kind = MuonAdamW if config.name == "muon" else torch.optim.AdamW
-    return kind(
+    kinds: dict[OptimizerName, type[torch.optim.AdamW]] = {
+        "adamw": torch.optim.AdamW,
+        "adamw_8bit": AdamW8bit,
+        "muon": MuonAdamW,
+    }
+    return kinds[config.name](
         groups,
         lr=config.learning_rate,
         betas=config.betas,

@@ -30,7 +30,6 @@ TAG_METRICS = "metrics"
 TAG_SCORES = "scores"
 TAG_EVALUATION = "evaluation"
 TAG_TOKENIZER = "tokenizer_sha256"
-TAG_DATASET = "dataset_sha256"
 TAG_PARENT = "parent_version"
 TAG_MODEL_ID = "logged_model_id"
 TAG_RESOLUTION = "resolution_px"
@@ -86,6 +85,12 @@ class StagePlan:
     existing: RegisteredVersion | None = None
     published: str | None = None
     step: int = 0
+    mixed_in: tuple[DatasetPin, ...] = ()
+
+    @property
+    def datasets(self) -> tuple[DatasetPin, ...]:
+        """All pinned datasets, the stage's own first."""
+        return (() if self.dataset is None else (self.dataset,)) + self.mixed_in
 
     @property
     def needs_training(self) -> bool:
@@ -157,8 +162,17 @@ def plan_chain(specs: Sequence[StageSpec], context: PlanContext) -> list[StagePl
 def _plan_after(spec: StageSpec, context: PlanContext, parent: StagePlan) -> StagePlan:
     before = parent.run_name or f"stage {parent.spec.stage}"
     reason = f"starts from the result of {before}, which comes first"
+    dataset, mixed_in = _pins(spec, context)
+    return StagePlan(spec, "INIT", reason, dataset=dataset, mixed_in=mixed_in)
+
+
+def _pins(
+    spec: StageSpec, context: PlanContext
+) -> tuple[DatasetPin | None, tuple[DatasetPin, ...]]:
+    """The stage's own dataset and those mixed in, as far as they are there."""
     dataset = context.datasets.get(spec.dataset_name) if spec.dataset_name else None
-    return StagePlan(spec, "INIT", reason, dataset=dataset)
+    found = tuple(context.datasets[name] for name in spec.mixed_in if name in context.datasets)
+    return dataset, found
 
 
 def plan_stage(spec: StageSpec, context: PlanContext, *, parent: Pin | None = None) -> StagePlan:
@@ -170,22 +184,22 @@ def plan_stage(spec: StageSpec, context: PlanContext, *, parent: Pin | None = No
     if spec.parent is not None and parent is None:
         parent = _ready_parent(spec, context)
     base = StagePlan(spec, "RUN" if parent is None else "INIT", "", parent=parent)
-    dataset = None
-    if spec.dataset_name is not None:
-        dataset = context.datasets.get(spec.dataset_name)
-        if dataset is None:
-            return replace(base, reason=f"dataset {spec.dataset_name} is not curated yet")
+    for name in spec.dataset_names:
+        if name not in context.datasets:
+            return replace(base, reason=f"dataset {name} is not curated yet")
+    dataset, mixed_in = _pins(spec, context)
+    base = replace(base, dataset=dataset, mixed_in=mixed_in)
     parts = keys.key_parts(
         stage=spec.stage,
         semantic=spec.semantic,
-        dataset_sha256s=[] if dataset is None else [dataset.version],
+        dataset_sha256s=[pin.version for pin in base.datasets],
         parent_sha256=None if parent is None else parent.sha256,
         tokenizer_sha256=None if parent is None else parent.tokenizer_sha256,
         init_policy=spec.init_policy,
     )
     key = keys.stage_key(parts)
     name = keys.run_name(spec.stage, key)
-    base = replace(base, key=key, run_name=name, key_parts=parts, dataset=dataset)
+    base = replace(base, key=key, run_name=name, key_parts=parts)
     return _decide(base, context, key, name)
 
 
@@ -198,6 +212,7 @@ def _ready_parent(spec: StageSpec, context: PlanContext) -> Pin:
             f"stage {spec.stage} starts from stage {parent}, and {name} has no ready version; "
             f"train stage {parent} first"
         )
+    registry.check_place(context.store_uri, found)
     return Pin.of(parent, found)
 
 
@@ -227,6 +242,7 @@ def _decide_existing(
 ) -> StagePlan | None:
     """SKIP or RESUME on account of a version with this key; None when its files are all gone."""
     label = f"version {existing.version} of {existing.name}"
+    registry.check_place(context.store_uri, existing)
     damage = _damage(existing.uri) if context.verify else []
     if damage is None:
         return None

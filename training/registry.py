@@ -116,13 +116,27 @@ def promote_verified(
     server: TrackingServer, store_uri: str, version: RegisteredVersion, *, why: str
 ) -> AliasMove | None:
     """``promote`` to ready, of a version that lies in this store and whose every byte is right."""
-    home = storage.join(store_uri, "models")
-    if not version.uri.startswith(f"{home}/"):
-        raise UserError(expected=f"a version with its files under {home}", got=version.uri)
+    check_place(store_uri, version)
     problems = verify_checkpoint(version.uri)
     if problems:
         raise UserError(damage_message(version.uri, problems))
     return promote(server, store_uri, version, READY, why=why)
+
+
+def check_place(store_uri: str, version: RegisteredVersion) -> None:
+    """Raise ``UserError`` unless a version's files lie where this store puts them.
+
+    Whoever can write to MLflow can name any address as a version's source. The address has one
+    right spelling, so that nothing (``..``, ``%2e``, a link's name) leads out of the store.
+    """
+    stage = version.tags.get(TAG_STAGE, "")
+    expected = storage.join(store_uri, "models", stage, version.sha256)
+    if not (stage and version.sha256) or version.uri.rstrip("/") != expected:
+        raise UserError(
+            expected=f"version {version.version} of {version.name} to lie at {expected}",
+            got=version.uri,
+            remedy="name the store it was made in (services.store_uri), or train it again here",
+        )
 
 
 def _set_alias(server: TrackingServer, version: RegisteredVersion, alias: str) -> None:
@@ -153,6 +167,7 @@ def rollback(
             remedy="choose one and promote it",
         )
     target = get_version(server, name, before)
+    check_place(store_uri, target)
     problems = verify_checkpoint(target.uri)
     if problems:
         raise UserError(damage_message(target.uri, problems))

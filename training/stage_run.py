@@ -33,16 +33,15 @@ def open_run(
     params = list(handoff.flat_params(plan.spec.semantic).items())
     for start in range(0, len(params), PARAMS_PER_CALL):
         server.log_batch(run.run_id, params=dict(params[start : start + PARAMS_PER_CALL]))
-    datasets = []
-    if plan.dataset is not None:
-        datasets.append(
-            DatasetInput(
-                name=plan.dataset.name,
-                digest=plan.dataset.version[:DIGEST_CHARACTERS],
-                source_uri=plan.dataset.manifest_uri,
-                tags={"sha256": plan.dataset.version, "mlflow.data.context": "training"},
-            )
+    datasets = [
+        DatasetInput(
+            name=pin.name,
+            digest=pin.version[:DIGEST_CHARACTERS],
+            source_uri=pin.manifest_uri,
+            tags={"sha256": pin.version, "mlflow.data.context": "training"},
         )
+        for pin in plan.datasets
+    ]
     parent = plan.parent
     models = [parent.model_id] if parent is not None and parent.model_id else []
     server.log_inputs(run.run_id, datasets, models)

@@ -82,6 +82,12 @@ class StageSpec:
     num_workers: int
     bounds: Bounds = field(default_factory=Bounds)
     next_stage: NextStage | None = field(default=None, repr=False)
+    mixed_in: tuple[str, ...] = ()
+
+    @property
+    def dataset_names(self) -> tuple[str, ...]:
+        """All datasets that it reads, its own first."""
+        return (() if self.dataset_name is None else (self.dataset_name,)) + self.mixed_in
 
 
 def stage_specs(
@@ -174,15 +180,15 @@ def _masked_spec(
         num_workers=config.num_workers,
         bounds=Bounds({} if limit is None else {"final_loss": limit}, dict(min_scores)),
         next_stage=next_stage,
+        mixed_in=tuple(config.mixed_in),
     )
 
 
 def init_policy(config: StageConfig) -> str:
     """How a stage's transformer starts, as it is recorded: ``parent``, ``parent+new(…)``, …"""
-    if config.init.source == "fresh":
-        return "fresh"
-    new = ",".join(config.init.new_parameters)
-    return f"parent+new({new})" if new else "parent"
+    source = config.init.source
+    new = "" if source == "fresh" else ",".join(config.init.new_parameters)
+    return f"{source}+new({new})" if new else source
 
 
 def _keyed(values: Mapping[str, Any]) -> dict[str, Any]:

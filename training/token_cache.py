@@ -24,7 +24,7 @@ from infra import storage
 from infra.digests import canonical_json, code_digest, sha256_bytes, sha256_file
 from infra.errors import UserError
 from infra.manifest import ShardEntry, dataset_root, load_whole
-from infra.storage import ObjectMissing
+from infra.storage import DigestMismatch, ObjectMissing
 from model import VQTokenizer
 from training.config import CropPolicy, StageConfig
 from training.data import Captions, TokenDataset, TokenShard, select
@@ -154,8 +154,20 @@ def _task(
 
 
 def is_complete(plan: CachePlan) -> bool:
-    """Whether the cache's manifest was written."""
-    return storage.exists(plan.manifest_uri)
+    """Whether the cache's manifest was written, and every file it lists is there in full size.
+
+    One listing, no reading: what went missing is encoded again, other bytes are told when read.
+    """
+    if not storage.exists(plan.manifest_uri):
+        return False
+    folder_uri = _folder_uri(plan.manifest_uri)
+    sizes = {info.uri: info.num_bytes for info in storage.list_objects(folder_uri)}
+    entries = load_cache_manifest(plan.manifest_uri).shards
+    return all(sizes.get(storage.join(folder_uri, e.path)) == e.num_bytes for e in entries)
+
+
+def _folder_uri(manifest_uri: str) -> str:
+    return manifest_uri.rsplit("/", 2)[0]
 
 
 def publish_cache(plan: CachePlan) -> CacheManifest:
@@ -345,10 +357,20 @@ def open_tokens(manifest_uri: str, config: StageConfig) -> TokenDataset:
     every sample passes.
     """
     manifest = load_cache_manifest(manifest_uri)
-    folder_uri = manifest_uri.rsplit("/", 2)[0]
+    folder_uri = _folder_uri(manifest_uri)
 
     def load(number: int) -> TokenShard:
-        return load_tokens(folder_uri, manifest.shards[number])
+        entry = manifest.shards[number]
+        try:
+            return load_tokens(folder_uri, entry)
+        except (ObjectMissing, DigestMismatch) as error:
+            what = "gone" if isinstance(error, ObjectMissing) else "damaged"
+            uri = storage.join(folder_uri, entry.path)
+            remedy = "" if what == "gone" else f"delete {uri} and "
+            raise UserError(
+                f"the tokens of shard {entry.shard_sha256[:12]} are {what} ({error}); {remedy}run "
+                "the same command again: they are encoded anew, and training goes on"
+            ) from error
 
     whole = [_passes_whole(entry, config) for entry in manifest.shards]
     sizes = [entry.num_samples if is_whole else None for entry, is_whole in

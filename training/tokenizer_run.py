@@ -22,6 +22,7 @@ from training.checkpoint_store import CheckpointDamaged
 from training.config import TextEncoderConfig, TokenizerConfig
 from training.fit import Measured
 from training.images import decode_image, shrink, square_crop
+from training.initial import part_folder
 from training.job import Job
 from training.networks import new_text_encoder
 from training.randomness import permutation
@@ -277,15 +278,6 @@ def _samples(
             path = Path(scratch) / "shard.tar"
             storage.download(storage.join(root, shard.path), path, sha256=shard.sha256)
             yield from read_samples(path)
-
-
-def part_folder(address: str) -> Path:
-    """A local folder for a path or an address; what is fetched lies in a temporary place."""
-    if "://" not in address:
-        return Path(address)
-    folder = Path(tempfile.mkdtemp(prefix="atelier-part-"))
-    storage.download_folder(address, folder)
-    return folder
 
 
 def _as_image(pixels: StoredImage) -> Any:

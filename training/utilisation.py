@@ -28,18 +28,23 @@ PEAK_TERAFLOPS = {
 
 
 def training_flops_per_image(
-    transformer: MaskedImageTransformer, num_image_tokens: int, num_text_tokens: int
+    transformer: MaskedImageTransformer,
+    num_image_tokens: int,
+    num_text_tokens: int,
+    learns: bool = True,
 ) -> float:
     """Forward and backward of the blocks: 6 N T + 12 L D T², with N their parameters, L layers of
-    width D and T tokens (Chowdhery et al. 2022, "PaLM", appendix B). Recomputing is no work done,
-    and convolutions around the blocks and the text encoder are left out."""
+    width D and T tokens (Chowdhery et al. 2022, "PaLM", appendix B); 4 N T when the weights get no
+    gradients (``learns`` is false). Recomputing is no work done, and convolutions around the
+    blocks, adapters and the text encoder are left out."""
     config = transformer.config
     num_tokens = num_text_tokens + num_image_tokens // (4 if config.compresses else 1)
     blocks = [part for part in transformer.children() if isinstance(part, nn.ModuleList)]
     num_parameters = sum(p.numel() for part in blocks for p in part.parameters())
     width = config.num_attention_heads * config.attention_head_dim
     num_layers = config.num_layers + config.num_single_layers
-    return 6.0 * num_parameters * num_tokens + 12.0 * num_layers * width * num_tokens**2
+    per_weight = 6.0 if learns else 4.0
+    return per_weight * num_parameters * num_tokens + 12.0 * num_layers * width * num_tokens**2
 
 
 def peak_teraflops() -> float | None:

@@ -28,6 +28,7 @@ MARKED_SCHEME = "atelier-file:"  # MLflow refuses file:// outside its own folder
 TAG_STAGE = "stage"
 TAG_STAGE_KEY = "stage_key"
 TAG_SHA256 = "ckpt_sha256"
+TAG_DATASET = "dataset_sha256"  # the stage's own; of each one mixed in: `mixed_in_tag`
 TAG_GATE = "gate"
 TAG_HANDOFF = "handoff"
 PASSED = "passed"
@@ -80,6 +81,18 @@ def all_versions(server: TrackingServer, name: str) -> list[RegisteredVersion]:
 def versions_with_tag(server: TrackingServer, tag: str, value: str) -> list[RegisteredVersion]:
     """Every version of any registered model that has this tag, by model and number."""
     found = _search(server, f"tags.`{tag}` = '{_plain(value)}'")
+    return sorted(found, key=lambda version: (version.name, version.version))
+
+
+def mixed_in_tag(dataset_sha256: str) -> str:
+    """The tag that a version has for a dataset that was mixed in; its value is the whole digest."""
+    return f"{TAG_DATASET}.{dataset_sha256[:12]}"
+
+
+def trained_on(server: TrackingServer, dataset_sha256: str) -> list[RegisteredVersion]:
+    """Every version that was trained on a dataset version, alone or mixed in."""
+    tags = (TAG_DATASET, mixed_in_tag(dataset_sha256))
+    found = [each for tag in tags for each in versions_with_tag(server, tag, dataset_sha256)]
     return sorted(found, key=lambda version: (version.name, version.version))
 
 

@@ -89,9 +89,10 @@ def _record_start(
     init = run.init_record
     if found is not None:
         how = f"RESUME from the checkpoint of step {found.stored.step}"
-    elif init.get("source") == "parent":
+    elif init.get("num_inherited"):
+        whose = "the parent" if init.get("source") == "parent" else "a published folder"
         num_new = len(init.get("new_keys", ()))
-        how = f"INIT with {init.get('num_inherited')} parameters of the parent and {num_new} new"
+        how = f"INIT with {init['num_inherited']} parameters of {whose} and {num_new} new"
     else:
         how = f"INIT with {init.get('source')} weights"
     return record_start(job.run_uri, job.attempt, how, run.step, was_hung)

@@ -154,6 +154,25 @@ def test_metrics_of_an_outage_are_replayed(mlflow: Server, run: TrackedRun) -> N
     assert [int(point.get("step", 0)) for point in history["metrics"]] == list(range(300))
 
 
+def test_eight_writers_at_once_lose_nothing(mlflow: Server) -> None:
+    """sqlite has one writer: the server waits for its lock, and what it refuses is sent again."""
+    tracking = TrackingServer(mlflow.uri)
+    experiment_id = tracking.experiment_id("tests")
+    runs = [tracking.create_run(experiment_id, f"writer {n}", {}) for n in range(8)]
+    trackers = [RestTracker(mlflow.uri, run.run_id) for run in runs]
+    for step in range(200):
+        for tracker in trackers:
+            tracker.log_metrics({"loss": float(step)}, step)
+            tracker.set_tag("at", str(step))
+    assert [tracker.close(60) for tracker in trackers] == [0] * 8
+    assert all(tracker.num_refused == tracker.num_dropped == 0 for tracker in trackers)
+    for run in runs:
+        query = {"run_id": run.run_id, "metric_key": "loss", "max_results": "1000"}
+        points = tracking.call("GET", "mlflow/metrics/get-history", query=query)["metrics"]
+        assert sorted(int(point["step"]) for point in points) == list(range(200))
+        assert tracking.get_run(run.run_id).tags["at"] == "199"
+
+
 def test_a_server_that_is_away_for_a_moment_is_waited_for(mlflow: Server) -> None:
     mlflow.kill()
     with pytest.raises(TrackingUnavailable, match="does not answer"):

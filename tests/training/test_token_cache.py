@@ -103,6 +103,30 @@ def test_a_flipped_byte_in_the_tokens_is_told(curated: Curated, vq_folder: Path)
         load_tokens(folder_uri, entry)
 
 
+@pytest.mark.parametrize("trouble", ["gone", "damaged"])
+def test_tokens_lost_meanwhile_end_in_one_line_whose_remedy_works(
+    curated: Curated, vq_folder: Path, small_config: Callable[..., StageConfig], trouble: str
+) -> None:
+    dataset = curated(SIZES)
+    uri = ensure_token_cache(dataset, str(vq_folder), 16)
+    tokens = open_tokens(uri, small_config())
+    expected = tokens.batch_at(0).tokens_BHW
+    entry = load_cache_manifest(uri).shards[0]
+    file_uri = storage.join(uri.rsplit("/", 2)[0], entry.path)
+    if trouble == "gone":
+        storage.delete(file_uri)
+    else:
+        data = bytearray(storage.read_bytes(file_uri))
+        data[len(data) // 2] ^= 1
+        storage.write_bytes(file_uri, bytes(data))
+    with pytest.raises(UserError, match=f"are {trouble} .* they are encoded anew") as caught:
+        open_tokens(uri, small_config()).batch_at(0)
+    assert "\n" not in str(caught.value)
+    storage.delete(file_uri)  # as it says, where they are damaged
+    assert ensure_token_cache(dataset, str(vq_folder), 16) == uri
+    assert torch.equal(open_tokens(uri, small_config()).batch_at(0).tokens_BHW, expected)
+
+
 def test_a_flipped_byte_in_a_shard_is_told(curated: Curated, vq_folder: Path) -> None:
     dataset = curated(SIZES)
     root = dataset.rsplit("/", 2)[0]

@@ -40,10 +40,16 @@ def _ray() -> Iterator[None]:
         yield
 
 
-def _in_ray(raw: dict[str, Any], store: Path, name: str, num_workers: int) -> Trained:
+def _in_ray(
+    raw: dict[str, Any],
+    store: Path,
+    name: str,
+    num_workers: int,
+    function: Callable[[dict[str, Any]], object] = train_worker,
+) -> Trained:
     launch = Launch(name, store.as_uri(), num_workers=num_workers, cpus_per_worker=1)
     run_uri = storage.join(store.as_uri(), "runs", name)
-    return launch_train({**raw, "run_uri": run_uri}, launch, train_worker)
+    return launch_train({**raw, "run_uri": run_uri}, launch, function)
 
 
 @pytest.mark.usefixtures("_ray")
@@ -185,3 +191,89 @@ def test_two_then_one_then_three_workers_see_every_sample_once_an_epoch(
         (3, second, "stopped"),
     ]
     assert all(start.lost_steps == 0 for start in starts)
+
+
+def _with_a_flipped_bit(marker: str) -> Callable[[dict[str, Any]], None]:
+    """A worker whose second replica loses a bit of a weight after step 17, once."""
+
+    def work(raw: dict[str, Any]) -> None:
+        import ray.train
+
+        from training import worker
+        from training.masked_run import MaskedRun
+
+        honest = MaskedRun.train
+
+        def train_and_flip(self: MaskedRun, *arguments: Any) -> Any:
+            measured = honest(self, *arguments)
+            if self.step == 17 and not Path(marker).exists():
+                Path(marker).touch()
+                bits = next(iter(self.weights().values())).view(torch.int32).view(-1)
+                bits[3] ^= 1 << 20
+            return measured
+
+        if ray.train.get_context().get_world_rank() == 1:
+            patched: Any = MaskedRun
+            patched.train = train_and_flip
+        worker.train_worker(raw)
+
+    return work
+
+
+@pytest.mark.usefixtures("_ray")
+def test_a_bit_that_flips_in_one_worker_is_found_and_undone(
+    tmp_path: Path,
+    raw_job: Callable[[StageConfig], dict[str, Any]],
+    small_config: Callable[..., StageConfig],
+) -> None:
+    config = small_config(steps=30, checkpoint_interval_steps=4, checkpoints_kept=1)
+    raw, store = raw_job(config), tmp_path / "ray"
+    straight = _in_ray(raw, store, "straight", 2)
+    marker = tmp_path / "flipped"
+    flipped = _in_ray(raw, store, "flipped", 2, _with_a_flipped_bit(str(marker)))
+    assert marker.exists()
+    expected = _weights_of(straight.checkpoint_uri, tmp_path / "expected")
+    found = _weights_of(flipped.checkpoint_uri, tmp_path / "found")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    starts = read_starts(storage.join(store.as_uri(), "runs", "flipped"))
+    assert [start.step for start in starts] == [0, 8]  # 12 and 16 were saved after they were equal
+
+
+@pytest.mark.usefixtures("_ray")
+def test_a_slow_worker_is_named(
+    tmp_path: Path,
+    raw_job: Callable[[StageConfig], dict[str, Any]],
+    small_config: Callable[..., StageConfig],
+) -> None:
+    told = tmp_path / "told"
+
+    def work(raw: dict[str, Any]) -> None:
+        import time
+
+        import ray.train
+
+        from training import worker
+        from training.journal import Journal
+        from training.masked_run import MaskedRun
+
+        plain_train, plain_note = MaskedRun.train, Journal.note
+
+        def slow_train(self: MaskedRun, *arguments: Any) -> Any:
+            if self.step >= 10:
+                time.sleep(1.0)
+            return plain_train(self, *arguments)
+
+        def note(self: Journal, name: str, text: str) -> None:
+            with told.open("a") as file:
+                file.write(f"{name}: {text}\n")
+            plain_note(self, name, text)
+
+        Journal.note = note  # type: ignore[method-assign]
+        if ray.train.get_context().get_world_rank() == 1:
+            patched: Any = MaskedRun
+            patched.train = slow_train
+        worker.train_worker(raw)
+
+    _in_ray(raw_job(small_config(steps=21)), tmp_path / "ray", "slow", 2, work)
+    (line,) = {line for line in told.read_text().splitlines() if line.startswith("slow worker")}
+    assert "step 20: worker 1 on " in line

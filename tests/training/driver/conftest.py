@@ -6,6 +6,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ TEXT = TextEncoderConfig(
     projection_dim=12,
     max_position_embeddings=16,
 )
-START_SECONDS = 120.0
+START_SECONDS = 300.0  # it takes ten on an idle machine
 
 
 @pytest.fixture(autouse=True)
@@ -55,11 +56,11 @@ def _fixed_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.keys.result_code_digest", lambda: "c" * 64)
 
 
-@pytest.fixture(scope="session")
-def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an MLflow server of this session."""
+@contextmanager
+def mlflow_server(home: Path) -> Iterator[str]:
+    """The address of a server with its database in ``home``, while it is needed."""
     program = next(each for each in PROGRAMS if each.name == "mlflow")
-    home, port = tmp_path_factory.mktemp("mlflow-home"), free_port()
+    port = free_port()
     program.prepare(home)
     process = subprocess.Popen(
         program.command(home, port),
@@ -68,13 +69,29 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + START_SECONDS
-    while not program.answers(port):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError("the MLflow server did not start")
-        time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}"
-    process.kill()
-    process.wait()
+    try:
+        while not program.answers(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the MLflow server did not start")
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an MLflow server of this session."""
+    with mlflow_server(tmp_path_factory.mktemp("mlflow-home")) as uri:
+        yield uri
+
+
+@pytest.fixture
+def empty_server(tmp_path: Path) -> Iterator[TrackingServer]:
+    """A server that knows nothing, as after its database was lost."""
+    with mlflow_server(tmp_path / "empty-mlflow") as uri:
+        yield TrackingServer(uri)
 
 
 @pytest.fixture

@@ -301,3 +301,42 @@ def test_a_plan_without_inputs_cannot_run(local_house: House) -> None:
     plan = plan_stage(local_house.specs()[0], type(context)(context.server, context.store_uri, {}))
     with pytest.raises(ValueError, match="planned without its inputs"):
         _run(local_house, plan)
+
+
+def test_a_lost_database_is_made_again_without_training(
+    local_house: House, trained: Any, empty_server: TrackingServer
+) -> None:
+    """What the store holds is enough: same key, bytes and alias; MLflow's points are gone."""
+    house = local_house
+    before = [_run(house, trained(house, stage)) for stage in ("tokenizer", "concepts")]
+    house.server = empty_server
+    after = []
+    for stage in ("tokenizer", "concepts"):
+        plan = _plan(house, stage)
+        assert plan.reason == "trained and published, not registered yet"
+        assert not plan.needs_training
+        after.append(_run(house, plan))
+        assert _plan(house, stage).decision == "SKIP"
+    assert [(r.key, r.version.sha256) for r in after] == [(r.key, r.version.sha256) for r in before]
+    for result in after:
+        ready = registry.version_by_alias(empty_server, result.version.name)
+        assert ready == result.version
+
+
+def test_a_version_with_this_key_that_lies_elsewhere_is_no_reason_to_skip(
+    local_house: House, trained: Any
+) -> None:
+    house = local_house
+    result = _run(house, trained(house))
+    house.server.call(
+        "POST",
+        "mlflow/model-versions/create",
+        {
+            "name": result.version.name,
+            "source": "s3://somebody/else",
+            "run_id": result.run_id,
+            "tags": [{"key": key, "value": value} for key, value in result.version.tags.items()],
+        },
+    )
+    with pytest.raises(UserError, match=r"to lie at .*; got s3://somebody/else"):
+        _plan(house)

@@ -11,7 +11,7 @@ import pytest
 
 from infra import storage
 from infra.errors import UserError
-from infra.tracking_server import TrackingServer
+from infra.tracking_server import TrackingRefused, TrackingServer
 from training import publish, registry, versions
 from training.versions import RegisteredVersion
 
@@ -110,6 +110,29 @@ def test_rollback_refuses_a_damaged_version(
     with pytest.raises(UserError, match=r"model_index\.json"):
         registry.rollback(server, local_store, name, "concepts")
     assert registry.version_by_alias(server, name) == two
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["{store}/../elsewhere/{sha}", "{store}/models/concepts/%2e%2e/{sha}", "file:///etc/{sha}"],
+)
+def test_a_source_outside_the_store_is_refused(
+    server: TrackingServer, name: str, local_store: str, exported: Path, address: str
+) -> None:
+    good = _version(server, name, local_store, exported)
+    uri = address.format(store=local_store, sha=good.sha256)
+    tags = {**good.tags, versions.TAG_STAGE_KEY: secrets.token_hex(32)}
+    try:
+        bad = versions.create_version(server, name, uri, good.run_id, tags)
+    except TrackingRefused:
+        return  # MLflow saw it first
+    with pytest.raises(UserError, match="to lie at"):
+        registry.promote_verified(server, local_store, bad, why="mine")
+    registry.promote(server, local_store, bad, why="by hand")
+    registry.promote(server, local_store, good, why="trained")
+    with pytest.raises(UserError, match="to lie at"):
+        registry.rollback(server, local_store, name, "concepts")
+    assert registry.version_by_alias(server, name) == good
 
 
 PROMOTER = """

@@ -15,8 +15,8 @@ from infra import storage
 from infra.manifest import publish_manifest
 from infra.tracking_server import TrackingServer
 from tests.pipelines.test_report import ledger_rows, published
-from training.plan import TAG_DATASET
 from training.versions import (
+    TAG_DATASET,
     TAG_SHA256,
     TAG_STAGE_KEY,
     create_registered_model,

@@ -1,4 +1,4 @@
-"""Every fragment that the guide shows is one that a recipe takes; no option is left out."""
+"""Every fragment that a guide shows is one that a recipe takes; no option is left out."""
 
 from __future__ import annotations
 
@@ -19,35 +19,61 @@ from pipelines.captioning_config import CaptioningConfig
 from pipelines.config import CurationConfig
 from pipelines.scoring_config import DerivedConfig, ScoringConfig
 from pipelines.sources import SOURCE_FORMATS
+from training.config import NetworkConfig, StageConfig, TextEncoderConfig, TokenizerConfig
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "curation.md"
-OPTIONS_PAGE = PAGE.with_name("curation-options.md")
-OPTIONS: dict[str, type[BaseModel]] = {
-    "`datasets.NAME`": CurationConfig,
-    "`scoring`": ScoringConfig,
-    "`derived.NAME`": DerivedConfig,
-    "`captioning`": CaptioningConfig,
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "curation.md"
+OPTIONS: dict[str, dict[str, type[BaseModel]]] = {
+    "curation": {
+        "`datasets.NAME`": CurationConfig,
+        "`scoring`": ScoringConfig,
+        "`derived.NAME`": DerivedConfig,
+        "`captioning`": CaptioningConfig,
+    },
+    "training": {
+        "`tokenizer`": TokenizerConfig,
+        "`text_encoder`": TextEncoderConfig,
+        "`network`": NetworkConfig,
+        "`stages.NAME`": StageConfig,
+    },
 }
-BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+NEEDED: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
+    "curation": (CurationConfig, {"metadata": ["x"]}),
+    "training": (
+        StageConfig,
+        {"dataset": "x", "resolution_px": 256, "steps": 1000, "global_batch_size": 8},
+    ),
+}
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[0][:30])
-def test_a_fragment_is_a_recipe_s(block: str) -> None:
-    given = {"metadata": ["x"]} | yaml.safe_load(block)
-    asked = CurationConfig.model_validate(given)
+def fragments(guide: str) -> list[str]:
+    page = (DOCS / f"{guide}.md").read_text(encoding="utf-8")
+    return re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("guide", "block"),
+    [(guide, block) for guide in NEEDED for block in fragments(guide)],
+    ids=lambda text: text.split("\n")[0][:30],
+)
+def test_a_fragment_is_a_recipe_s(guide: str, block: str) -> None:
+    model, needed = NEEDED[guide]
+    given = needed | yaml.safe_load(block)
+    asked = model.model_validate(given)
     for name in given:
         assert name in asked.model_fields_set
 
 
-def test_the_guide_shows_what_it_can() -> None:
-    assert len(BLOCKS) >= 6
+@pytest.mark.parametrize(("guide", "least"), [("curation", 6), ("training", 4)])
+def test_the_guide_shows_what_it_can(guide: str, least: int) -> None:
+    assert len(fragments(guide)) >= least
     verbs = {
         command.name or command.callback.__name__
         for command in app.registered_commands
         if command.callback
     }
-    named = set(re.findall(r"`atelier ([a-z]+)", PAGE.read_text(encoding="utf-8")))
-    assert named <= verbs
+    page = (DOCS / f"{guide}.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`atelier ([a-z]+)", page)) <= verbs
 
 
 def default_of(field: FieldInfo) -> str:
@@ -76,23 +102,25 @@ def options(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from options(inner, f"{prefix}{name}{'[]' if is_list else ''}.")
 
 
-def options_page() -> str:
+def options_page(guide: str) -> str:
     parts = [
-        "# Every option of a curation\n\nMade from the code by `ATELIER_RENEW=1 pytest "
-        "tests/test_curation_docs.py`; a test compares. What they are for is in "
-        "[curation.md](curation.md).\n"
+        f"# Every option of a {guide}\n\nMade from the code by `ATELIER_RENEW=1 pytest "
+        "tests/test_guides.py`; a test compares. What they are for is in "
+        f"[{guide}.md]({guide}.md).\n"
     ]
-    for title, model in OPTIONS.items():
+    for title, model in OPTIONS[guide].items():
         head = "| key | default | what it says |\n|---|---|---|"
         parts.append(f"\n## {title}\n\n{head}\n" + "\n".join(options(model)) + "\n")
     return "".join(parts)
 
 
-def test_every_option_is_in_its_table() -> None:
+@pytest.mark.parametrize("guide", OPTIONS)
+def test_every_option_is_in_its_table(guide: str) -> None:
+    page = DOCS / f"{guide}-options.md"
     if os.environ.get("ATELIER_RENEW"):
-        OPTIONS_PAGE.write_text(options_page(), encoding="utf-8")
-    is_current = OPTIONS_PAGE.read_text(encoding="utf-8") == options_page()
-    assert is_current, "options changed: ATELIER_RENEW=1 pytest tests/test_curation_docs.py"
+        page.write_text(options_page(guide), encoding="utf-8")
+    is_current = page.read_text(encoding="utf-8") == options_page(guide)
+    assert is_current, "options changed: ATELIER_RENEW=1 pytest tests/test_guides.py"
 
 
 def test_the_guide_names_every_published_set() -> None:
