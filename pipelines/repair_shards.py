@@ -27,6 +27,7 @@ from infra.manifest import (
     FileEntry,
     ShardEntry,
 )
+from pipelines.arrivals import fetch_body
 from pipelines.bodies import ListedBodies
 from pipelines.build import StagedMarker
 from pipelines.config import CurationConfig, ShardConfig
@@ -37,7 +38,7 @@ from pipelines.ledger import COMMITTED
 from pipelines.outcomes import NotStored
 from pipelines.salvage import Plausible, is_whole, salvaged, texts_agree
 from pipelines.shards import ShardWriter, read_shard, sample_members
-from pipelines.stage_images import decoder_for, fetch_body, images_of
+from pipelines.stage_images import decoder_for, images_of
 from pipelines.stored import live_versions
 from pipelines.takedown import Found
 

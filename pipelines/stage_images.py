@@ -8,20 +8,18 @@ where. At any time a task holds at most ``num_threads`` bodies besides the one i
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice
+from contextlib import ExitStack
 from pathlib import Path
-from queue import Empty, SimpleQueue
 
 import polars as pl
 import pyarrow as pa
 
 from infra.errors import UserError
 from infra.manifest import FileEntry
+from pipelines.arrivals import arriving
 from pipelines.bodies import Bodies, ListedBodies
 from pipelines.build import Build, PartMarker, StagedMarker
 from pipelines.caption_reasons import with_caption_reasons
@@ -285,61 +283,14 @@ def _outcomes(
             yield index, [outcome]
         return
     decoder = decoder_for(configs)
-    with _arriving(todo, bodies, first.fetch.num_threads) as arriving:
-        for index, found in arriving:
+    with arriving(todo, bodies, first.fetch.num_threads) as found_bodies:
+        for index, found in found_bodies:
             if isinstance(found, NotStored):
                 yield index, [found] * len(configs)
             else:
                 images = images_of(found, decoder, configs, recorded[index])
                 show(index, found, images)
                 yield index, images
-
-
-@contextmanager
-def _arriving(
-    todo: list[tuple[int, str]], bodies: Bodies, num_threads: int
-) -> Iterator[Iterator[tuple[int, bytes | NotStored]]]:
-    """Bodies as they come. Each that is taken lets the next be asked for."""
-    asked = SimpleQueue[tuple[int, str] | None]()
-    arrived = SimpleQueue[tuple[int, bytes | NotStored]]()
-    remaining = iter(todo)
-
-    def fetch() -> None:
-        while (item := asked.get()) is not None:
-            arrived.put((item[0], fetch_body(item[1], bodies)))
-
-    def taken() -> Iterator[tuple[int, bytes | NotStored]]:
-        for item in islice(remaining, num_threads):
-            asked.put(item)
-        for _ in todo:
-            found = arrived.get()
-            for item in islice(remaining, 1):
-                asked.put(item)
-            yield found
-
-    threads: list[threading.Thread] = []
-    try:
-        for number in range(min(num_threads, len(todo))):
-            thread = threading.Thread(target=fetch, name=f"fetch-{number}")
-            thread.start()
-            threads.append(thread)
-        yield taken()
-    finally:
-        with suppress(Empty):  # after an error, what is asked for is not wanted any more
-            while True:
-                asked.get_nowait()
-        for _ in threads:
-            asked.put(None)
-        for thread in threads:
-            thread.join()
-
-
-def fetch_body(url: str, bodies: Bodies) -> bytes | NotStored:
-    """What lies behind the URL, or how the row ended."""
-    try:
-        return bodies.fetch(url)
-    except Exception as error:
-        return not_stored(error)
 
 
 def decoder_for(configs: Sequence[CurationConfig]) -> Decoder:

@@ -141,7 +141,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 from pipelines.config import FetchConfig
 from pipelines.fetch import Fetcher
 from concurrent.futures import ThreadPoolExecutor
-from pipelines.stage_images import fetch_body
+from pipelines.arrivals import fetch_body
 
 port = sys.argv[1]
 hosts = {f"h{number}.example:80": f"127.0.0.1:{port}" for number in range(300)}

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from infra.manifest import DatasetManifest
+from pipelines.arrivals import fetch_body
 from pipelines.config import FetchConfig
 from pipelines.connection import Failed
 from pipelines.guard import Rejected
 from pipelines.outcomes import NotStored
 from pipelines.robots import parse_robots, parse_tdmrep
-from pipelines.stage_images import fetch_body
 from tests.conftest import run_python
 from tests.pipelines.conftest import EvilWeb, response
 from tests.pipelines.test_fetch import serve_tls
@@ -32,7 +32,7 @@ BOMB = """
 import json, sys, tracemalloc
 from pipelines.config import FetchConfig
 from pipelines.fetch import Fetcher
-from pipelines.stage_images import fetch_body
+from pipelines.arrivals import fetch_body
 
 fetcher = Fetcher(FetchConfig(
     connect_to={"evil.example:80": sys.argv[1]}, retries=0, total_deadline_seconds=120,

@@ -25,7 +25,7 @@ OPENED = """
 import json, sys
 from pipelines.config import FetchConfig
 from pipelines.fetch import Fetcher
-from pipelines.stage_images import fetch_body
+from pipelines.arrivals import fetch_body
 
 seen = []
 fetcher = Fetcher(FetchConfig(retries=0, total_deadline_seconds=2))
