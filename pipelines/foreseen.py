@@ -123,25 +123,25 @@ class _Work:
     finished: set[str] = field(default_factory=set)
 
     def seconds_per_fetch(self) -> float | None:
-        """By the build that fetched most partitions; None where nothing was timed."""
-        totals: dict[str, list[float]] = {"fetching": [0.0, 0], "writing": [0.0, 0]}
+        """By the build that fetched most; None where nothing was timed."""
+        most = max(map(len, self.staged.values()), default=0)
+        found = [self._pace(markers) for markers in self.staged.values() if len(markers) == most]
+        return max(found, default=(0, 0.0))[1] or None
 
-        def add(what: str, seconds: float, num_asked: int) -> None:
-            if seconds > 0 and num_asked > 0:
-                totals[what][0] += seconds
-                totals[what][1] += num_asked
-
-        most: list[str] = max(self.staged.values(), key=len, default=[])
-        for uri in _spread(sorted(most), MAX_FILES):
+    def _pace(self, markers: list[str]) -> tuple[int, float]:
+        """Bodies that some partitions asked for, and seconds for one of them."""
+        asked = written = 0
+        fetching = writing = 0.0
+        for uri in _spread(sorted(markers), MAX_FILES):
             marker = storage.read_json(uri)
             num_asked = marker.get("num_asked", 0)
-            add("fetching", marker.get("seconds", 0.0), num_asked)
+            asked += num_asked
+            fetching += marker.get("seconds", 0.0)
             part = uri.replace("/staged-", "/part-")
             if part in self.parts:
-                add("writing", storage.read_json(part).get("seconds", 0.0), num_asked)
-        if not totals["fetching"][1]:
-            return None
-        return sum(seconds / num_asked for seconds, num_asked in totals.values() if num_asked)
+                written += num_asked
+                writing += storage.read_json(part).get("seconds", 0.0)
+        return asked, fetching / max(asked, 1) + writing / max(written, 1)
 
 
 def _work_in(root: str) -> _Work:

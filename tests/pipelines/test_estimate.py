@@ -25,7 +25,7 @@ from pipelines.columns import canonical_rows
 from pipelines.config import CurationConfig
 from pipelines.estimate import Estimate, estimate_curation
 from pipelines.filters import first_reason, metadata_filters
-from pipelines.foreseen import ROW_COPIES
+from pipelines.foreseen import ROW_COPIES, _work_in
 from pipelines.inputs import find_inputs, metadata_batches, units_of
 from pipelines.plan import plan_curation
 from pipelines.publish import funnel_of
@@ -278,6 +278,18 @@ def test_what_is_blocked_or_repeats_a_prompt_is_foreseen(tmp_path: Path) -> None
         "contaminated": 1,
     }
     assert found.to_fetch.rows == 1
+
+
+def test_of_two_builds_the_one_that_asked_for_more_tells_the_pace(tmp_path: Path) -> None:
+    root = tmp_path.as_uri()
+    for key, seconds, asked in (("aa", 9.0, 3), ("bb", 10.0, 100), ("cc", 4.0, 2)):
+        name = storage.join(root, "work", key, "staged-00000.json")
+        storage.write_json(name, {"seconds": seconds, "num_asked": asked})
+    storage.write_json(storage.join(root, "work", "bb", "part-00000.json"), {"seconds": 2.0})
+    assert _work_in(root).seconds_per_fetch() == pytest.approx(0.12)
+    storage.write_json(storage.join(root, "work", "dd", "staged-00000.json"), {"round": 0})
+    assert _work_in(root).seconds_per_fetch() == pytest.approx(0.12)
+    assert _work_in(storage.join(root, "work", "dd")).seconds_per_fetch() is None
 
 
 def test_what_was_fetched_foresees_the_rest(trap_world: Any, tmp_path: Path) -> None:
