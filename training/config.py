@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from infra.config import StrictModel, operational, semantic
+from infra.processor import resolve_precision
 
-Precision = Literal["fp32", "bf16"]
+# ``auto`` is decided when a recipe is read, so that a key says what was computed in.
+Precision = Annotated[Literal["fp32", "bf16"], BeforeValidator(resolve_precision)]
 Schedule = Literal["constant", "cosine", "linear"]
 OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
 CropPolicy = Literal["center", "random"]
@@ -190,7 +192,7 @@ class TokenizerConfig(SavingConfig):
         None, "gate: largest mean absolute error in [0, 1] on held-out images; None is off"
     )
     seed: int = semantic(0, "start of all randomness", ge=0)
-    precision: Precision = semantic("bf16", "compute type of the convolutions")
+    precision: Precision = semantic("bf16", "compute type of the convolutions; auto as for a stage")
 
 
 class InitConfig(StrictModel):
@@ -279,7 +281,11 @@ class StageConfig(SavingConfig):
     ema_decay: float | None = semantic(
         None, "average of the weights that is exported; None exports the last ones", gt=0.0, lt=1.0
     )
-    precision: Precision = semantic("bf16", "compute type of the networks; weights are fp32")
+    precision: Precision = semantic(
+        "bf16",
+        "compute type of the networks, whose weights are fp32; auto is bf16 where the machine that "
+        "reads the recipe multiplies it itself, else fp32",
+    )
     seed: int = semantic(0, "start of all randomness", ge=0)
     sample_preference_score: float | None = semantic(
         None, "micro-condition when painting; None is the 0.9 quantile of the training samples"
