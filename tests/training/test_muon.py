@@ -53,8 +53,11 @@ def _train(net: nn.Module, steps: list[Callable[[], object]], inputs_BC: Tensor)
             step()
 
 
-def test_matrices_move_as_with_torchs_muon_and_biases_as_with_adamw() -> None:
-    """Torch's has its own bfloat16 iteration and the same rule for the size of a step."""
+def test_matrices_move_as_with_torchs_muon_and_biases_as_with_adamw(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Torch's has its own bfloat16 iteration, on any processor, and the same rule for a step."""
+    monkeypatch.setattr("training.optim._rounding", lambda _: torch.bfloat16)
     ours, theirs = _TwoLayers(), _TwoLayers()
     inputs_BC = torch.randn(16, 12, generator=torch.Generator().manual_seed(5))
     optimizer = build_optimizer(parameter_groups(ours, "", 0.02, 0.1), MUON)
