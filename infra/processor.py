@@ -12,7 +12,7 @@ _FLAGS = frozenset({"avx512_bf16", "bf16"})  # as Linux calls them on x86 and on
 def computes_in_bfloat16() -> bool:
     """Whether a GPU or this processor multiplies bfloat16 itself.
 
-    Without that torch converts: on AVX2 the demo's tokenizer then takes ten times as long.
+    Without that torch converts: on AVX2 the demo's tokenizer takes three times as long so.
     """
     if _NVIDIA.exists():
         return True
