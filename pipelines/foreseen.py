@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import polars as pl
 
@@ -133,14 +134,14 @@ class _Work:
         asked = written = 0
         fetching = writing = 0.0
         for uri in _spread(sorted(markers), MAX_FILES):
-            marker = storage.read_json(uri)
+            marker = _marker(uri)
             num_asked = marker.get("num_asked", 0)
             asked += num_asked
             fetching += marker.get("seconds", 0.0)
             part = uri.replace("/staged-", "/part-")
             if part in self.parts:
                 written += num_asked
-                writing += storage.read_json(part).get("seconds", 0.0)
+                writing += _marker(part).get("seconds", 0.0)
         return asked, fetching / max(asked, 1) + writing / max(written, 1)
 
 
@@ -194,7 +195,8 @@ def _by_version(root: str, manifest: DatasetManifest, *, same_url: bool) -> Told
 
 def _by_partitions(root: str, markers: list[str]) -> Told:
     """Copies of a URL meet in one partition, so their share is what it will be in all."""
-    files = [storage.join(root, _rows_path(uri)) for uri in _spread(sorted(markers), MAX_FILES)]
+    found = [_marker(uri) for uri in _spread(sorted(markers), MAX_FILES)]
+    files = [storage.join(root, str(each["rows"]["path"])) for each in found if "rows" in each]
     rows = _rows_left(files, [*_COLUMNS, "num_bytes"])
     outcomes = Counter(rows["outcome"].to_list())
     copies = sum(outcomes.pop(name, 0) for name in ROW_COPIES)
@@ -210,8 +212,13 @@ def _by_partitions(root: str, markers: list[str]) -> Told:
     )
 
 
-def _rows_path(marker_uri: str) -> str:
-    return str(storage.read_json(marker_uri)["rows"]["path"])
+def _marker(uri: str) -> dict[str, Any]:
+    """What it says; nothing where it is damaged or gone, which is the next build's to mend."""
+    try:
+        found = storage.read_json(uri)
+    except (UserError, storage.ObjectMissing):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _spread(files: list[str], most: int) -> list[str]:

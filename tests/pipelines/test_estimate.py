@@ -289,7 +289,9 @@ def test_of_two_builds_the_one_that_asked_for_more_tells_the_pace(tmp_path: Path
     assert _work_in(root).seconds_per_fetch() == pytest.approx(0.12)
     storage.write_json(storage.join(root, "work", "dd", "staged-00000.json"), {"round": 0})
     assert _work_in(root).seconds_per_fetch() == pytest.approx(0.12)
-    assert _work_in(storage.join(root, "work", "dd")).seconds_per_fetch() is None
+    storage.write_bytes(storage.join(root, "work", "ee", "staged-00000.json"), b'{"seconds": 1')
+    assert _work_in(root).seconds_per_fetch() == pytest.approx(0.12)
+    assert _work_in(storage.join(root, "none")).seconds_per_fetch() is None
 
 
 def test_what_was_fetched_foresees_the_rest(trap_world: Any, tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from infra import storage
 from infra.digests import sha256_bytes
 from infra.manifest import DatasetManifest, ShardEntry, publish_manifest, shard_path
 from model import CLIPTokenizer
+from training.checkpoint import optimizer_tensors, restore_optimizer
 from training.config import (
     NetworkConfig,
     OptimizerConfig,
@@ -25,8 +27,8 @@ from training.config import (
     TextEncoderConfig,
     TokenizerConfig,
 )
-from training.data import TokenShard
-from training.masked_stage import MaskedStage, start_stage
+from training.data import TokenShard, in_memory
+from training.masked_stage import MaskedStage, named_trained, start_stage, train_step
 from training.networks import new_text_encoder, new_transformer, new_vq, transformer_config
 from training.publish import publish_folder
 
@@ -130,6 +132,37 @@ def new_stage(tokenizer: CLIPTokenizer) -> Callable[[StageConfig], MaskedStage]:
         return start_stage(config, new_transformer(sizes, seed=2), text_encoder, tokenizer)
 
     return build
+
+
+@pytest.fixture
+def carried_over(
+    new_stage: Callable[[StageConfig], MaskedStage], token_shard: Callable[..., TokenShard]
+) -> Callable[[StageConfig], dict[str, Tensor]]:
+    """Hold a stage that stops after two steps and goes on for two to one that never stopped.
+
+    Returns the optimizer's tensors as they were carried from the one process to the next.
+    """
+
+    def check(config: StageConfig) -> dict[str, Tensor]:
+        dataset = in_memory([token_shard(12)], config)
+        unbroken, first, second = (new_stage(config) for _ in range(3))
+        for step in range(4):
+            train_step(unbroken, dataset.batch_at(step))
+        for step in range(2):
+            train_step(first, dataset.batch_at(step))
+        carried = optimizer_tensors(first.optimizer)
+        for name, parameter in named_trained(second.optimizer):
+            parameter.data.copy_(dict(named_trained(first.optimizer))[name])
+        restore_optimizer(second.optimizer, carried)
+        second.step = first.step
+        for step in range(2, 4):
+            train_step(second, dataset.batch_at(step))
+        expected = {name: p.detach() for name, p in named_trained(unbroken.optimizer)}
+        found = {name: p.detach() for name, p in named_trained(second.optimizer)}
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        return carried
+
+    return check
 
 
 def _painted(rng: np.random.Generator, width: int, height: int) -> Image.Image:
