@@ -125,6 +125,11 @@ class SavingConfig(StrictModel):
         20.0, "a worker that makes no step for so long is ended and starts again; None is off",
         gt=0.0,
     )  # fmt: skip
+    compare_workers: bool = operational(
+        True,
+        "whether workers that hold all weights compare their bits every ten steps; off where their "
+        "GPUs are of several kinds, which round differently",
+    )
     log_interval_steps: int = operational(10, "steps averaged into one logged point", ge=1)
 
 

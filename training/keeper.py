@@ -136,7 +136,9 @@ class Keeper:
         """Tell which worker holds up the others; raises ``ReplicasDiffer`` when one's weights are
         not the others', after what was saved since they were equal is gone."""
         run, size = self._run, self._session.world_size
-        digest = None if run.is_sharded else digest_of({**run.weights(), **run.optimizer_state()})
+        digest = None
+        if run.config.compare_workers and not run.is_sharded:
+            digest = digest_of({**run.weights(), **run.optimizer_state()})
         found = compare(digest, self._own_seconds / CHECK_STEPS, size)
         self._own_seconds = 0.0
         is_warm = bool(self._machines)  # the first steps are not like the others
@@ -147,7 +149,8 @@ class Keeper:
             who = ", ".join(f"worker {rank} on {self._machines[rank]}" for rank in found.odd_ones)
             raise ReplicasDiffer(
                 f"weights are no longer equal on all workers at step {run.step} ({who}); they were "
-                f"at step {self._equal_at}, and what was saved since is gone"
+                f"at step {self._equal_at}, and what was saved since is gone; where GPUs are of "
+                "several kinds, set compare_workers: false"
             )
         self._equal_at, self._trusted = run.step, self._last_saved
         rank, ratio = found.slowest
