@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -169,7 +170,7 @@ def _stage_problems(parts: Parts) -> Iterator[Problem]:
         for read in (stage.dataset, *stage.mixed_in):
             dataset = parts.dataset_of(read)
             if dataset is not None:
-                yield from _large_enough((*at, "resolution_px"), stage.resolution_px, read, dataset)
+                yield from _fits(at, stage, read, dataset)
         dataset, derived = parts.dataset_of(stage.dataset), parts.derived.get(stage.dataset)
         if dataset is not None and (derived is None or not derived.caption):
             yield from _captions_there(at, stage, dataset)
@@ -220,6 +221,29 @@ def _known(
     if name not in known:
         hint = did_you_mean(name, known) if known else "add one"
         yield problem(path, f"no dataset {name!r} under `{section}`; {hint}")
+
+
+def _fits(
+    at: tuple[str, ...], stage: StageConfig, name: str, dataset: CurationConfig
+) -> Iterator[Problem]:
+    """Whether the stored images are of the shape and size that the stage trains on."""
+    if stage.crop != "bucket":
+        yield from _large_enough((*at, "resolution_px"), stage.resolution_px, name, dataset)
+        return
+    buckets = dataset.resize.buckets or ((dataset.resize.image_size_px,) * 2,)
+    stored_px = max(math.isqrt(width_px * height_px) for width_px, height_px in buckets)
+    if dataset.resize.crop != "bucket":
+        yield problem(
+            (*at, "crop"),
+            f"buckets are made where images are stored, and datasets.{name}.resize.crop is "
+            f"{dataset.resize.crop}; set that to bucket, or take center",
+        )
+    elif stage.resolution_px > stored_px:
+        yield problem(
+            (*at, "resolution_px"),
+            f"expected at most {stored_px}, the root of the area that datasets.{name}.resize "
+            f"stores; got {stage.resolution_px}; lower it, or raise that",
+        )
 
 
 def _large_enough(

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MANIFEST_SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 WITHDRAWN_NAME = "withdrawn.json"
+# An attribute: shard path -> [width, height] of each of its images, px; for aspect buckets.
+SHARD_SIZES = "shard_sizes_px"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COUNT_NAMES = {"rows_in", "committed", "rejected", "failed"}
 

@@ -14,9 +14,6 @@ from collections.abc import Mapping, Sequence
 from infra.manifest import ShardEntry
 from pipelines.config import ResizeConfig
 
-# The manifest's attribute: shard path -> [width, height] of each of its images, px.
-SHARD_SIZES = "shard_sizes_px"
-
 Size = tuple[int, int]
 
 

@@ -21,8 +21,14 @@ from infra import storage
 from infra.digests import canonical_json, sha256_bytes
 from infra.environment import applied
 from infra.lease import Lease
-from infra.manifest import DatasetManifest, FileEntry, ShardEntry, publish_manifest
-from pipelines.buckets import SHARD_SIZES, moved
+from infra.manifest import (
+    SHARD_SIZES,
+    DatasetManifest,
+    FileEntry,
+    ShardEntry,
+    publish_manifest,
+)
+from pipelines.buckets import moved
 from pipelines.build import KEY_CHARS
 from pipelines.config import ShardConfig
 from pipelines.embed import publish_file

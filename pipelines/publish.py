@@ -6,8 +6,7 @@ from collections import Counter
 
 from infra.config import semantic_part
 from infra.digests import canonical_json, sha256_bytes
-from infra.manifest import DatasetManifest
-from pipelines.buckets import SHARD_SIZES
+from infra.manifest import SHARD_SIZES, DatasetManifest
 from pipelines.build import PartMarker, ReadMarker
 from pipelines.caption_tokens import tokenizer_part
 from pipelines.decontaminate import decontamination_part

@@ -17,8 +17,7 @@ import polars as pl
 from infra import storage
 from infra.digests import canonical_json, sha256_bytes
 from infra.errors import UserError
-from infra.manifest import DatasetManifest, load_manifest, publish_manifest
-from pipelines.buckets import SHARD_SIZES
+from infra.manifest import SHARD_SIZES, DatasetManifest, load_manifest, publish_manifest
 from pipelines.clip_model import ClipEncoder
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import ShardConfig

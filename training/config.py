@@ -17,7 +17,8 @@ from infra.processor import resolve_precision
 Precision = Annotated[Literal["fp32", "bf16"], BeforeValidator(resolve_precision)]
 Schedule = Literal["constant", "cosine", "linear"]
 OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
-CropPolicy = Literal["center", "random"]
+SquareCrop = Literal["center", "random"]
+CropPolicy = Literal["center", "random", "bucket"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -249,7 +250,9 @@ class StageConfig(SavingConfig):
         {}, "further datasets, and how often a sample of each comes in an epoch, in which one of "
         "`dataset` comes once; a fraction takes that share of them",
     )  # fmt: skip
-    resolution_px: int = semantic(description="side of the square images", ge=8)
+    resolution_px: int = semantic(
+        description="side of the square images, or the root of a bucket's area", ge=8
+    )
     steps: int = semantic(description="optimizer steps", ge=1)
     global_batch_size: int = semantic(description="samples per step, over all workers", ge=1)
     optimizer: OptimizerConfig = semantic(
@@ -276,7 +279,11 @@ class StageConfig(SavingConfig):
     unknown_preference_score: float = semantic(
         6.0, "micro-condition of a sample that has no preference score"
     )
-    crop: CropPolicy = semantic("center", "where the square is cut from the image")
+    crop: CropPolicy = semantic(
+        "center",
+        "where the square is cut from the image; bucket: none is, a step sees images of one of the "
+        "aspect ratios that the dataset's resize.crop: bucket made",
+    )
     shuffle_window_shards: int = semantic(8, "shards whose samples are shuffled together", ge=1)
     guard: GuardConfig = semantic(
         default_factory=GuardConfig, description="what is done about a loss that is not finite"

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from infra.errors import UserError
 from training.config import StageConfig
-from training.order import PlannedOrder, Visit
+from training.grids import Grid
+from training.order import GroupedOrder, Order, PlannedOrder, Visit
 from training.randomness import uniforms
 from training.resident import ResidentShards
 
@@ -37,6 +38,11 @@ class TokenShard:
 
     def __len__(self) -> int:
         return len(self.sample_ids)
+
+    @property
+    def grid(self) -> Grid:
+        """Height and width of its tokens."""
+        return self.tokens_NHW.shape[1], self.tokens_NHW.shape[2]
 
     @property
     def num_bytes(self) -> int:
@@ -60,13 +66,15 @@ class Batch:
 class TokenDataset:
     """The samples of a stage: shards read when needed, and the rows of each that passed.
 
-    ``load(i)`` reads shard i; ``rows[i]`` are its selected rows. At most ``max_resident_bytes`` of
+    ``load(i)`` reads shard i; ``rows[i]`` are its selected rows and ``grids[i]`` the height and
+    width of its tokens; a batch has those of one. At most ``max_resident_bytes`` of
     shards stay in memory (always the one in use), among them, where there is room, those that the
     next steps need: they are read while others are trained on.
     """
 
     load: Callable[[int], TokenShard]
     rows: list[Rows]
+    grids: list[Grid]
     config: StageConfig
     left_out: dict[str, int] = field(default_factory=dict)
 
@@ -74,8 +82,11 @@ class TokenDataset:
         sizes = [len(rows) for rows in self.rows]
         self._ends = np.cumsum(sizes)
         self._shards = ResidentShards(self.load, self.config.max_resident_bytes)
-        window = self.config.shuffle_window_shards
-        self.order = PlannedOrder(sizes, self.config.seed, window)
+        seed, window = self.config.seed, self.config.shuffle_window_shards
+        self.order: Order = PlannedOrder(sizes, seed, window)
+        if len(set(self.grids)) > 1:
+            batch_size = self.config.global_batch_size
+            self.order = GroupedOrder(sizes, self.grids, batch_size, seed, window)
 
     def __len__(self) -> int:
         return self.order.num_samples
@@ -184,11 +195,15 @@ def _at_least(scores: NDArray[np.float32], minimum: float | None) -> NDArray[np.
 
 def in_memory(shards: Sequence[TokenShard], config: StageConfig) -> TokenDataset:
     """A dataset over shards that are already loaded."""
-    return select(lambda number: shards[number], [None] * len(shards), config)
+    grids = [shard.grid for shard in shards]
+    return select(lambda number: shards[number], [None] * len(shards), grids, config)
 
 
 def select(
-    load: Callable[[int], TokenShard], whole_sizes: Sequence[int | None], config: StageConfig
+    load: Callable[[int], TokenShard],
+    whole_sizes: Sequence[int | None],
+    grids: list[Grid],
+    config: StageConfig,
 ) -> TokenDataset:
     """Apply the stage's filters to every shard; raises ``UserError`` when no sample is left.
 
@@ -210,4 +225,4 @@ def select(
             got=f"none; left out: {left_out}",
             remedy="loosen min_aesthetic_score, min_preference_score or caption_mix",
         )
-    return TokenDataset(load, rows, config, left_out)
+    return TokenDataset(load, rows, grids, config, left_out)

@@ -26,7 +26,7 @@ from torch import Tensor
 from infra import storage
 from infra.errors import UserError
 from infra.manifest import DatasetManifest, dataset_root, load_whole
-from training.config import CropPolicy
+from training.config import SquareCrop
 from training.images import decode_image, square_crop
 from training.order import PlannedOrder, rank_slice
 from training.resident import ResidentShards
@@ -65,7 +65,7 @@ class ImageOrder:
     resolution_px: int
     global_batch_size: int
     seed: int = 0
-    crop: CropPolicy = "center"
+    crop: SquareCrop = "center"
     shuffle_window_shards: int = 8
 
 

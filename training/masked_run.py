@@ -168,9 +168,8 @@ class MaskedRun:
 
     def _add_up(self, loss: Tensor, tallies: dict[int, Tally]) -> tuple[Tensor, dict[int, Tally]]:
         """The loss of the global batch and the samples of all workers."""
-        size, num_samples = self.config.global_batch_size, len(self.dataset)
-        first, last = (self.batch * size + at for at in (0, size - 1))
-        epochs = range(first // num_samples, last // num_samples + 1)
+        size = self.config.global_batch_size
+        epochs = self.dataset.order.epochs(self.batch * size, (self.batch + 1) * size)
         parts = [tallies.get(epoch, Tally()) for epoch in epochs]
         numbers = [[part.count, signed(part.bits)] for part in parts]
         sums = torch.tensor(numbers, dtype=torch.int64, device=loss.device)

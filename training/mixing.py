@@ -45,7 +45,8 @@ def mixture(parts: Sequence[Part], config: StageConfig) -> TokenDataset:
         dataset, own_number = sources[number]
         return dataset.load(own_number)
 
-    return TokenDataset(load, rows, config, left_out)
+    grids = [grid for part in parts for grid in part.dataset.grids]
+    return TokenDataset(load, rows, grids, config, left_out)
 
 
 def _as_often(rows: Rows, first: int, part: Part, seed: int) -> Rows:

@@ -23,12 +23,13 @@ import torch
 from infra import storage
 from infra.digests import canonical_json, code_digest, sha256_bytes, sha256_file
 from infra.errors import UserError
-from infra.manifest import ShardEntry, dataset_root, load_whole
+from infra.manifest import dataset_root, load_whole
 from infra.storage import DigestMismatch, ObjectMissing
 from model import VQTokenizer
 from training.config import CropPolicy, StageConfig
 from training.data import Captions, TokenDataset, TokenShard, select
-from training.images import Square, decode_image, square_crop
+from training.grids import grids_of
+from training.images import Crop, decode_image, fill, square_crop
 from training.publish import fetch_checkpoint
 from training.shards import ahead, crop_draws, read_samples
 from training.token_format import (
@@ -59,6 +60,8 @@ class ShardTask:
     cache_uri: str
     resolution_px: int
     crop: CropPolicy
+    grid_height: int
+    grid_width: int
 
     @property
     def stem(self) -> str:
@@ -74,7 +77,6 @@ class CachePlan:
     tasks: list[ShardTask]
     dataset_sha256: str
     encoder_sha256: str
-    grid_side: int
 
 
 Submit = Callable[[Callable[[ShardTask], CacheEntry], list[ShardTask]], Iterable[CacheEntry]]
@@ -128,29 +130,26 @@ def plan_cache(
     root = dataset_root(dataset_manifest_uri)
     name = f"{encoder_sha256[:12]}-{resolution_px}px-{crop}"
     cache_uri = storage.join(root, "tokens", name)
+    grids = grids_of(manifest, crop, resolution_px, factor)
     shards = {shard.sha256: shard for shard in manifest.shards}
     return CachePlan(
         manifest_uri=storage.join(cache_uri, manifest.version, "manifest.json"),
         tasks=[
-            _task(root, shard, tokenizer, cache_uri, resolution_px, crop)
+            ShardTask(
+                shard_uri=storage.join(root, shard.path),
+                shard_sha256=shard.sha256,
+                tokenizer=tokenizer,
+                cache_uri=cache_uri,
+                resolution_px=resolution_px,
+                crop=crop,
+                grid_height=grids[shard.path][0],
+                grid_width=grids[shard.path][1],
+            )
             for shard in shards.values()
         ],
         dataset_sha256=manifest.version,
         encoder_sha256=encoder_sha256,
-        grid_side=resolution_px // factor,
     )
-
-
-def _task(
-    root: str,
-    shard: ShardEntry,
-    tokenizer: str,
-    cache_uri: str,
-    resolution_px: int,
-    crop: CropPolicy,
-) -> ShardTask:
-    uri = storage.join(root, shard.path)
-    return ShardTask(uri, shard.sha256, tokenizer, cache_uri, resolution_px, crop)
 
 
 def is_complete(plan: CachePlan) -> bool:
@@ -186,8 +185,6 @@ def publish_cache(plan: CachePlan) -> CacheManifest:
         encoder_sha256=plan.encoder_sha256,
         resolution_px=first.resolution_px if first else 0,
         crop=first.crop if first else "center",
-        grid_height=plan.grid_side,
-        grid_width=plan.grid_side,
         shards=[entry for entry in entries if entry is not None],
     )
     storage.write_json(plan.manifest_uri, manifest.to_json())
@@ -205,7 +202,12 @@ def read_entry(task: ShardTask) -> CacheEntry | None:
         num_bytes = storage.stat(storage.join(task.cache_uri, entry.path)).num_bytes
     except ObjectMissing:
         return None
-    is_same = entry.shard_sha256 == task.shard_sha256 and num_bytes == entry.num_bytes
+    grid = entry.grid_height, entry.grid_width
+    is_same = (
+        entry.shard_sha256 == task.shard_sha256
+        and grid == (task.grid_height, task.grid_width)
+        and num_bytes == entry.num_bytes
+    )
     return entry if is_same else None
 
 
@@ -227,6 +229,8 @@ def encode_shard(task: ShardTask) -> CacheEntry:
         sha256=sha256_bytes(data),
         num_samples=len(samples),
         shard_sha256=task.shard_sha256,
+        grid_height=task.grid_height,
+        grid_width=task.grid_width,
         left_out=left_out,
         num_with_origin=_num_with_origin(samples),
     )
@@ -248,19 +252,19 @@ def _encode_samples(
 ) -> tuple[list[CachedSample], np.ndarray[Any, np.dtype[np.uint16]], dict[str, int]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vq = load_vq(str(find_vq(task.tokenizer)), device)
-    batch_size = max(1, ENCODED_PIXELS // task.resolution_px**2)
-    side = task.resolution_px // vq.downsample_factor
+    size_px = task.grid_width * vq.downsample_factor, task.grid_height * vq.downsample_factor
+    batch_size = max(1, ENCODED_PIXELS // (size_px[0] * size_px[1]))
     samples: list[CachedSample] = []
-    tokens = [np.empty((0, side, side), np.uint16)]
-    waiting: list[Square] = []
+    tokens = [np.empty((0, task.grid_height, task.grid_width), np.uint16)]
+    waiting: list[Crop] = []
     left_out = {TOO_SMALL: 0, UNREADABLE: 0, NO_CAPTION: 0}
     threads = len(os.sched_getaffinity(0))
-    for reason, sample, square in ahead(lambda pair: _prepare(*pair, task), pairs, threads):
-        if sample is None or square is None:
+    for reason, sample, crop in ahead(lambda p: _prepare(*p, task.crop, size_px), pairs, threads):
+        if sample is None or crop is None:
             left_out[reason] += 1
             continue
         samples.append(sample)
-        waiting.append(square)
+        waiting.append(crop)
         if len(waiting) == batch_size:
             tokens.append(_encode(vq, waiting, device))
             waiting = []
@@ -270,9 +274,9 @@ def _encode_samples(
 
 
 def _prepare(
-    known: dict[str, Any], data: bytes, task: ShardTask
-) -> tuple[str, CachedSample | None, Square | None]:
-    """(why not, the sample, its square): the last two are None for a sample that is left out."""
+    known: dict[str, Any], data: bytes, policy: CropPolicy, size_px: tuple[int, int]
+) -> tuple[str, CachedSample | None, Crop | None]:
+    """(why not, the sample, its crop): the last two are None for a sample that is left out."""
     sample_id = str(known["sample_id"])
     captions = _captions(known)
     if not captions:
@@ -281,13 +285,16 @@ def _prepare(
         image = decode_image(data)
     except (OSError, ValueError):
         return UNREADABLE, None, None
-    square = square_crop(image, task.resolution_px, task.crop, crop_draws(sample_id))
-    if square is None:
+    if policy == "bucket":
+        crop = fill(image, *size_px)
+    else:
+        crop = square_crop(image, size_px[0], policy, crop_draws(sample_id))
+    if crop is None:
         return TOO_SMALL, None, None
     width_px = int(known.get("original_width_px") or image.width)
     height_px = int(known.get("original_height_px") or image.height)
-    # Curation may have cut a square from the original; its offsets shrink with the image.
-    scale = task.resolution_px / min(width_px, height_px)
+    # Curation may have cut a part from the original; its offsets shrink with the image.
+    scale = max(size_px[0] / width_px, size_px[1] / height_px)
     cut_top_px, cut_left_px = known.get("crop_top_px") or 0, known.get("crop_left_px") or 0
     return (
         "",
@@ -295,13 +302,13 @@ def _prepare(
             sample_id=sample_id,
             original_width_px=width_px,
             original_height_px=height_px,
-            crop_top_px=square.crop_top_px + round(cut_top_px * scale),
-            crop_left_px=square.crop_left_px + round(cut_left_px * scale),
+            crop_top_px=crop.crop_top_px + round(cut_top_px * scale),
+            crop_left_px=crop.crop_left_px + round(cut_left_px * scale),
             preference_score=known.get("preference_score"),
             aesthetic_score=known.get("aesthetic_score"),
             captions=captions,
         ),
-        square,
+        crop,
     )
 
 
@@ -312,8 +319,8 @@ def _captions(known: dict[str, Any]) -> Captions:
     return tuple(pairs)
 
 
-def _encode(vq: VQTokenizer, squares: list[Square], device: str) -> Any:
-    pixels = torch.from_numpy(np.stack([square.pixels_HW3 for square in squares])).to(device)
+def _encode(vq: VQTokenizer, crops: list[Crop], device: str) -> Any:
+    pixels = torch.from_numpy(np.stack([crop.pixels_HW3 for crop in crops])).to(device)
     images_B3HW = pixels.permute(0, 3, 1, 2).float() / 255.0
     return vq.encode(images_B3HW.contiguous()).cpu().numpy().astype(np.uint16)
 
@@ -375,7 +382,8 @@ def open_tokens(manifest_uri: str, config: StageConfig) -> TokenDataset:
     whole = [_passes_whole(entry, config) for entry in manifest.shards]
     sizes = [entry.num_samples if is_whole else None for entry, is_whole in
              zip(manifest.shards, whole, strict=True)]  # fmt: skip
-    return select(load, sizes, config)
+    grids = [(entry.grid_height, entry.grid_width) for entry in manifest.shards]
+    return select(load, sizes, grids, config)
 
 
 def _passes_whole(entry: CacheEntry, config: StageConfig) -> bool:

@@ -19,7 +19,7 @@ from infra import storage
 from infra.errors import UserError
 from training.data import Captions, TokenShard
 
-CACHE_SCHEMA_VERSION = 1
+CACHE_SCHEMA_VERSION = 2
 _SIZES_AND_CROPS = ("original_width_px", "original_height_px", "crop_top_px", "crop_left_px")
 _SCORES = ("preference_score", "aesthetic_score")
 _CAPTION = pa.struct([("origin", pa.string()), ("text", pa.string())])
@@ -29,6 +29,7 @@ _CAPTION = pa.struct([("origin", pa.string()), ("text", pa.string())])
 class CacheEntry:
     """The cached tokens of one shard; ``path`` is relative to the cache's folder.
 
+    ``grid_height`` and ``grid_width`` count tokens, and are those of every sample in it;
     ``left_out`` counts the samples that are not in it, by reason; ``num_with_origin`` the samples
     that have a caption of each origin.
     """
@@ -38,6 +39,8 @@ class CacheEntry:
     sha256: str
     num_samples: int
     shard_sha256: str
+    grid_height: int
+    grid_width: int
     left_out: dict[str, int] = field(default_factory=dict)
     num_with_origin: dict[str, int] = field(default_factory=dict)
 
@@ -50,8 +53,6 @@ class CacheManifest:
     encoder_sha256: str
     resolution_px: int
     crop: str
-    grid_height: int
-    grid_width: int
     shards: list[CacheEntry]
     schema_version: int = CACHE_SCHEMA_VERSION
 

@@ -60,6 +60,7 @@ def test_a_missing_key_says_what_it_is() -> None:
         ("stages.compression.resolution_px=36", "expected a multiple of 8 px"),
         ("stages.concepts.text_tokens=90", "expected at most 77"),
         ("stages.aesthetics.resolution_px=128", "expected at most 64, the side that"),
+        ("stages.concepts.crop=bucket", "resize.crop is square; set that to bucket, or take"),
         ("stages.aesthetics.compress=false", "because the stage compression before it"),
         ("stages.compression.init={}", "name their prefixes"),
         ("datasets.captioned.captions={}", "has no synthetic captions"),

@@ -83,7 +83,7 @@ class _Made:
         ledger = {**counts, "rejected": 0, "failed": 0}
         manifest = DatasetManifest("bench", "0" * 64, self.shards, [], ledger)
         manifest_uri = publish_manifest(root, manifest)
-        cache = CacheManifest("0" * 64, "0" * 64, SIDE_PX, "center", GRID, GRID, self.entries)
+        cache = CacheManifest("0" * 64, "0" * 64, SIDE_PX, "center", self.entries)
         tokens_uri = storage.join(root, "tokens", "x", "1", "manifest.json")
         storage.write_json(tokens_uri, cache.to_json())
         image_tars = [storage.join(root, shard.path) for shard in self.shards]
@@ -126,6 +126,8 @@ class _Made:
                 sha256=sha256_bytes(packed),
                 num_samples=PER_SHARD,
                 shard_sha256=digest,
+                grid_height=GRID,
+                grid_width=GRID,
                 num_with_origin={"alt": PER_SHARD, "synthetic": PER_SHARD},
             )
         )

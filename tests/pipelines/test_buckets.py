@@ -15,9 +15,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from infra import storage
-from infra.manifest import ShardEntry, load_manifest
+from infra.manifest import SHARD_SIZES, ShardEntry, load_manifest
 from infra.sessions import ClusterConfig, spark_session, stop_spark
-from pipelines.buckets import SHARD_SIZES, bucket_of, buckets_of, moved, shortest_side_px
+from pipelines.buckets import bucket_of, buckets_of, moved, shortest_side_px
 from pipelines.config import ResizeConfig
 from pipelines.curate import curate
 from pipelines.guard import Rejected

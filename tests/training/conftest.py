@@ -17,7 +17,13 @@ from torch import Tensor
 
 from infra import storage
 from infra.digests import sha256_bytes
-from infra.manifest import DatasetManifest, ShardEntry, publish_manifest, shard_path
+from infra.manifest import (
+    SHARD_SIZES,
+    DatasetManifest,
+    ShardEntry,
+    publish_manifest,
+    shard_path,
+)
 from model import CLIPTokenizer
 from training.checkpoint import optimizer_tensors, restore_optimizer
 from training.config import (
@@ -213,9 +219,12 @@ def _tar(members: dict[str, bytes]) -> bytes:
 @pytest.fixture
 def curated(tmp_path: Path) -> Callable[..., str]:
     """``curated(sizes_per_shard)``: a published dataset of small images, one list of (width,
-    height) per shard; returns its manifest's address."""
+    height) per shard; returns its manifest's address. ``in_buckets`` says of shards whose images
+    have one size which it is."""
 
-    def build(sizes_per_shard: list[list[tuple[int, int]]], name: str = "toy") -> str:
+    def build(
+        sizes_per_shard: list[list[tuple[int, int]]], name: str = "toy", in_buckets: bool = False
+    ) -> str:
         root = storage.join((tmp_path / "store").as_uri(), "datasets", name)
         entries, number = [], 0
         for sizes in sizes_per_shard:
@@ -228,7 +237,11 @@ def curated(tmp_path: Path) -> Callable[..., str]:
             storage.write_bytes(storage.join(root, path), data)
             entries.append(ShardEntry(path, len(data), sha256_bytes(data), len(sizes)))
         counts = {"rows_in": number, "committed": number, "rejected": 0, "failed": 0}
-        return publish_manifest(root, DatasetManifest(name, "0" * 64, entries, [], counts))
+        manifest = DatasetManifest(name, "0" * 64, entries, [], counts)
+        if in_buckets:
+            pairs = zip(entries, sizes_per_shard, strict=True)
+            manifest.attributes[SHARD_SIZES] = {e.path: list(sizes[0]) for e, sizes in pairs}
+        return publish_manifest(root, manifest)
 
     return build
 
@@ -261,7 +274,7 @@ def raw_job(
     encoder.save_pretrained(vq_folder / "text_encoder")
     store_uri = (tmp_path / "store").as_uri()
     init_uri = publish_folder(vq_folder, store_uri, "tokenizer", {}).uri
-    manifest_uri = curated([[(32, 32)] * 9, [(40, 32)] * 7])
+    manifest_uri = curated([[(32, 32)] * 9, [(40, 32)] * 7], in_buckets=True)
 
     def build(config: StageConfig) -> dict[str, Any]:
         return {

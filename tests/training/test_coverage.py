@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from training.coverage import Coverage, CoverageBroken, Tally, signed, unsigned
-from training.order import PlannedOrder, Visit, rank_slice
+from training.order import GroupedOrder, Order, PlannedOrder, Visit, rank_slice
 
 SIZES, SEED, BATCH = [7, 11, 5, 9, 13], 3, 8
 NUM_SAMPLES = sum(SIZES)
 
 
-def visit_of(order: PlannedOrder, number: int, rank: int, world: int) -> Visit:
+def planned() -> Order:
+    return PlannedOrder(SIZES, SEED, window_shards=2)
+
+
+def in_groups() -> Order:
+    return GroupedOrder(SIZES, ["a", "b", "a", "b", "b"], BATCH, SEED, window_shards=2)
+
+
+def visit_of(order: Order, number: int, rank: int, world: int) -> Visit:
     rows = rank_slice(BATCH, rank, world)
     return order.visit(number * BATCH + rows.start, number * BATCH + rows.stop)
 
 
-def test_two_then_one_then_three_workers_lose_and_repeat_nothing() -> None:
+@pytest.mark.parametrize("new_order", [planned, in_groups])
+def test_two_then_one_then_three_workers_lose_and_repeat_nothing(
+    new_order: Callable[[], Order],
+) -> None:
     seen: list[tuple[int, int]] = []
     state: dict[str, object] = {}
     number = 0
     for world, num_batches in ((2, 5), (1, 4), (3, 9)):  # each time a restart from what was kept
-        order = PlannedOrder(SIZES, SEED, window_shards=2)
+        order = new_order()
         coverage = Coverage(NUM_SAMPLES, SEED)
         coverage.restore(state)
         for _ in range(num_batches):

@@ -114,11 +114,11 @@ def test_shards_in_memory_are_bounded_and_read_again(
         return [name for step in range(12) for name in dataset.batch_at(step).sample_ids]
 
     tight = small_config(max_resident_bytes=1, shuffle_window_shards=1)
-    bounded = ids(select(load, [4] * 6, tight))
+    bounded = ids(select(load, [4] * 6, [(4, 4)] * 6, tight))
     assert len(reads) > 6
     reads.clear()
     roomy = small_config(shuffle_window_shards=1)
-    assert ids(select(load, [4] * 6, roomy)) == bounded
+    assert ids(select(load, [4] * 6, [(4, 4)] * 6, roomy)) == bounded
     assert sorted(reads) == list(range(6))
 
 
@@ -128,7 +128,7 @@ def test_whole_shards_are_not_read_for_the_filters(
     def load(number: int) -> TokenShard:
         raise AssertionError("read too early")
 
-    assert len(select(load, [4, 4], small_config())) == 8
+    assert len(select(load, [4, 4], [(4, 4)] * 2, small_config())) == 8
 
 
 def test_the_painters_score_comes_from_the_samples(

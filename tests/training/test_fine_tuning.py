@@ -85,16 +85,20 @@ def test_adapters_learn_alone_and_are_handed_over_twice(
     assert gate(folder / "export").problems == ()
 
 
-def test_a_killed_run_with_dropout_comes_to_the_same_adapters(
+@pytest.mark.parametrize(
+    "changes", [{"lora": AdaptersConfig(rank=2, dropout=0.3)}, {"crop": "bucket"}]
+)
+def test_a_killed_run_comes_to_the_same_weights(
     run: Any,
     base: Path,
     small_config: Callable[..., StageConfig],
+    changes: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Adapters with dropout, and steps of several shapes in turn."""
     config = small_config(
-        lora=AdaptersConfig(rank=2, dropout=0.3), init=_from(base), checkpoint_interval_steps=3,
-        max_microbatch_size=4,
-    )  # fmt: skip
+        init=_from(base), checkpoint_interval_steps=3, max_microbatch_size=4, **changes
+    )
     straight = load_file(run(config, "straight") / "weights.safetensors")
 
     def die(keeper: Keeper) -> None:

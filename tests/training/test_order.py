@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import UserError
-from training.order import PlannedOrder, rank_slice
+from training.order import GroupedOrder, PlannedOrder, rank_slice
 
 SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)
 
@@ -90,3 +91,84 @@ def test_more_workers_than_samples_is_refused() -> None:
 def test_no_samples_is_refused() -> None:
     with pytest.raises(UserError, match="at least one sample"):
         PlannedOrder([0, 0], 0, 1)
+
+
+SHARDS_AND_GROUPS = st.lists(
+    st.tuples(st.integers(0, 30), st.sampled_from("abc")), min_size=1, max_size=9
+).filter(lambda shards: any(size for size, _ in shards))
+
+
+def _sizes_by_group(shards: list[tuple[int, str]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for size, group in shards:
+        found[group] = found.get(group, 0) + size
+    return {group: size for group, size in found.items() if size}
+
+
+@settings(max_examples=60)
+@given(shards=SHARDS_AND_GROUPS, batch=st.integers(1, 7), window=st.integers(1, 4))
+def test_steps_of_one_group_are_dealt_as_they_are_due(
+    shards: list[tuple[int, str]], batch: int, window: int
+) -> None:
+    """Against a list of all steps, sorted by when they are due."""
+    order = GroupedOrder([n for n, _ in shards], [g for _, g in shards], batch, 5, window)
+    group_of = [group for size, group in shards for _ in range(size)]
+    sizes = _sizes_by_group(shards)
+    due = sorted(
+        (Fraction(2 * turn + 1, 2 * size), place, group)
+        for place, (group, size) in enumerate(sizes.items())
+        for turn in range(40)
+    )
+    for number in [*range(20), 7, 0]:  # and back, as after a restart
+        visit = order.visit(number * batch, (number + 1) * batch)
+        assert {group_of[i] for i in visit.indices} == {due[number][2]}
+
+
+@settings(max_examples=60)
+@given(shards=SHARDS_AND_GROUPS, batch=st.integers(1, 7), window=st.integers(1, 4))
+def test_every_group_has_exact_epochs_that_keep_together(
+    shards: list[tuple[int, str]], batch: int, window: int
+) -> None:
+    order = GroupedOrder([n for n, _ in shards], [g for _, g in shards], batch, 5, window)
+    group_of = [group for size, group in shards for _ in range(size)]
+    sizes, total = _sizes_by_group(shards), len(group_of)
+    num_steps = 3 * total // batch + 4 * len(sizes)
+    seen: dict[str, list[tuple[int, int]]] = {group: [] for group in sizes}
+    for number in range(num_steps):
+        visit = order.visit(number * batch, (number + 1) * batch)
+        group = group_of[visit.indices[0]]
+        seen[group] += zip(visit.epochs.tolist(), visit.indices.tolist(), strict=True)
+        span = order.epochs(number * batch, (number + 1) * batch)
+        assert (span.start, span.stop - 1) == (min(visit.epochs), max(visit.epochs))
+        for other, size in sizes.items():
+            ahead = len(seen[other]) - size * (number + 1) * batch / total
+            assert abs(ahead) <= batch * (1 + len(sizes)) / 2
+    for group, visits in seen.items():
+        own = [i for i, each in enumerate(group_of) if each == group]
+        for epoch in range(visits[-1][0]):
+            assert sorted(i for e, i in visits if e == epoch) == own
+
+
+@given(cuts=st.lists(st.integers(0, 90), min_size=1, max_size=5))
+def test_groups_read_in_pieces_give_the_same_sequence(cuts: list[int]) -> None:
+    sizes, groups = [7, 5, 0, 9, 4], ["a", "b", "c", "a", "b"]
+    whole = GroupedOrder(sizes, groups, 6, 3, 2).visit(0, 90)
+    order = GroupedOrder(sizes, groups, 6, 3, 2)
+    parts = [order.visit(a, b) for a, b in pairwise([0, *sorted(cuts), 90])]
+    assert np.concatenate([p.indices for p in parts]).tolist() == whole.indices.tolist()
+    assert np.concatenate([p.epochs for p in parts]).tolist() == whole.epochs.tolist()
+
+
+def test_the_sequence_of_groups_is_pinned() -> None:
+    order = GroupedOrder([4, 3, 4], ["a", "b", "a"], 2, 7, 1)
+    assert order.visit(0, 8).indices.tolist() == [7, 10, 4, 5, 8, 9, 0, 3]
+
+
+def test_the_next_steps_shards_are_named_before_those_after() -> None:
+    sizes, groups = [5] * 12, ["a", "a", "b", "a", "b", "a"] * 2
+    order = GroupedOrder(sizes, groups, 4, 3, 4)
+    for number in range(30):
+        ahead = order.shards_ahead(number * 4)
+        assert len(ahead) == len(set(ahead))
+        now = set((order.visit(number * 4, number * 4 + 8).indices // 5).tolist())
+        assert now <= set(ahead[:6])

@@ -2,20 +2,25 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from infra import storage
 from infra.errors import UserError
 from infra.storage import DigestMismatch
 from model import VQTokenizer
+from pipelines.buckets import buckets_of
+from pipelines.config import ResizeConfig
 from training import token_cache
 from training.config import StageConfig
+from training.grids import bucket_grid
 from training.images import shrink, square_crop
 from training.token_cache import ensure_token_cache, open_tokens
 from training.token_format import CacheEntry, load_cache_manifest, load_tokens
@@ -29,7 +34,7 @@ SmallConfig = Callable[..., StageConfig]
 def test_tokens_are_those_of_the_shrunk_square(curated: Curated, vq_folder: Path) -> None:
     uri = ensure_token_cache(curated(SIZES), str(vq_folder), 16)
     manifest = load_cache_manifest(uri)
-    assert (manifest.grid_height, manifest.grid_width) == (4, 4)
+    assert {(e.grid_height, e.grid_width) for e in manifest.shards} == {(4, 4)}
     assert manifest.num_samples == 4
     assert manifest.left_out()["smaller_than_resolution"] == 1
     shard = load_tokens(uri.rsplit("/", 2)[0], manifest.shards[0])
@@ -205,3 +210,76 @@ def test_random_crops_reach_every_place() -> None:
         assert square is not None
         lefts.append(square.crop_left_px)
     assert lefts == [0, 2, 4]
+
+
+# --- aspect buckets ------------------------------------------------------------------------------
+
+
+@given(
+    side=st.sampled_from([256, 512, 1024]),
+    resolution=st.sampled_from([128, 256, 512, 1024]),
+    factor=st.sampled_from([4, 8, 16]),
+)
+def test_a_buckets_grid_fits_it_and_keeps_its_shape(
+    side: int, resolution: int, factor: int
+) -> None:
+    for width, height in buckets_of(ResizeConfig(crop="bucket", image_size_px=side)):
+        grid_height, grid_width = bucket_grid(width, height, resolution, factor)
+        assert grid_height % 2 == grid_width % 2 == 0
+        assert grid_height * factor <= height
+        assert grid_width * factor <= width
+        assert grid_height * grid_width * factor**2 <= resolution**2
+        if resolution == side:  # nothing is cut or shrunk
+            assert (grid_height * factor, grid_width * factor) == (height, width)
+        if resolution >= 256:  # a larger one of the same shape would not fit
+            bound = min(1.0, resolution / (width * height) ** 0.5)
+            assert grid_height > height * bound / factor - 2
+            assert grid_width > width * bound / factor - 2
+
+
+def test_tokens_of_buckets_have_the_shape_of_their_images(
+    curated: Curated, vq_folder: Path
+) -> None:
+    sizes = [[(48, 24)] * 2, [(32, 32)] * 3]
+    uri = ensure_token_cache(curated(sizes, in_buckets=True), str(vq_folder), 32, "bucket")
+    manifest = load_cache_manifest(uri)
+    assert [(e.grid_height, e.grid_width) for e in manifest.shards] == [(4, 10), (8, 8)]
+    shard = load_tokens(uri.rsplit("/", 2)[0], manifest.shards[0])
+    image = Image.open(_image_file(uri, manifest.shards[0].shard_sha256, shard.sample_ids[1]))
+    # 48 x 24 fills 40 x 16 when it is shrunk to 40 x 20; two rows above and two below go.
+    cut = image.convert("RGB").resize((40, 20), Image.Resampling.BOX).crop((0, 2, 40, 18))
+    pixels = torch.tensor(np.asarray(cut)).permute(2, 0, 1)[None].float() / 255
+    expected = VQTokenizer.from_pretrained(vq_folder / "vqvae").encode(pixels)[0]
+    assert shard.tokens_NHW[1].tolist() == expected.tolist()
+    # Stored from 112 x 48, of which curation cut 8 px at the left: 40/112 and 16/48 px a px.
+    assert shard.sizes_and_crops_N4[1].tolist() == [112, 48, 2, 3]
+
+
+def test_a_batch_has_tokens_of_one_shape(
+    curated: Curated, vq_folder: Path, small_config: SmallConfig
+) -> None:
+    sizes = [[(48, 24)] * 7, [(32, 32)] * 9, [(24, 48)] * 2, [(32, 32)] * 4]
+    uri = ensure_token_cache(curated(sizes, in_buckets=True), str(vq_folder), 32, "bucket")
+    config = small_config(crop="bucket", resolution_px=32)
+    dataset = open_tokens(uri, config)
+    grids = {name: grid for grid, name in _grids_by_sample(uri)}
+    shapes = []
+    for number in range(12):
+        batch = dataset.batch_at(number)
+        shape = tuple(batch.tokens_BHW.shape[1:])
+        assert {grids[name] for name in batch.sample_ids} == {shape}
+        assert len(batch.sample_ids) == config.global_batch_size
+        shapes.append(shape)
+    assert len(set(shapes)) == 3
+    assert shapes.count((8, 8)) == max(shapes.count(shape) for shape in set(shapes))
+
+
+def _grids_by_sample(manifest_uri: str) -> Iterator[tuple[tuple[int, int], str]]:
+    for entry in load_cache_manifest(manifest_uri).shards:
+        shard = load_tokens(manifest_uri.rsplit("/", 2)[0], entry)
+        yield from ((shard.grid, name) for name in shard.sample_ids)
+
+
+def test_buckets_are_not_made_up(curated: Curated, vq_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"2 of 2 shards without.*resize\.crop: bucket"):
+        ensure_token_cache(curated(SIZES), str(vq_folder), 16, "bucket")

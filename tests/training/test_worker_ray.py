@@ -53,12 +53,14 @@ def _in_ray(
 
 
 @pytest.mark.usefixtures("_ray")
+@pytest.mark.parametrize("crop", ["center", "bucket"])
 def test_one_worker_and_two_learn_what_no_ray_learns(
     tmp_path: Path,
     raw_job: Callable[[StageConfig], dict[str, Any]],
     small_config: Callable[..., StageConfig],
+    crop: str,
 ) -> None:
-    config = small_config(prompt_dropout_prob=0.3)
+    config = small_config(prompt_dropout_prob=0.3, crop=crop)
     raw = raw_job(config)
     from training.job import Job
 
