@@ -98,6 +98,9 @@ class Watcher(Protocol):
 
     stop: threading.Event
 
+    def begins(self, inputs: Any) -> None:
+        """A step with these inputs is about to begin."""
+
     def stepped(
         self, measured: Measured, seconds: float, data_seconds: float, own_seconds: float
     ) -> None:
@@ -140,6 +143,7 @@ class StageModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._begun_at = time.monotonic()
+        self._watcher.begins(batch)
         self._stopwatch.start()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:

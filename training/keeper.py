@@ -39,6 +39,7 @@ from training.session import Session
 from training.sharding import whole_on_cpu
 from training.stall import StallWatch
 from training.stop import StopWatch
+from training.suspects import SuspectWatch
 from training.tokenizer_run import TokenizerRun
 
 SAMPLES_NAME = "samples.png"
@@ -58,12 +59,14 @@ class Keeper:
         journal: Journal,
         store: CheckpointStore,
         stall: StallWatch,
+        suspects: SuspectWatch,
     ) -> None:
         self.stop = threading.Event()
         self.generation = 0
         self._job, self._session, self._run, self._journal = job, session, run, journal
         self._store = store
         self._stall = stall
+        self._suspects = suspects
         self._started_at = self._saved_at = time.monotonic()
         self._saved_for_preemption = False
         self._own_seconds = 0.0
@@ -91,6 +94,11 @@ class Keeper:
             self._stop_watch.close()
 
     # --- while training --------------------------------------------------------------------------
+
+    def begins(self, inputs: Any) -> None:
+        """Note what a worker that may be lost again is about to train on."""
+        sample_ids = getattr(inputs, "sample_ids", ())  # a batch of crops has none
+        self._suspects.begin(self._run.step, self._run.batch, sample_ids)
 
     def stepped(
         self, measured: Measured, seconds: float, data_seconds: float, own_seconds: float
@@ -211,6 +219,7 @@ class Keeper:
         if checkpoint is not None:
             self._saver.save(checkpoint, self.generation, self._flush_log)
         self._saved_at, self._last_saved = time.monotonic(), self._run.step
+        self._suspects.saving()
 
     def _flush_log(self, folder: Path) -> None:
         """What a checkpoint covers is never logged again: send it first, if MLflow answers."""

@@ -46,6 +46,7 @@ from infra.run_filesystem import run_filesystem
 from infra.storage import StorageUnavailable
 from infra.tracking_server import TrackingUnavailable
 from training.checkpoint_store import CheckpointStore
+from training.suspects import suspect_of
 
 MAX_FAILURES = 3
 MAX_CONTROLLER_FAILURES = 3
@@ -295,8 +296,8 @@ def explain(error: BaseException, launch: Launch) -> TrainingFailed:
         if _is_lost_worker(failure):
             return TrainingFailed(
                 f"training {launch.name} lost a worker {MAX_FAILURES + 1} times in a row without a "
-                "new checkpoint (killed, or out of memory); lower max_microbatch_size or free "
-                f"memory, then {again}",
+                f"new checkpoint (killed, or out of memory){_where_lost(launch, rank)}; lower "
+                f"max_microbatch_size or free memory, then {again}",
                 str(error),
             )
         if _is_out_of_memory(failure):
@@ -325,6 +326,17 @@ def explain(error: BaseException, launch: Launch) -> TrainingFailed:
         f"{text[:300]}; {again}",
         str(error),
     )
+
+
+def _where_lost(launch: Launch, rank: int) -> str:
+    """The batch that did it, as far as the workers wrote it down."""
+    run_uri = storage.join(launch.store_uri, "runs", launch.name)
+    found = suspect_of(run_uri, rank)
+    if found is None:
+        return ""
+    if found.times == 1:
+        return f", the last one in {found}"
+    return f", the last {found.times} in {found}: if it is always that one, take these samples away"
 
 
 def _last_words(cause: BaseException) -> str:

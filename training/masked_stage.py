@@ -38,11 +38,11 @@ from training.optim import (
 from training.order import Visit
 from training.randomness import derive
 from training.sharding import whole
+from training.suspects import some_of
 
 TRANSFORMER_PREFIX = "transformer."
 TEXT_PREFIX = "text_encoder."
 LORA_PREFIX = "lora."
-_NAMED_SAMPLES = 8
 
 
 class TrainingDiverged(UserError):
@@ -239,12 +239,10 @@ def apply_update(stage: MaskedStage, loss: float, grad_norm: float) -> StepResul
 
 def diverged(step: int, loss: float, grad_norm: float, sample_ids: list[str]) -> TrainingDiverged:
     """The error for a step that cannot be taken, naming its first samples."""
-    named = ", ".join(sample_ids[:_NAMED_SAMPLES])
-    more = f" and {len(sample_ids) - _NAMED_SAMPLES} more" * (len(sample_ids) > _NAMED_SAMPLES)
     return TrainingDiverged(
         f"step {step} has loss {loss} and gradient norm {grad_norm}; the last "
         f"finite weights are kept; lower optimizer.learning_rate, or look at the samples "
-        f"{named}{more}"
+        f"{some_of(sample_ids)}"
     )
 
 

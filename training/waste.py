@@ -21,6 +21,7 @@ PROGRESS_NAME = "progress.json"
 STOPPED, WORKER_LOST, WORKER_HUNG, DRIVER_LOST, WENT_BACK = (
     "stopped", "worker lost", "worker hung", "driver lost", "went back",
 )  # fmt: skip
+LOST_WORKER = (WORKER_LOST, WORKER_HUNG)
 
 
 @dataclass(frozen=True)

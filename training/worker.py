@@ -23,9 +23,10 @@ from training.keeper import Keeper
 from training.masked_run import MaskedRun
 from training.session import RaySession, Session
 from training.stall import StallWatch, keep_report
+from training.suspects import SuspectWatch
 from training.tokenizer_run import TokenizerRun
 from training.utilisation import peak_teraflops
-from training.waste import Start, record_start
+from training.waste import LOST_WORKER, Start, record_start
 
 
 def train_worker(raw: dict[str, Any]) -> None:
@@ -53,12 +54,16 @@ def train(job: Job, session: Session, tracker: Tracker | None = None) -> None:
             job.run_uri, session.rank, None if limit is None else 60.0 * limit, job.local_dir
         )
         start = _record_start(job, run, found, bool(stall.found)) if session.rank == 0 else None
+        was_lost = session.from_first(start is not None and start.cause in LOST_WORKER)
+        suspects = SuspectWatch(job.run_uri, session.rank, job.attempt, run.step, was_lost)
         journal = _journal(job, run, session, tracker)
-        keeper = Keeper(job, session, run, journal, store, stall)
+        keeper = Keeper(job, session, run, journal, store, stall, suspects)
         try:
             if stall.found:
                 uri = keep_report(job.run_uri, job.attempt, session.rank, run.step, stall.found)
                 journal.note("hung", f"no step for {limit:g} minutes; its threads: {uri}")
+            if suspects.found is not None:
+                journal.note("lost", f"the worker before was lost in {suspects.found}")
             if start is not None:
                 journal.note("started", f"attempt {start.attempt}: {start.how}")
             if found is not None:

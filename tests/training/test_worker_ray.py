@@ -286,3 +286,43 @@ def test_a_slow_worker_is_named(
     _in_ray(raw_job(small_config(steps=21)), tmp_path / "ray", "slow", 2, work)
     (line,) = {line for line in told.read_text().splitlines() if line.startswith("slow worker")}
     assert "step 20: worker 1 on " in line
+
+
+@pytest.mark.usefixtures("_ray")
+def test_a_batch_that_ends_the_process_is_named(
+    tmp_path: Path,
+    raw_job: Callable[[StageConfig], dict[str, Any]],
+    small_config: Callable[..., StageConfig],
+) -> None:
+    config = small_config(steps=12, checkpoint_interval_steps=2)
+    raw, store = raw_job(config), tmp_path / "ray"
+    batches = tmp_path / "batches"
+
+    def work(raw: dict[str, Any]) -> None:
+        import ctypes
+
+        from training import worker
+        from training.masked_run import MaskedRun
+
+        honest = MaskedRun.train
+
+        def train_or_crash(self: MaskedRun, inputs: Any, *arguments: Any) -> Any:
+            if self.batch == 5:
+                with batches.open("a") as file:
+                    file.write(" ".join(inputs.sample_ids) + "\n")
+                ctypes.string_at(0)  # a segmentation fault
+            return honest(self, inputs, *arguments)
+
+        patched: Any = MaskedRun
+        patched.train = train_or_crash
+        worker.train_worker(raw)
+
+    with pytest.raises(TrainingFailed, match="lost a worker 4 times in a row") as caught:
+        _in_ray(raw, store, "crashing", 1, work)
+    (sample_ids,) = set(batches.read_text().splitlines())
+    named = f"in batch 5 (step 5, samples {', '.join(sample_ids.split())})"
+    assert named in str(caught.value)
+    assert "the last 3 in" in str(caught.value) or "the last 4 in" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    trained = _in_ray({**raw, "attempt": 2, "resume_step": 4}, store, "crashing", 1)
+    assert trained.metrics["step"] == 12
