@@ -64,7 +64,7 @@ class S3Server:
 
         program = PROGRAMS[0]
         home = self.folder.parent
-        program.prepare(home)
+        program.prepare(home, print)
         command = program.command(home, self.port)
         keys = (self.access_key_id, self.secret_access_key)
         log_path = home / "s3.log"

@@ -8,11 +8,15 @@ in the process that serves. When MLflow's names have moved, the command itself i
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
+from infra.local.backups import Backups
+
 HOST = "127.0.0.1"
 ARTIFACT_ROOT = "mlflow-artifacts:/"
+DATABASE = "mlflow.db"
 
 
 def server_settings(port: int) -> dict[str, str]:
@@ -29,12 +33,15 @@ def server_settings(port: int) -> dict[str, str]:
 
 
 def main(port: int, folder: Path) -> None:
-    """Serve on loopback ``port`` with ``mlflow.db`` and ``artifacts/`` in ``folder``; blocks."""
+    """Serve on loopback ``port`` with ``mlflow.db`` and ``artifacts/`` in ``folder``; blocks.
+
+    The database is copied to ``backups/`` now and then, and at the end.
+    """
     os.environ.update(server_settings(port))
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     artifacts = folder / "artifacts"
     artifacts.mkdir(parents=True, exist_ok=True)
-    database = folder / "mlflow.db"
+    database = folder / DATABASE
     store_uri = f"sqlite:///{database}"
     try:
         _make_whole(database)
@@ -43,7 +50,15 @@ def main(port: int, folder: Path) -> None:
         _become_command(port, store_uri, artifacts.as_uri())
     import uvicorn
 
-    uvicorn.run("mlflow.server.fastapi_app:app", host=HOST, port=port, workers=1, access_log=False)
+    # uvicorn stops at SIGTERM and raises it again, which would end all before the last copy.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    backups = Backups(database)
+    try:
+        uvicorn.run(
+            "mlflow.server.fastapi_app:app", host=HOST, port=port, workers=1, access_log=False
+        )
+    finally:
+        backups.close()
 
 
 def _make_whole(database: Path) -> None:
@@ -56,7 +71,7 @@ def _make_whole(database: Path) -> None:
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    unfinished = database.with_name("mlflow.db.unfinished")
+    unfinished = database.with_name(f"{DATABASE}.unfinished")
     for leftover in (unfinished, unfinished.with_name(f"{unfinished.name}-journal")):
         leftover.unlink(missing_ok=True)
     store = SqlAlchemyStore(  # type: ignore[no-untyped-call]  # MLflow has no hints here

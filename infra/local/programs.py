@@ -13,6 +13,8 @@ from pathlib import Path
 
 from infra.config import PROJECT_ROOT
 from infra.errors import UserError
+from infra.local.backups import mend
+from infra.local.mlflow_server import DATABASE
 from infra.local.processes import HOST
 
 BUCKET = "atelier"
@@ -22,10 +24,10 @@ LEFTOVERS = (".rclone_temp_*", ".rclone_multipart_upload_*")
 
 @dataclass(frozen=True)
 class Program:
-    """A service: ``prepare(home)`` then ``command(home, port)`` in ``environment(keys, port)``."""
+    """A service: ``prepare(home, say)`` then ``command(home, port)`` in ``environment(keys)``."""
 
     name: str
-    prepare: Callable[[Path], None]
+    prepare: Callable[[Path, Callable[[str], None]], None]
     command: Callable[[Path, int], list[str]]
     environment: Callable[[tuple[str, str]], dict[str, str]]
     answers: Callable[[int], bool]
@@ -45,8 +47,9 @@ def find_rclone() -> str:
     return found
 
 
-def _prepare_s3(home: Path) -> None:
+def _prepare_s3(home: Path, say: Callable[[str], None]) -> None:
     """Make the bucket, and drop what uploads cut by a crash left behind (never a whole object)."""
+    del say  # nobody misses it
     bucket = home / "s3" / BUCKET
     bucket.mkdir(mode=0o700, parents=True, exist_ok=True)
     for folder, _, _ in os.walk(bucket):
@@ -99,8 +102,9 @@ def _mlflow_environment(keys: tuple[str, str]) -> dict[str, str]:
     return {**clean, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": ""}
 
 
-def _prepare_mlflow(home: Path) -> None:
+def _prepare_mlflow(home: Path, say: Callable[[str], None]) -> None:
     (home / "mlflow" / "artifacts").mkdir(mode=0o700, parents=True, exist_ok=True)
+    mend(home / "mlflow" / DATABASE, say)
 
 
 def _status_of(port: int, path: str) -> int | None:

@@ -189,7 +189,7 @@ def _start_missing(
             are_strays_gone = True
         port = _choose_port(program.name, port, last_ports.get(program.name), say)
         last_ports[program.name] = port
-        records[program.name] = _start(program, home, port, keys)
+        records[program.name] = _start(program, home, port, keys, say)
         _write_state(folder, records)
         starting.append(program)
     if starting:
@@ -236,8 +236,14 @@ def _choose_port(
     return port
 
 
-def _start(program: Program, home: Path, port: int, keys: tuple[str, str]) -> _Record:
-    program.prepare(home)
+def _start(
+    program: Program,
+    home: Path,
+    port: int,
+    keys: tuple[str, str],
+    say: Callable[[str], None],
+) -> _Record:
+    program.prepare(home, say)
     process = processes.start(
         [*_keeper_command(home), *program.command(home, port)],
         program.environment(keys),

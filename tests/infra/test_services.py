@@ -20,8 +20,10 @@ from infra import storage
 from infra.environment import applied
 from infra.errors import UserError
 from infra.local import processes, programs, services
+from infra.local.backups import back_up
 from infra.local.processes import ProcessId
 from infra.local.services import down, find_services, services_status, up
+from infra.tracking_server import TrackingServer
 
 
 @pytest.fixture
@@ -258,6 +260,37 @@ def test_an_mlflow_server_killed_while_it_makes_its_tables_starts_again(home: Pa
     up(home)
     assert states(home) == ["running", "running"]
     down(home)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_models_and_points_outlive_mlflows_database(home: Path, kill: signal.Signals) -> None:
+    """Deleted, or its pages torn; its server ended with a last copy, or killed after one."""
+    server = TrackingServer(up(home).mlflow_uri)
+    run = server.create_run(server.experiment_id("e"), "r", {})
+    server.log_batch(run.run_id, metrics=[{"key": "loss", "value": 0.5, "timestamp": 1, "step": 3}])
+    for name in ("a", "b"):
+        server.call("POST", "mlflow/registered-models/create", {"name": name})
+    database = home / "mlflow" / "mlflow.db"
+    if kill == signal.SIGKILL:
+        back_up(database)
+        for child in children_of(pids(home)["mlflow"]):
+            os.kill(child, kill)
+    down(home)
+    for damage in (Path.unlink, lambda path: path.write_bytes(b"\xff" * 5000)):
+        damage(database)
+        running = up(home)
+        (line,) = running.notes
+        assert "mlflow's database" in line
+        assert line.endswith("is back")
+        server = TrackingServer(running.mlflow_uri)
+        found = server.call("GET", "mlflow/registered-models/search", query={"max_results": "9"})
+        assert [model["name"] for model in found["registered_models"]] == ["a", "b"]
+        (point,) = server.call("GET", "mlflow/runs/get", query={"run_id": run.run_id})["run"][
+            "data"
+        ]["metrics"]
+        assert (point["key"], point["value"], point["step"]) == ("loss", 0.5, 3)
+        down(home)
 
 
 @pytest.mark.usefixtures("fast")

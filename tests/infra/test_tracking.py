@@ -36,7 +36,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        MLFLOW.prepare(self.home)
+        MLFLOW.prepare(self.home, print)
         self.process = subprocess.Popen(
             MLFLOW.command(self.home, self.port),
             env=MLFLOW.environment(("", "")),

@@ -61,7 +61,7 @@ def mlflow_server(home: Path) -> Iterator[str]:
     """The address of a server with its database in ``home``, while it is needed."""
     program = next(each for each in PROGRAMS if each.name == "mlflow")
     port = free_port()
-    program.prepare(home)
+    program.prepare(home, print)
     process = subprocess.Popen(
         program.command(home, port),
         env=program.environment(("", "")),
