@@ -104,6 +104,31 @@ def test_impossible_tokens_are_never_drawn() -> None:
 
 
 @given(
+    num_codes=st.sampled_from([5, 128, 384, 1024, 1000]),
+    share=st.floats(0.001, 1.0),
+    seed=st.integers(0, 2**32),
+)
+def test_draws_from_many_codes_invert_the_distribution(
+    num_codes: int, share: float, seed: int
+) -> None:
+    """In blocks, some of them empty; against sums in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_NV = 4 * torch.randn(20, num_codes, generator=generator)
+    logits_NV[torch.rand(logits_NV.shape, generator=generator) > share] = -torch.inf
+    logits_NV[:, seed % num_codes] = 0.0
+    uniform_N = torch.rand(20, generator=generator)
+    uniform_N[:3] = torch.tensor([0.0, 1 - 2**-24, 0.5])
+    tokens_N, probs_N = draw_tokens(logits_NV, uniform_N)
+    shares_NV = logits_NV.double().softmax(dim=-1)
+    own_N = shares_NV.gather(1, tokens_N[:, None])[:, 0]
+    upper_N = shares_NV.cumsum(dim=-1).gather(1, tokens_N[:, None])[:, 0]
+    assert (own_N > 0).all()
+    assert (uniform_N <= upper_N + 1e-5).all()
+    assert (uniform_N >= upper_N - own_N - 1e-5).all()
+    assert torch.allclose(probs_N.double(), own_N, atol=1e-5)
+
+
+@given(
     steps=st.integers(1, 70), num_tokens=st.integers(1, 4096), name=st.sampled_from(["cos", "lin"])
 )
 def test_every_step_unmasks_until_none_is_left(steps: int, num_tokens: int, name: str) -> None:
