@@ -162,7 +162,7 @@ def _drawn(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
     twice as long as the softmax.
     """
     size = _DRAW_BLOCK if probs_NV.shape[-1] % _DRAW_BLOCK == 0 else probs_NV.shape[-1]
-    probs_NKV = probs_NV.unflatten(-1, (-1, size))
+    probs_NKV = probs_NV.reshape(len(probs_NV), -1, size)
     totals_NK = probs_NKV.sum(dim=-1).cumsum(dim=-1)
     threshold_N1 = uniform_N[:, None] * totals_NK[:, -1:]
     block_N1 = _passing(totals_NK, threshold_N1)

@@ -55,6 +55,7 @@ GUIDANCE = 9.0
 REPETITIONS = 3
 STEP, STEPS = 4, 16  # the step that is measured alone, of so many
 Forward = Callable[..., Tensor]
+baseline_seconds: dict[tuple[str, int], float] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +176,15 @@ def our_step(logits_NV: Tensor, tokens_BHW: Tensor, generator: torch.Generator) 
     return remask(filled, mask_BHW, prob_N, noise_N, num_left_B, CONFIG.mask_token_id)
 
 
+def against_float32(what: str, side_px: int, dtype: torch.dtype, mine: float, other: float) -> str:
+    """The ratio to the baseline in float32, its own choice, once that was measured in this run."""
+    if dtype == torch.float32:
+        baseline_seconds[what, side_px] = other
+        return ""
+    seconds = baseline_seconds.get((what, side_px))
+    return "" if seconds is None else f", to {seconds:.3f} s in float32 {seconds / mine:.2f}"
+
+
 @pytest.mark.parametrize("side_px", [256, 512, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward(dtype: torch.dtype, side_px: int) -> None:
@@ -195,7 +205,7 @@ def test_forward(dtype: torch.dtype, side_px: int) -> None:
     print(
         f"\nbench  forward {side_px} px {str(dtype)[6:]:<9} {whole:.3f} s, {name} {other:.3f} s, "
         f"ratio {other / whole:.2f}; head on masked tokens alone {masked:.3f} s, "
-        f"ratio {other / masked:.2f}"
+        f"ratio {other / masked:.2f}{against_float32('forward', side_px, dtype, whole, other)}"
     )
 
 
@@ -288,4 +298,5 @@ def test_sample(dtype: torch.dtype, side_px: int) -> None:
     print(
         f"\nbench  sample {side_px} px {STEPS} steps {str(dtype)[6:]:<9} {mine:.2f} s, "
         f"{name} {other:.2f} s, ratio {other / mine:.2f}"
+        f"{against_float32('sample', side_px, dtype, mine, other)}"
     )
