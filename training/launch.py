@@ -27,6 +27,7 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import (
     PlacementGroupCleanerCallback,
 )
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.failure_handling import (
     DefaultFailurePolicy,
     FailureDecision,
@@ -53,6 +54,9 @@ MAX_CONTROLLER_FAILURES = 3
 MAX_PREEMPTIONS = 20
 POLL_SECONDS = 0.25  # Ray's default of 2 s delays every report and the end by as much
 TRANSIENT_ERRORS = (StorageUnavailable, TrackingUnavailable)
+# A worker that does not even say so is frozen, and is killed after this long; Ray's ten minutes of
+# a GPU that waits are too many. Training itself leaves the thread that answers alone.
+FROZEN_SECONDS = 120
 LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -248,7 +252,10 @@ def train(
     """
     runs_uri = storage.join(launch.store_uri, "runs")
     filesystem, path = run_filesystem(runs_uri)
-    settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_SECONDS)}
+    settings = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_SECONDS),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(FROZEN_SECONDS),
+    }
     settings |= LOCAL_SETTINGS if launch.is_local else CLUSTER_SETTINGS
     unset = {name: value for name, value in settings.items() if name not in os.environ}
     # Ray tells of a lost worker on stdout, ten lines each time; `explain` does it in one.
@@ -296,7 +303,7 @@ def explain(error: BaseException, launch: Launch) -> TrainingFailed:
         if _is_lost_worker(failure):
             return TrainingFailed(
                 f"training {launch.name} lost a worker {MAX_FAILURES + 1} times in a row without a "
-                f"new checkpoint (killed, or out of memory){_where_lost(launch, rank)}; lower "
+                f"new checkpoint (killed, frozen, or out of memory){_where_lost(launch, rank)}; lower "
                 f"max_microbatch_size or free memory, then {again}",
                 str(error),
             )
@@ -359,5 +366,6 @@ def _is_out_of_memory(failure: BaseException) -> bool:
 
 
 def _is_lost_worker(failure: BaseException) -> bool:
+    """Dead, or frozen."""
     inner = getattr(failure, "health_check_failure", failure)
-    return isinstance(inner, ray.exceptions.RayActorError)
+    return isinstance(inner, ray.exceptions.RayActorError | WorkerHealthCheckTimeoutError)

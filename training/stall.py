@@ -4,7 +4,7 @@ A step that hangs (a collective that a lost neighbour never joins, a kernel that
 holds its worker for ever: nothing dies, so nothing is tried again. The clock is C's, which needs
 neither Python's lock nor its main thread. It writes where every thread stood, and the next start
 finds that. A process that is frozen from outside does not see its own clock; Ray's health check
-does (``RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S``).
+does (``training.launch.FROZEN_SECONDS``).
 """
 
 from __future__ import annotations

@@ -326,3 +326,41 @@ def test_a_batch_that_ends_the_process_is_named(
     assert "\n" not in str(caught.value)
     trained = _in_ray({**raw, "attempt": 2, "resume_step": 4}, store, "crashing", 1)
     assert trained.metrics["step"] == 12
+
+
+@pytest.mark.usefixtures("_ray")
+def test_a_frozen_worker_is_killed_and_another_goes_on(
+    tmp_path: Path,
+    raw_job: Callable[[StageConfig], dict[str, Any]],
+    small_config: Callable[..., StageConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "5")
+    config = small_config(steps=12, checkpoint_interval_steps=2)
+    raw, store = raw_job(config), tmp_path / "ray"
+    frozen = tmp_path / "frozen"
+
+    def work(raw: dict[str, Any]) -> None:
+        import os
+        import signal
+
+        from training import worker
+        from training.masked_run import MaskedRun
+
+        honest = MaskedRun.train
+
+        def train_or_freeze(self: MaskedRun, *arguments: Any) -> Any:
+            if self.step == 7 and not frozen.exists():
+                frozen.write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return honest(self, *arguments)
+
+        patched: Any = MaskedRun
+        patched.train = train_or_freeze
+        worker.train_worker(raw)
+
+    trained = _in_ray(raw, store, "frozen", 1, work)
+    assert trained.metrics["step"] == 12
+    assert not Path(f"/proc/{frozen.read_text()}").exists()
+    starts = read_starts(storage.join(store.as_uri(), "runs", "frozen"))
+    assert [start.cause for start in starts] == ["", "worker lost"]
