@@ -303,8 +303,8 @@ def explain(error: BaseException, launch: Launch) -> TrainingFailed:
         if _is_lost_worker(failure):
             return TrainingFailed(
                 f"training {launch.name} lost a worker {MAX_FAILURES + 1} times in a row without a "
-                f"new checkpoint (killed, frozen, or out of memory){_where_lost(launch, rank)}; lower "
-                f"max_microbatch_size or free memory, then {again}",
+                f"new checkpoint (killed, frozen, or out of memory){_where_lost(launch, rank)}; "
+                f"lower max_microbatch_size or free memory, then {again}",
                 str(error),
             )
         if _is_out_of_memory(failure):
