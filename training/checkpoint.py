@@ -22,7 +22,7 @@ from torch import Tensor
 from infra.digests import canonical_json, sha256_file
 from infra.errors import UserError
 from training.checkpoint_store import CheckpointDamaged
-from training.optim_8bit import SCALES, num_blocks
+from training.optim_8bit import SCALES, scales_shape
 from training.publish import LISTING_NAME, CheckpointFile, describe_folder
 from training.sharding import like
 
@@ -175,7 +175,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 
 def _fits(moment: str, value: Tensor, parameter: Tensor) -> bool:
     if moment in SCALES:
-        return value.shape == (num_blocks(parameter.numel()),)
+        return value.shape == scales_shape(parameter)
     return value.ndim == 0 or value.shape == parameter.shape
 
 

@@ -337,11 +337,6 @@ class StageConfig(SavingConfig):
             problems.append("lora trains no new weights of the network; let another stage do that")
         if self.lora is not None and self.strategy == "fsdp":
             problems.append("lora has few weights to learn, and strategy fsdp parts them; use ddp")
-        if self.strategy == "fsdp" and self.optimizer.name != "adamw":
-            problems.append(
-                f"strategy fsdp has parts of matrices and optimizer {self.optimizer.name} needs "
-                "whole ones"
-            )
         if self.optimizer.warmup_steps >= self.steps and self.optimizer.warmup_steps:
             problems.append(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}: "

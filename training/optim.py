@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model.machine import computes_in_bfloat16
 from training.config import OptimizerConfig, OptimizerName, Schedule
 from training.optim_8bit import AdamW8bit
+from training.sharding import is_part, like, whole
 
 MUON_MOMENTUM = 0.95
 MUON_ROOT_MEAN_SQUARE = 0.2  # of an update's entries, about what AdamW's have
@@ -113,7 +114,7 @@ class MuonAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             if group["is_matrices"]:
                 moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-                for parameters in _by_shape(moving):
+                for parameters in _together(moving):
                     self._move(parameters, group["lr"], group["weight_decay"])
         return super().step(closure)
 
@@ -126,26 +127,34 @@ class MuonAdamW(torch.optim.AdamW):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(gradient)
             state["momentum"].lerp_(gradient, 1.0 - MUON_MOMENTUM)
-            updates.append(_wide(gradient.lerp(state["momentum"], MUON_MOMENTUM)))
+            updates.append(_wide(whole(gradient.lerp(state["momentum"], MUON_MOMENTUM))))
             parameter.grad = None
         moves_NRC = orthogonal(torch.stack(updates))
         scale = step_size * MUON_ROOT_MEAN_SQUARE * math.sqrt(moves_NRC.shape[-1])
         for parameter, move_RC in zip(parameters, moves_NRC, strict=True):
-            is_tall = len(parameter) > parameter[0].numel()
-            move = (move_RC.T if is_tall else move_RC).reshape(parameter.shape)
-            parameter.mul_(1.0 - step_size * weight_decay).add_(move, alpha=-scale)
+            move = (move_RC.T if _is_tall(parameter) else move_RC).reshape(parameter.shape)
+            part = like(move, parameter) if is_part(parameter) else move
+            parameter.mul_(1.0 - step_size * weight_decay).add_(part, alpha=-scale)
+
+
+def _is_tall(parameter: Tensor) -> bool:
+    return len(parameter) > math.prod(parameter.shape[1:])
 
 
 def _wide(parameter: Tensor) -> Tensor:
     """A matrix or kernel as a matrix with at least as many columns as rows."""
     matrix = parameter.flatten(1)
-    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    return matrix.T if _is_tall(parameter) else matrix
 
 
-def _by_shape(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+def _together(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those that are equally large as matrices; of those in parts each alone, as all workers put
+    together what they iterate on."""
     shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
-    for parameter in parameters:
-        shapes.setdefault(tuple(_wide(parameter).shape), []).append(parameter)
+    for place, parameter in enumerate(parameters):
+        sides = sorted((len(parameter), math.prod(parameter.shape[1:])))
+        alone = (place,) if is_part(parameter) else ()
+        shapes.setdefault((*sides, *alone), []).append(parameter)
     return list(shapes.values())
 
 

@@ -55,6 +55,13 @@ def is_part(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this worker holds of it, in its place: a change there is a change of the tensor."""
+    part: Any = tensor
+    mine: Tensor = part.to_local() if is_part(tensor) else tensor
+    return mine
+
+
 def whole_on_cpu(tensors: Mapping[str, Tensor], keeps: bool) -> dict[str, Tensor]:
     """Copies of whole tensors on the CPU, one after the other; all workers call it, and those that
     do not ``keep`` them get none."""

