@@ -191,9 +191,9 @@ class Build(Workspace):
         result = {"version": version, "round": number, "base_key": self.base_key}
         if self.tars:  # a repair looks for the images there
             result["tars"] = dict(self.tars)
+        self.forget("failures")
         storage.write_json(self.result_uri, result)
         self.forget("images")
-        self.forget("failures")
 
 
 def _number(uri: str, key: str) -> int:

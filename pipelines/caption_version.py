@@ -321,6 +321,7 @@ def ask_captions(
             done = finished_shards(job.unit, shards)
         # Of the others, a retry that was killed may have left answers that the next one takes.
         forget_parts(job.folder, [s for s, marker in done.items() if not marker.num_retryable])
+        job.forget("failures")
         lease.check()
         markers = [replace(done[shard.sha256], shard=shard.path) for shard in shards]
         answers = AnswersManifest(

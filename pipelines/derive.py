@@ -176,6 +176,7 @@ def derive(
         shards = _finish(job, SHARDS, DerivedShard, spark, progress)
         ledgers = _finish(job, LEDGER, DerivedLedger, spark, None)
         manifest = assemble(job, shards, ledgers)
+        job.forget("failures")
         lease.check()
         uri = publish_manifest(job.dataset_root, manifest)
         pictures = (each.pictures for each in shards if each.pictures is not None)

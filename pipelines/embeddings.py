@@ -147,6 +147,7 @@ def embed_dataset(
                     )
                 done = finished_units(job)
             forget_parts(job.folder, done)
+            job.forget("failures")
             lease.check()
             embeddings = publish_embeddings(job, done)
         return EmbeddingsResult(job.manifest_uri, embeddings, len(missing))

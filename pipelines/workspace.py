@@ -79,7 +79,8 @@ def noted_version(result_uri: str) -> str | None:
 def one_line_errors(workspace: Workspace) -> Iterator[None]:
     """Raise one line, not Spark's trace, for what a task met that a user can change, and for what
     Spark itself lacked. Of a bug, the task's own trace, which names it: what Spark raises asks the
-    JVM for its words, and is mute once that has stopped."""
+    JVM for its words, and is mute once that has stopped. What a task met that went well when it was
+    repeated is forgotten."""
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
@@ -93,3 +94,4 @@ def one_line_errors(workspace: Workspace) -> Iterator[None]:
             trace = str(error).partition("JVM stacktrace:")[0].rstrip()
             raise RuntimeError(f"a task of {workspace.folder} failed\n{trace}") from None
         raise told from None
+    workspace.forget("failures")

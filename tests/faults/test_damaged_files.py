@@ -31,7 +31,7 @@ from pipelines.embed import (
 )
 from pipelines.embeddings import EmbeddingsManifest
 from pipelines.search import latest_embeddings, point_to_latest
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, one_line_errors
 from tests.pipelines.scoring.conftest import SmallDataset, make_dataset
 
 if TYPE_CHECKING:
@@ -264,6 +264,17 @@ class Room(Workspace):
     @property
     def folder(self) -> str:
         return self._folder
+
+
+def test_what_a_task_met_is_forgotten_once_it_was_repeated_and_went_well(tmp_path: Path) -> None:
+    room = Room((tmp_path / "work").as_uri())
+    with one_line_errors(room):
+        with pytest.raises(UserError), room.task("part-00000"):
+            raise UserError("storage is away")
+        assert room.failures() == ["storage is away"]
+        with room.task("part-00000"):
+            pass
+    assert list((tmp_path / "work").rglob("*.json")) == []
 
 
 def test_a_disk_that_is_full_while_a_task_works_is_one_line(tmp_path: Path) -> None:
