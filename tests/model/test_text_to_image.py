@@ -123,9 +123,10 @@ def test_inpainting_with_an_empty_mask_is_the_image(painter: TextToImage) -> Non
 
 def test_each_mask_has_its_own_schedule(painter: TextToImage) -> None:
     images = [picture(seed=1), picture(seed=2)]
-    masks = [box_mask(24, 24, (0, 0, 24, 24)), box_mask(24, 24, (0, 0, 4, 8))]
-    together = painter.inpaint(["a", "b"], images, masks, steps=FAST, seed=3)
-    (alone,) = painter.inpaint(["b"], images[1:], masks[1:], steps=FAST, seed=4)
+    # Half of the second: of a few tokens a wrong schedule would leave the same number masked.
+    masks = [box_mask(24, 24, (0, 0, 24, 24)), box_mask(24, 24, (0, 0, 12, 24))]
+    together = painter.inpaint(["a", "b"], images, masks, steps=8, seed=3)
+    (alone,) = painter.inpaint(["b"], images[1:], masks[1:], steps=8, seed=4)
     assert np.array_equal(pixels(together[1]), pixels(alone))
 
 

@@ -226,6 +226,18 @@ def test_half_weights_stay_near_float32(
     assert float((half.float() - exact).abs().mean()) < 0.05 * float(exact.abs().mean())
 
 
+@pytest.mark.parametrize("index", [0.0, 66.0, 99.0])
+def test_float16_takes_every_published_step(
+    make_transformer: MakeTransformer, index: float
+) -> None:
+    """The published code multiplies by 1000 before it widens: from 66 on that is no float16."""
+    timestep = {"mask_ratio_B": torch.full((2,), index)}
+    exact = forward(make_transformer(), some_inputs() | timestep)
+    half = forward(make_transformer().half(), some_inputs(dtype=torch.float16) | timestep)
+    assert half.isfinite().all()
+    assert float((half.float() - exact).abs().mean()) < 0.05 * float(exact.abs().mean())
+
+
 def test_gradient_checkpointing_changes_no_gradient(make_transformer: MakeTransformer) -> None:
     results = []
     for checkpoints in (False, True):

@@ -13,18 +13,21 @@ from safetensors.torch import load_file
 
 from infra import storage
 from infra.errors import UserError
-from model import LoRA, MaskedImageTransformer
-from training.checkpoint_store import CheckpointStore
+from model import CLIPTextEncoder, LoRA, MaskedImageTransformer, TextToImage
+from training.checkpoint import Checkpoint, TrainingState
+from training.checkpoint_store import CheckpointDamaged, CheckpointStore
 from training.compiled import compile_blocks
 from training.config import AdaptersConfig, InitConfig, StageConfig
 from training.data import TokenShard, in_memory
 from training.gate import gate
 from training.job import Job
 from training.keeper import Keeper
+from training.masked_run import MaskedRun
 from training.masked_stage import MaskedStage, backward, step_inputs
+from training.masking import EMPTY_PROMPT
 from training.session import LocalSession
 from training.waste import read_starts
-from training.worker import train
+from training.worker import build_run, train
 
 # torch.compile looks for gradients of what is no leaf, and hides what torch says of that.
 COMPILES = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -86,7 +89,12 @@ def test_adapters_learn_alone_and_are_handed_over_twice(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"lora": AdaptersConfig(rank=2, dropout=0.3)}, {"crop": "bucket"}]
+    "changes",
+    [
+        {"lora": AdaptersConfig(rank=2, dropout=0.3)},
+        {"crop": "bucket"},
+        {"train_text_encoder": True, "text_encoder_learning_rate": 1e-2, "ema_decay": 0.5},
+    ],
 )
 def test_a_killed_run_comes_to_the_same_weights(
     run: Any,
@@ -95,7 +103,7 @@ def test_a_killed_run_comes_to_the_same_weights(
     changes: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Adapters with dropout, and steps of several shapes in turn."""
+    """Adapters with dropout, steps of several shapes in turn, a text encoder that learns."""
     config = small_config(
         init=_from(base), checkpoint_interval_steps=3, max_microbatch_size=4, **changes
     )
@@ -111,6 +119,48 @@ def test_a_killed_run_comes_to_the_same_weights(
     torch.manual_seed(99)  # wherever torch's own generator stands
     resumed = load_file(run(config, "killed") / "weights.safetensors")
     torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
+
+
+def test_what_is_exported_is_what_was_trained(
+    run: Any, base: Path, small_config: Callable[..., StageConfig], vq_folder: Path
+) -> None:
+    """The averages of both networks, by name; and the frozen encoder as it was."""
+    parent = CLIPTextEncoder.from_pretrained(vq_folder / "text_encoder").state_dict()
+    for trains in (True, False):
+        config = small_config(
+            init=_from(base), train_text_encoder=trains, text_encoder_learning_rate=1e-2,
+            ema_decay=0.5,
+        )  # fmt: skip
+        folder = run(config, f"text-{trains}")
+        averages = {
+            name.removeprefix("ema/"): value
+            for name, value in load_file(folder / "weights.safetensors").items()
+            if name.startswith("ema/")
+        }
+        painter = TextToImage.from_pretrained(folder / "export")
+        assert painter.defaults.negative_prompt == EMPTY_PROMPT  # as training drops prompts
+        exported = {
+            f"{part}.{name}": value
+            for part in ("transformer", "text_encoder")
+            for name, value in getattr(painter, part).state_dict().items()
+        }
+        assert all(torch.equal(exported[name], value) for name, value in averages.items())
+        moved = [n for n, v in parent.items() if not torch.equal(v, exported[f"text_encoder.{n}"])]
+        assert len(moved) > 0.9 * len(parent) if trains else moved == []
+
+
+def test_a_checkpoint_without_a_trained_parameter_is_damaged(
+    base: Path, small_config: Callable[..., StageConfig], raw_job: RawJob
+) -> None:
+    config = small_config(train_text_encoder=True, init=_from(base))
+    made = build_run(Job.parse({**raw_job(config), "cpus": 1}), LocalSession())
+    assert isinstance(made, MaskedRun)
+    state = TrainingState(step=0, config_sha256="k" * 64)
+    weights = {name: value.clone() for name, value in made.weights().items()}
+    name = next(name for name in weights if name.startswith("text_encoder."))
+    del weights[name]
+    with pytest.raises(CheckpointDamaged, match=f"differs in 1 weights: {name}"):
+        made.restore(Checkpoint(weights, {}, state))
 
 
 def test_full_fine_tuning_changes_everything(

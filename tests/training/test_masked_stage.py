@@ -82,10 +82,26 @@ def test_workers_and_microbatches_change_neither_loss_nor_gradients(
         return sum(losses) / world_size, [g / world_size for g in _gradients(stage)]
 
     loss, gradients = loss_and_gradients(1, None)
-    for world_size, microbatch in ((2, None), (3, None), (1, 1), (4, 1)):
+    for world_size, microbatch in ((2, None), (3, None), (1, 1), (1, 4), (4, 1)):
         other_loss, others = loss_and_gradients(world_size, microbatch)
         assert other_loss == pytest.approx(loss, rel=1e-5)
         torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_blocks_are_recomputed_when_asked(
+    new_stage: NewStage, small_config: SmallConfig, token_shard: NewShard, recomputes: bool
+) -> None:
+    config = small_config(gradient_checkpointing=recomputes)
+    stage = new_stage(config)
+    calls = []
+    blocks = [
+        *stage.transformer.transformer_blocks, *stage.transformer.single_transformer_blocks
+    ]  # fmt: skip
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    backward(stage, _inputs(_dataset(config, token_shard).batch_at(0), stage))
+    assert len(calls) == len(blocks) * (2 if recomputes else 1)
 
 
 def _generator() -> torch.Generator:

@@ -212,6 +212,27 @@ def test_random_crops_reach_every_place() -> None:
     assert lefts == [0, 2, 4]
 
 
+def test_tokens_do_not_depend_on_the_passes_they_are_made_in(
+    curated: Curated, vq_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = curated([[(32, 32)] * 7, [(24, 40)] * 5])
+
+    def made() -> dict[str, object]:
+        uri = ensure_token_cache(dataset, str(vq_folder), 16)
+        folder = uri.rsplit("/", 2)[0]
+        found: dict[str, object] = {}
+        for entry in load_cache_manifest(uri).shards:
+            shard = load_tokens(folder, entry)
+            found |= dict(zip(shard.sample_ids, shard.tokens_NHW.tolist(), strict=True))
+        storage.delete_prefix(folder)
+        return found
+
+    expected = made()
+    assert len(expected) == 12
+    monkeypatch.setattr(token_cache, "ENCODED_PIXELS", 3 * 16 * 16)
+    assert made() == expected
+
+
 # --- aspect buckets ------------------------------------------------------------------------------
 
 
