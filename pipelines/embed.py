@@ -380,7 +380,7 @@ def read_rows(dataset_root: str, unit: EmbeddedShard) -> pa.Table:
     Raises ``UserError`` when its rows do not belong to the unit's arrays, or not in their order.
     """
     data = storage.read_bytes(storage.join(dataset_root, unit.rows.path), unit.rows.sha256)
-    table = pq.read_table(pa.BufferReader(data))
+    table = pq.ParquetFile(pa.BufferReader(data)).read()
     told = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     expected = _companions(unit.images, unit.texts)
     rows = table["row"].drop_null().to_pylist()

@@ -109,7 +109,7 @@ class PairModel:
     @classmethod
     def read(cls, data: bytes) -> PairModel:
         """What ``write`` wrote."""
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
         other = json.loads(table.schema.metadata[b"atelier.pairs"])
         frame = pl.DataFrame(pl.from_arrow(table))
         mean = np.asarray(other["mean"], np.float32)

@@ -180,11 +180,11 @@ def decode_squares(samples: list[tuple[dict[str, Any], bytes]], order: ImageOrde
     for each, data in samples:
         sample_id = str(each["sample_id"])
         try:
-            image = decode_image(data)
+            pixels = decode_image(data)
         except (OSError, ValueError):
             left_out.append(sample_id)
             continue
-        square = square_crop(image, order.resolution_px, order.crop, crop_draws(sample_id))
+        square = square_crop(pixels, order.resolution_px, order.crop, crop_draws(sample_id))
         if square is None:
             left_out.append(sample_id)
             continue

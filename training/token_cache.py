@@ -282,17 +282,17 @@ def _prepare(
     if not captions:
         return NO_CAPTION, None, None
     try:
-        image = decode_image(data)
+        pixels = decode_image(data)
     except (OSError, ValueError):
         return UNREADABLE, None, None
     if policy == "bucket":
-        crop = fill(image, *size_px)
+        crop = fill(pixels, *size_px)
     else:
-        crop = square_crop(image, size_px[0], policy, crop_draws(sample_id))
+        crop = square_crop(pixels, size_px[0], policy, crop_draws(sample_id))
     if crop is None:
         return TOO_SMALL, None, None
-    width_px = int(known.get("original_width_px") or image.width)
-    height_px = int(known.get("original_height_px") or image.height)
+    width_px = int(known.get("original_width_px") or pixels.shape[1])
+    height_px = int(known.get("original_height_px") or pixels.shape[0])
     # Curation may have cut a part from the original; its offsets shrink with the image.
     scale = max(size_px[0] / width_px, size_px[1] / height_px)
     cut_top_px, cut_left_px = known.get("crop_top_px") or 0, known.get("crop_left_px") or 0

@@ -7,13 +7,14 @@ its scores and all its captions. The grid's height and width stand in the file's
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from infra import storage
 from infra.errors import UserError
@@ -133,17 +134,23 @@ def write_tokens(samples: list[CachedSample], tokens_NHW: NDArray[np.uint16]) ->
 
 
 def read_tokens(data: bytes) -> TokenShard:
-    """A shard from its Parquet file."""
-    table = pq.read_table(pa.BufferReader(data)).combine_chunks()
+    """A shard from its Parquet file.
+
+    Arrow's ``to_numpy`` and ``read_table`` import pandas first, which takes longer than a hundred
+    shards; neither is used.
+    """
+    table = pq.ParquetFile(pa.BufferReader(data)).read().combine_chunks()
     grid = table.schema.metadata
     height, width = int(grid[b"grid_height"]), int(grid[b"grid_width"])
-    sizes = [table[name].to_numpy().astype(np.float32) for name in _SIZES_AND_CROPS]
+    sizes = [_values(table[name], np.int32).astype(np.float32) for name in _SIZES_AND_CROPS]
     preference, aesthetic = (
-        table[name].to_numpy(zero_copy_only=False).astype(np.float32) for name in _SCORES
+        np.array([math.nan if score is None else score for score in column], np.float32)
+        for column in (table[name].to_pylist() for name in _SCORES)
     )
+    tokens = _values(table["tokens"], np.dtype("<u2"), height * width)
     return TokenShard(
         sample_ids=table["sample_id"].to_pylist(),
-        tokens_NHW=_fixed_rows(table["tokens"], 2 * height * width).reshape(-1, height, width),
+        tokens_NHW=tokens.reshape(-1, height, width),
         sizes_and_crops_N4=np.stack(sizes, axis=1),
         preference_score_N=preference,
         aesthetic_score_N=aesthetic,
@@ -151,13 +158,13 @@ def read_tokens(data: bytes) -> TokenShard:
     )
 
 
-def _fixed_rows(column: pa.ChunkedArray, width: int) -> NDArray[np.uint16]:
-    """The values of a binary column of ``width`` bytes each, as they lie in memory."""
+def _values(column: pa.ChunkedArray, kind: DTypeLike, per_row: int = 1) -> NDArray[Any]:
+    """The ``per_row`` values of each row, none of them null, as they lie in memory."""
     if column.num_chunks == 0:
-        return np.empty(0, np.uint16)
+        return np.empty(0, kind)
     array = column.chunk(0)
-    start, size = array.offset * width, len(array) * width
-    return np.frombuffer(array.buffers()[1], np.uint8)[start : start + size].view("<u2")
+    start, size = array.offset * per_row, len(array) * per_row
+    return np.frombuffer(array.buffers()[1], kind)[start : start + size]
 
 
 def _captions(column: pa.ChunkedArray) -> list[Captions]:
@@ -167,7 +174,8 @@ def _captions(column: pa.ChunkedArray) -> list[Captions]:
     array = column.chunk(0)
     flat = array.flatten()
     pairs = list(zip(*(flat.field(n).to_pylist() for n in ("origin", "text")), strict=True))
-    ends = np.cumsum(array.value_lengths().to_numpy()).tolist()
+    offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset :][: len(array) + 1]
+    ends = (offsets[1:] - offsets[0]).tolist()
     return [tuple(pairs[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
 

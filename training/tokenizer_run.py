@@ -21,7 +21,7 @@ from training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from training.checkpoint_store import CheckpointDamaged
 from training.config import TextEncoderConfig, TokenizerConfig
 from training.fit import Measured
-from training.images import decode_image, shrink, square_crop
+from training.images import Pixels, decode_image, shrink, square_crop
 from training.initial import part_folder
 from training.job import Job
 from training.networks import new_text_encoder
@@ -29,7 +29,6 @@ from training.randomness import permutation
 from training.shards import read_samples
 from training.tokenizer_stage import (
     KMEANS_BATCHES,
-    StoredImage,
     reconstruction_error,
     start_codebook,
     start_tokenizer,
@@ -49,7 +48,7 @@ HELD_OUT_SHARE = 0.1
 class CuratedSamples:
     """Images (no larger than needed) and all their captions."""
 
-    images: list[StoredImage]
+    images: list[Pixels]
     captions: list[str]
 
 
@@ -237,7 +236,7 @@ class TokenizerRun:
         """The mean over resolutions of the error on whole held-out images."""
         errors = []
         for side_px in self.config.training.resolutions_px:
-            squares = [square_crop(_as_image(i), side_px, "center") for i in self._held_out]
+            squares = [square_crop(i, side_px, "center") for i in self._held_out]
             pixels = [square.pixels_HW3 for square in squares if square is not None]
             if pixels:
                 stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255.0
@@ -251,17 +250,17 @@ def read_curated(
     """The first ``max_images`` samples in a seeded order of shards; shards are verified."""
     training = config.training
     longest_px = int(max(training.resolutions_px) * training.max_zoom)
-    images: list[StoredImage] = []
+    images: list[Pixels] = []
     captions: list[str] = []
     for known, data in _samples(manifest_uri, manifest_sha256, config.seed):
         captions.extend(str(c["text"]) for c in known.get("captions") or () if c["text"])
         if known.get("caption"):
             captions.append(str(known["caption"]))
         try:
-            image = decode_image(data)
+            pixels = decode_image(data)
         except (OSError, ValueError):
             continue  # counted where tokens are made
-        images.append(np.asarray(shrink(image, min(longest_px, *image.size))))
+        images.append(shrink(pixels, min(longest_px, *pixels.shape[:2])))
         if len(images) == training.max_images:
             break
     return CuratedSamples(images, captions)
@@ -278,9 +277,3 @@ def _samples(
             path = Path(scratch) / "shard.tar"
             storage.download(storage.join(root, shard.path), path, sha256=shard.sha256)
             yield from read_samples(path)
-
-
-def _as_image(pixels: StoredImage) -> Any:
-    from PIL import Image
-
-    return Image.fromarray(pixels)

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from model import CLIPTokenizer, VQTokenizer
 from training.config import OptimizerConfig, TokenizerConfig, TokenizerTrainingConfig
-from training.images import shrink
+from training.images import Pixels, shrink
 from training.masked_stage import TrainingDiverged
 from training.networks import new_vq
 from training.optim import (
@@ -39,8 +38,6 @@ KMEANS_ROUNDS = 10
 KMEANS_DRAWS = 8  # in which the first codes are drawn
 REVIVE_INTERVAL_STEPS = 5
 REVIVE_UNTIL = 0.8  # share of all steps after which codes are left where they are
-
-StoredImage = NDArray[np.uint8]  # (height, width, 3)
 
 
 @dataclass
@@ -83,7 +80,7 @@ def start_tokenizer(config: TokenizerConfig) -> TokenizerStage:
     return TokenizerStage(config, vq, optimizer, torch.ones(len(weight)), weight.detach().clone())
 
 
-def tokenizer_batch(images: Sequence[StoredImage], config: TokenizerConfig, step: int) -> Tensor:
+def tokenizer_batch(images: Sequence[Pixels], config: TokenizerConfig, step: int) -> Tensor:
     """images_B3HW of a step: random square crops at one of the resolutions, from random images.
 
     An image is shrunk so that its short side is 1 to ``max_zoom`` times the crop, never enlarged;
@@ -103,11 +100,11 @@ def tokenizer_batch(images: Sequence[StoredImage], config: TokenizerConfig, step
 
 
 def _random_crop(
-    image: StoredImage, side_px: int, draws: NDArray[np.float64], max_zoom: float
-) -> StoredImage:
+    image: Pixels, side_px: int, draws: NDArray[np.float64], max_zoom: float
+) -> Pixels:
     longest_px = min(min(image.shape[:2]), int(side_px * max_zoom))
     short_px = side_px + int(draws[1] * (longest_px - side_px + 1))
-    shrunk = np.asarray(shrink(Image.fromarray(image), short_px))
+    shrunk = shrink(image, short_px)
     top = int(draws[2] * (shrunk.shape[0] - side_px + 1))
     left = int(draws[3] * (shrunk.shape[1] - side_px + 1))
     return shrunk[top : top + side_px, left : left + side_px]

@@ -207,10 +207,12 @@ def streaming(job: dict[str, Any], what: str) -> dict[str, float]:
 
     local = tempfile.mkdtemp(prefix="mds-", dir=job["scratch"])
     options = {"remote": job[f"mds_{what}"], "local": local, "shuffle": True, "batch_size": BATCH}
-    dataset = Samples(**options)
+    opened: list[Any] = []  # one for all epochs, opened in the first as everybody's is
 
     def make() -> Any:
-        return StreamingDataLoader(dataset, batch_size=BATCH, num_workers=WORKERS)
+        if not opened:
+            opened.append(Samples(**options))
+        return StreamingDataLoader(opened[0], batch_size=BATCH, num_workers=WORKERS)
 
     rates = measured(make, job["num_samples"])
     half = make()

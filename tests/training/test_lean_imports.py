@@ -53,3 +53,25 @@ def test_lightning_works_without_what_training_never_uses() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "lean"
+
+
+TOKENS = """
+import sys
+import numpy as np
+from training.token_format import CachedSample, read_tokens, write_tokens
+sample = CachedSample("a", 9, 8, 1, 2, None, 5.5, (("alt", "a fox"), ("synthetic", "a red fox")))
+data = write_tokens([sample, sample], np.arange(24, dtype=np.uint16).reshape(2, 3, 4))
+shard = read_tokens(data)
+assert shard.tokens_NHW.tolist() == np.arange(24).reshape(2, 3, 4).tolist()
+assert shard.sizes_and_crops_N4.tolist() == [[9, 8, 1, 2]] * 2
+assert np.isnan(shard.preference_score_N).all() and (shard.aesthetic_score_N == 5.5).all()
+assert shard.captions == [sample.captions] * 2
+print([name for name in ("pandas", "scipy", "transformers") if name in sys.modules])
+"""
+
+
+def test_reading_tokens_imports_no_pandas() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TOKENS], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from training.config import TokenizerConfig, TokenizerTrainingConfig
+from training.images import Pixels
 from training.tokenizer_stage import (
-    StoredImage,
     code_statistics,
     context_share,
     kmeans,
@@ -25,7 +25,7 @@ from training.tokenizer_stage import (
 )
 
 
-def _painted(num_images: int, size_px: int = 48) -> list[StoredImage]:
+def _painted(num_images: int, size_px: int = 48) -> list[Pixels]:
     """Squares and discs of plain colours."""
     rng = np.random.default_rng(0)
     images = []
