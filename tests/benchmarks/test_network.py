@@ -25,10 +25,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.drawing import draw_tokens
 from model.sampler import (
     Condition,
     SamplingOptions,
-    draw_tokens,
     num_left_masked,
     remask,
     unmask,

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model.drawing import draw_tokens
 from model.errors import ModelError
 from model.order import ENTROPY, MARGIN, ORDERS, certainty, halton_ranks
-from model.sampler import Condition, SamplingOptions, draw_tokens, unmask, unmask_steps
+from model.sampler import Condition, SamplingOptions, unmask, unmask_steps
 from model.text import TextFeatures
 from model.transformer import MaskedImageTransformer
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model.drawing import draw_tokens
 from model.errors import ModelError
 from model.sampler import (
     Condition,
     SamplingOptions,
-    draw_tokens,
     first_step_of,
     num_left_masked,
     remask,

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.checkpoint import parse_config
+from model.drawing import draw_tokens
 from model.positions import rotary_tables
-from model.sampler import draw_tokens, num_left_masked, remask
+from model.sampler import num_left_masked, remask
 from model.schedule import mask_schedule
 from model.text import CLIPTextEncoder
 from model.transformer import MaskedImageTransformer, TransformerConfig
