@@ -42,6 +42,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray._raylet
+    from ray._common.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
     raylet: Any = ray._raylet
@@ -50,16 +51,21 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     tokens: Any = raylet.AuthenticationTokenLoader.instance()
     tokens.reset_cache()
     folder = tempfile.mkdtemp(prefix="ray-")  # short enough for sockets
+    # Whatever folder a head has, its address is noted in the usual one.
+    noted = Path(get_ray_address_file(None))
+    noted.parent.mkdir(parents=True, exist_ok=True)
     head = {"num_cpus": 0, "temp_dir": folder, "include_dashboard": False}
-    cluster: Any = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        cluster.add_node(num_cpus=1)
     settings = {"PYTHONPATH": str(ROOT), "RAY_TRAIN_METRICS_ENABLED": "0"}
+    cluster: Any = Cluster()
     try:
+        cluster.add_node(**head)
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
         with ray_session(ClusterConfig(ray_address=cluster.address), settings):
             yield cluster
     finally:
         cluster.shutdown()
+        noted.unlink(missing_ok=True)
         tokens.reset_cache()
         shutil.rmtree(folder, ignore_errors=True)
 
