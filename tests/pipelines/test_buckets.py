@@ -17,11 +17,15 @@ from pydantic import ValidationError
 from infra import storage
 from infra.manifest import SHARD_SIZES, ShardEntry, load_manifest
 from infra.sessions import ClusterConfig, spark_session, stop_spark
+from model import VQConfig, VQTokenizer
 from pipelines.buckets import bucket_of, buckets_of, moved, shortest_side_px
 from pipelines.config import ResizeConfig
 from pipelines.curate import curate
 from pipelines.guard import Rejected
 from pipelines.images import Bounds, StoredImage, store_images
+from training.config import StageConfig
+from training.token_cache import ensure_token_cache, open_tokens
+from training.token_format import load_cache_manifest
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -133,7 +137,7 @@ def spark() -> Iterator[Callable[[], SparkSession]]:
 
 
 @pytest.mark.slow
-def test_every_shard_has_one_shape_and_the_manifest_says_which(
+def test_every_shard_has_one_shape_which_the_manifest_says_and_training_takes(
     trap_world: Any, http_response: Any, make_picture: Any, encode: Any, tmp_path: Path,
     spark: Callable[[], SparkSession],
 ) -> None:  # fmt: skip
@@ -158,3 +162,16 @@ def test_every_shard_has_one_shape_and_the_manifest_says_which(
                 elif member.name.endswith(".json"):
                     known = json.loads(file.read())
                     assert [known["width_px"], known["height_px"]] == sizes[shard.path]
+    vq = VQTokenizer(VQConfig.small((8, 8, 8), 16, 4))
+    vq.save_pretrained(tmp_path / "tokenizer" / "vqvae")
+    uri = ensure_token_cache(result.manifest_uri, str(tmp_path / "tokenizer"), 128, "bucket")
+    cache = load_cache_manifest(uri)
+    assert cache.num_samples == manifest.counts["committed"]
+    in_order = [sizes[shard.path] for shard in manifest.shards]
+    assert [[4 * entry.grid_width, 4 * entry.grid_height] for entry in cache.shards] == in_order
+    config = StageConfig(
+        dataset="x", resolution_px=128, crop="bucket", steps=9, global_batch_size=4
+    )
+    dataset = open_tokens(uri, config)
+    shapes = {tuple(dataset.batch_at(number).tokens_BHW.shape[1:]) for number in range(20)}
+    assert shapes == {(height // 4, width // 4) for width, height in in_order}
