@@ -10,6 +10,7 @@ in the store.
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import threading
 import time
@@ -17,11 +18,13 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from infra.errors import UserError
+
 INTERVAL_SECONDS = 60.0
 NUM_KEPT = 3
 FOLDER = "backups"
 MARK_TABLE = "alembic_version"  # an empty file is a sound database, without MLflow's tables
-_BESIDE = ("", "-journal", "-wal", "-shm")
+_SUFFIXES = ("", "-journal", "-wal", "-shm")
 
 
 class Backups:
@@ -62,9 +65,9 @@ def back_up(database: Path) -> Path:
     """
     folder = database.with_name(FOLDER)
     folder.mkdir(mode=0o700, exist_ok=True)
-    unfinished = folder / f".unfinished-{os.getpid()}"
+    unfinished = folder / ".unfinished"
     try:
-        unfinished.unlink(missing_ok=True)
+        _remove(unfinished)  # what a killed server left, with its journal
         with closing(_open(database, "ro")) as source, closing(sqlite3.connect(unfinished)) as copy:
             source.backup(copy)
         problem = problem_of(unfinished)
@@ -72,13 +75,26 @@ def back_up(database: Path) -> Path:
             raise sqlite3.DatabaseError(problem)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
-        path = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**9:09d}.db"
+        seconds, rest = divmod(time.time_ns(), 10**9)
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
+        path = folder / f"{stamp}-{rest:09d}.db"
         os.replace(unfinished, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
     for old in copies_of(database)[NUM_KEPT:]:
         old.unlink(missing_ok=True)
     return path
+
+
+def _parts(database: Path) -> list[Path]:
+    """The files of a database that are there: itself, and what sqlite keeps beside it."""
+    files = (database.with_name(database.name + suffix) for suffix in _SUFFIXES)
+    return [file for file in files if file.exists()]
+
+
+def _remove(database: Path) -> None:
+    for file in _parts(database):
+        file.unlink(missing_ok=True)
 
 
 def copies_of(database: Path) -> list[Path]:
@@ -107,7 +123,7 @@ def mend(database: Path, say: Callable[[str], None]) -> None:
 
     ``say`` is told what was done. Without a copy the damaged one is set aside all the same: a
     server on it would not start, and an empty one is filled by the runs whose checkpoints are in
-    the store.
+    the store. Raises ``UserError`` where there is no room.
     """
     copies = copies_of(database)
     if not database.exists():
@@ -118,17 +134,22 @@ def mend(database: Path, say: Callable[[str], None]) -> None:
         problem = problem_of(database)
         if problem is None:
             return
-        stamp = time.strftime("%Y%m%dT%H%M%S")
-        aside = database.with_name(f"{database.name}.damaged-{stamp}")
-        for suffix in _BESIDE:
-            part = database.with_name(database.name + suffix)
-            if part.exists():
-                os.replace(part, aside.with_name(aside.name + suffix))
-        what = f"is damaged ({problem}) and lies in {aside.name} now"
+        what = f"is damaged ({problem}) and lies beside it now"
+    stamp = time.strftime("%Y%m%dT%H%M%S")
+    for part in _parts(database):  # a journal without its database, too: it fits no other
+        rest = part.name.removeprefix(database.name)
+        os.replace(part, part.with_name(f"{database.name}.damaged-{stamp}{rest}"))
     for copy in copies:
         if problem_of(copy) is None:
             unfinished = database.with_name(f"{database.name}.unfinished")
-            unfinished.write_bytes(copy.read_bytes())
+            try:
+                shutil.copyfile(copy, unfinished)
+            except OSError as error:
+                unfinished.unlink(missing_ok=True)
+                raise UserError(
+                    f"mlflow's database {what}, and its copy {copy} cannot be put back: {error}; "
+                    "mend that, and run the same command again"
+                ) from error
             os.replace(unfinished, database)
             say(f"mlflow's database {what}; that of {_when(copy)} is back")
             return

@@ -272,8 +272,8 @@ def test_what_a_task_met_is_forgotten_once_it_was_repeated_and_went_well(tmp_pat
         with pytest.raises(UserError), room.task("part-00000"):
             raise UserError("storage is away")
         assert room.failures() == ["storage is away"]
-        with room.task("part-00000"):
-            pass
+        with room.task("part-00000") as folder:
+            assert folder.is_dir()
     assert list((tmp_path / "work").rglob("*.json")) == []
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.errors import UserError
 from infra.local.backups import MARK_TABLE, NUM_KEPT, Backups, back_up, copies_of, mend, problem_of
 
 
@@ -63,6 +64,35 @@ def test_a_lost_database_comes_back(database: Path) -> None:
     (line,) = _mended(database)
     assert "is gone; that of" in line
     assert line.endswith("is back")
+    assert _names(database) == expected
+
+
+def test_a_journal_without_its_database_is_not_played_into_the_copy(database: Path) -> None:
+    back_up(database)
+    expected = _names(database)
+    _leave_half_written(database)
+    journal = database.with_name("mlflow.db-journal")
+    stale = journal.read_bytes()
+    database.unlink()
+    (database.with_name("backups") / ".unfinished-journal").write_bytes(stale)
+    _mended(database)
+    assert not journal.exists()
+    assert _names(database) == expected
+    back_up(database)
+    assert [_names(copy) for copy in copies_of(database)] == [expected] * 2
+    assert not list(database.with_name("backups").glob(".unfinished*"))
+
+
+def test_no_room_for_the_copy_is_one_line(database: Path) -> None:
+    back_up(database)
+    expected = _names(database)
+    database.unlink()
+    full = database.with_name("mlflow.db.unfinished")
+    full.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"is gone, and its copy .* cannot be put back") as caught:
+        _mended(database)
+    assert "\n" not in str(caught.value)
+    _mended(database)  # the same command again, once there is room
     assert _names(database) == expected
 
 
@@ -141,7 +171,8 @@ def test_a_damaged_database_is_not_copied(database: Path) -> None:
     ]
 
 
-def test_what_a_killed_writer_left_is_finished_and_no_damage(database: Path) -> None:
+def _leave_half_written(database: Path) -> None:
+    """A writer that is killed in the middle of what it writes."""
     code = f"""
 import os, sqlite3
 connection = sqlite3.connect({str(database)!r}, isolation_level=None)
@@ -152,6 +183,10 @@ connection.executemany("INSERT INTO runs VALUES (?, ?)", rows)
 os.kill(os.getpid(), 9)
 """
     subprocess.run([sys.executable, "-c", code], check=False)
+
+
+def test_what_a_killed_writer_left_is_finished_and_no_damage(database: Path) -> None:
+    _leave_half_written(database)
     assert database.with_name("mlflow.db-journal").stat().st_size > 0
     assert problem_of(database) is None
     assert _mended(database) == []
