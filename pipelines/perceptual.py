@@ -30,6 +30,7 @@ _LUMA, _CHROMA = 16, 8
 _LUMA_USED, _CHROMA_USED = 12, 6
 _NUM_QUANTISED = _LUMA**2 + 2 * _CHROMA**2
 _SCALE = struct.Struct("<f")
+_WHOLE = 1 << 14
 SIGNATURE_BYTES = _SCALE.size + _NUM_QUANTISED
 # Deviation, in levels of 255, below which there is nothing to compare.
 _MIN_LUMA_LEVELS = 2.0
@@ -44,29 +45,50 @@ def signature(pixels: Pixels) -> bytes:
     import cv2
 
     small = cv2.resize(pixels, (_SAMPLE_PX, _SAMPLE_PX), interpolation=cv2.INTER_AREA)
-    planes = cv2.cvtColor(small, cv2.COLOR_RGB2YCrCb).astype(np.float32)
-    parts = []
-    for number, size in enumerate((_LUMA, _CHROMA, _CHROMA)):
-        basis = _cosines(size, (np.arange(_SAMPLE_PX) + 0.5) / _SAMPLE_PX) / _SAMPLE_PX
-        parts.append(basis @ planes[..., number] @ basis.T * _weights(size))
-    terms = np.concatenate([part.ravel() for part in parts])
+    planes = cv2.cvtColor(small, cv2.COLOR_RGB2YCrCb).astype(np.float64)
+    sums = [
+        (basis @ planes[..., number] @ basis.T * np.sqrt(_squares(len(basis)))).ravel()
+        for number, basis in enumerate(map(_whole_cosines, (_LUMA, _CHROMA, _CHROMA)))
+    ]
+    terms = np.concatenate(sums) / (_WHOLE * _SAMPLE_PX) ** 2
     scale = float(np.abs(terms).max()) / 127 or 1.0
     return _SCALE.pack(scale) + (terms / scale).round().astype(np.int8).tobytes()
 
 
+@functools.cache
+def _whole_cosines(num_terms: int) -> NDArray[np.float64]:
+    """(num_terms, 64): the DCT's functions in whole numbers of 1 / ``_WHOLE``.
+
+    Products of bytes with them are sums of whole numbers below 2**53, which float64 holds: they
+    come out the same in whatever order a processor's matrix kernel adds them up, and so
+    signatures, and with them what is kept, are the same on every machine of a cluster.
+    """
+    positions = (np.arange(_SAMPLE_PX) + 0.5) / _SAMPLE_PX
+    wholes: NDArray[np.float64] = (_waves(num_terms, positions) * _WHOLE).round()
+    return wholes
+
+
 def _cosines(num_terms: int, positions: NDArray[np.float64]) -> Floats:
     """(num_terms, positions): the DCT's orthonormal functions on [0, 1]."""
-    waves = np.cos(np.pi * np.arange(num_terms)[:, None] * positions) * np.sqrt(2)
+    return _waves(num_terms, positions).astype(np.float32)
+
+
+def _waves(num_terms: int, positions: NDArray[np.float64]) -> NDArray[np.float64]:
+    waves: NDArray[np.float64] = np.cos(np.pi * np.arange(num_terms)[:, None] * positions)
+    waves *= np.sqrt(2)
     waves[0] = 1
-    as_float: Floats = waves.astype(np.float32)
-    return as_float
+    return waves
 
 
 def _weights(size: int) -> Floats:
     """Natural pictures fall off as one over the frequency; the mean (0) is left out."""
+    return np.sqrt(_squares(size)).astype(np.float32)
+
+
+def _squares(size: int) -> NDArray[np.int64]:
     steps = np.arange(size)
-    weights: Floats = np.hypot(steps[:, None], steps).astype(np.float32)
-    return weights
+    squares: NDArray[np.int64] = steps[:, None] ** 2 + steps**2
+    return squares
 
 
 @dataclass(frozen=True)
