@@ -65,10 +65,16 @@ class MaskedStage:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """A worker's part of a step, ready for the networks."""
+    """A worker's part of a step, ready for the networks.
+
+    ``masked_N`` says where the masked tokens lie in ``mask_BHW.flatten()``, and ``row_starts``
+    (B + 1) which of them are whose: a GPU would have to be waited for to count them.
+    """
 
     tokens_BHW: Tensor
     mask_BHW: Tensor
+    masked_N: Tensor
+    row_starts: list[int]
     mask_ratio_B: Tensor
     input_ids_BT: Tensor
     micro_conditions_B5: Tensor
@@ -83,6 +89,7 @@ class StepInputs:
             self,
             tokens_BHW=self.tokens_BHW.to(device),
             mask_BHW=self.mask_BHW.to(device),
+            masked_N=self.masked_N.to(device),
             mask_ratio_B=self.mask_ratio_B.to(device),
             input_ids_BT=self.input_ids_BT.to(device),
             micro_conditions_B5=self.micro_conditions_B5.to(device),
@@ -151,9 +158,12 @@ def step_inputs(
     mask_BHW, ratio_B = draw_masks(size, height, width, config.seed, number)
     dropped_B = draw_dropped(size, config.prompt_dropout_prob, config.seed, number)
     prompts = drop_prompts(batch.captions, dropped_B[rows])
+    ours_BHW = mask_BHW[rows]
     return StepInputs(
         tokens_BHW=batch.tokens_BHW,
-        mask_BHW=mask_BHW[rows],
+        mask_BHW=ours_BHW,
+        masked_N=ours_BHW.flatten().nonzero()[:, 0],
+        row_starts=[0, *ours_BHW.sum(dim=(1, 2)).cumsum(0).tolist()],
         mask_ratio_B=ratio_B[rows],
         input_ids_BT=tokenizer(prompts, config.text_tokens),
         micro_conditions_B5=batch.micro_conditions_B5,
@@ -168,9 +178,11 @@ def loss_of_rows(stage: MaskedStage, inputs: StepInputs, rows: slice) -> Tensor:
     """Mean loss over the masked tokens of these rows of ``inputs`` (0-d float32)."""
     config = stage.config
     device = inputs.tokens_BHW.device
+    first, last, _ = rows.indices(len(inputs.tokens_BHW))
+    ours = slice(inputs.row_starts[first], inputs.row_starts[last])
     if config.lora is not None and config.lora.dropout:  # torch draws it, wherever it stands
-        first = int(inputs.visit.indices[rows.start or 0])
-        torch.manual_seed(derive(config.seed, "adapters' dropout", inputs.number, first))
+        sample = int(inputs.visit.indices[first])
+        torch.manual_seed(derive(config.seed, "adapters' dropout", inputs.number, sample))
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         with torch.set_grad_enabled(config.train_text_encoder and torch.is_grad_enabled()):
             text = stage.text_encoder(inputs.input_ids_BT[rows])
@@ -182,6 +194,7 @@ def loss_of_rows(stage: MaskedStage, inputs: StepInputs, rows: slice) -> Tensor:
             text.pooled_BP,
             inputs.micro_conditions_B5[rows],
             inputs.mask_ratio_B[rows],
+            inputs.masked_N[ours] - first * inputs.mask_BHW[0].numel(),
         )
 
 
@@ -207,8 +220,9 @@ def backward(
     starts = range(0, num_rows, size)
     total = torch.zeros((), device=inputs.tokens_BHW.device)
     for start in starts:
-        rows = slice(start, start + size)
-        weight = inputs.mask_BHW[rows].sum() * world_size / inputs.num_masked_globally
+        rows = slice(start, min(start + size, num_rows))
+        num_masked = inputs.row_starts[rows.stop] - inputs.row_starts[start]
+        weight = num_masked * world_size / inputs.num_masked_globally
         with nullcontext() if start == starts[-1] else without_sync():
             loss = loss_of_rows(stage, inputs, rows) * weight
             run_backward(loss)

@@ -126,10 +126,12 @@ def test_training_step(side_px: int, batch: int, checkpoints: bool) -> None:
     side, generator = side_px // 16, torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 8192, (batch, side, side), generator=generator).cuda()
     mask, ratio = (part.cuda() for part in sample_mask(batch, side, side, generator=generator))
+    places = mask.flatten().nonzero()[:, 0]
+    inputs = (tokens, mask, states, pooled, micro, ratio, places)
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = masked_token_loss(transformer, tokens, mask, states, pooled, micro, ratio)
+            loss = masked_token_loss(transformer, *inputs)
         torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()

@@ -220,6 +220,20 @@ def test_without_guidance_no_null_half_is_run(transformer: MaskedImageTransforme
     assert [len(tokens) for tokens, _ in network.calls] == [4, 4, 4]
 
 
+def test_the_head_runs_on_masked_tokens_alone(transformer: MaskedImageTransformer) -> None:
+    rows, left = [], [48]
+    hook = transformer.mlm_layer.register_forward_pre_hook(
+        lambda _, args: rows.append(len(args[0]))
+    )
+    unmask(
+        transformer, blank(2), condition(2), [0, 1], SamplingOptions(4, 2.0),
+        lambda _step, _steps, tokens_BHW: left.append(int((tokens_BHW == MASK).sum())),
+    )  # fmt: skip
+    hook.remove()
+    assert rows == [masked for masked in left[:-1] for _ in range(2)]
+    assert left[-1] == 0
+
+
 def test_guidance_without_null_text_is_refused(transformer: MaskedImageTransformer) -> None:
     with pytest.raises(ModelError, match="guidance needs a null text"):
         unmask(transformer, blank(1), condition(1, null=False), [0], SamplingOptions(2, 3.0))

@@ -51,6 +51,15 @@ def test_other_sizes_are_refused(painter: TextToImage, size: tuple[int, int]) ->
         painter.generate(["a"], *size, steps=FAST)
 
 
+def test_the_null_text_is_encoded_once(painter: TextToImage) -> None:
+    rows: list[int] = []
+    hook = painter.text_encoder.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    painter.generate(["a", "b", "c", "d", "e"], steps=FAST, guidance_scale=3.0, batch_size=2)
+    hook.remove()
+    assert sorted(rows) == [1, 1, 2, 2]  # the last prompt is alone, as is the null text
+    assert rows.index(1) < 2
+
+
 @pytest.mark.parametrize(
     "prompt",
     ["", " ", "red " * 2500, "\U0001f98a\U0001f525", "مرحبا", "\ud83d", "<|endoftext|>", "\x00"],

@@ -142,6 +142,17 @@ def test_loss_is_cross_entropy_of_masked_tokens_alone(make_transformer: MakeTran
     assert torch.allclose(masked_token_loss(transformer, **inputs), expected, atol=1e-5)
 
 
+def test_the_head_runs_on_masked_tokens_alone(make_transformer: MakeTransformer) -> None:
+    transformer, inputs = make_transformer(), some_inputs()
+    rows = []
+    transformer.mlm_layer.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    loss = masked_token_loss(transformer, **inputs)
+    places = inputs["mask_BHW"].flatten().nonzero()[:, 0]
+    assert torch.equal(masked_token_loss(transformer, **inputs, masked_N=places), loss)
+    assert rows == [len(places)] * 2
+    assert 0 < len(places) < inputs["mask_BHW"].numel()
+
+
 def test_loss_in_chunks_is_the_same(
     make_transformer: MakeTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import CLIPTokenizer
 from training.config import OptimizerConfig, StageConfig
@@ -14,6 +16,7 @@ from training.masked_stage import (
     StepInputs,
     TrainingDiverged,
     backward,
+    gradient_norm,
     step_inputs,
     train_step,
     use_averaged_weights,
@@ -86,6 +89,39 @@ def test_workers_and_microbatches_change_neither_loss_nor_gradients(
         other_loss, others = loss_and_gradients(world_size, microbatch)
         assert other_loss == pytest.approx(loss, rel=1e-5)
         torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
+
+
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+    """Notes operations whose result a processor must know before it can give out more work."""
+
+    KINDS = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # nor here
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            each is not None and each.dtype == torch.bool for each in args[1]
+        )
+        if name in self.KINDS or by_mask:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gpu_is_not_waited_for_within_a_step(
+    new_stage: NewStage, small_config: SmallConfig, token_shard: NewShard
+) -> None:
+    config = small_config(max_microbatch_size=2, gradient_checkpointing=True)
+    stage = new_stage(config)
+    inputs = _inputs(_dataset(config, token_shard).batch_at(0), stage)
+    with Waits() as waits:
+        loss = backward(stage, inputs)
+        gradient_norm(stage)
+        assert waits.found == []
+        loss.item()
+    assert waits.found == ["_local_scalar_dense"]
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
