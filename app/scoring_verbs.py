@@ -40,7 +40,8 @@ Examples
 \b
 In the recipe, where stages name a derived dataset like any other
   derived:
-    best: {dataset: laion-256, keep: {min_aesthetic_score: 6, near_duplicate_cosine: 0.97}}"""
+    best: {dataset: laion-256, keep: {min_aesthetic_score: 6, near_duplicate_cosine: 0.97}}
+    liked: {dataset: laion-1024, preference: {clip: {folder: models/HPS-v2}}}"""
 
 SEARCH_EXAMPLES = """\b
 Examples

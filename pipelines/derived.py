@@ -26,6 +26,7 @@ from pipelines.clip_model import identify
 from pipelines.derive import derive
 from pipelines.heads import load_head
 from pipelines.plan import verify_unless_unchanged
+from pipelines.preference import PREFERENCE_VERSION, prefer, preference_part
 from pipelines.prune import PRUNE_VERSION, judge, prune_job, prune_part
 from pipelines.score import Bars, score, select, selection
 from pipelines.scoring_config import DerivedConfig, PruneConfig, ScoringConfig
@@ -101,6 +102,11 @@ def plan_derived(manifest_uri: str, sections: Sections, config: DerivedConfig) -
             "take": semantic_part(captioning.take),
             "caption_version": CAPTION_VERSION,
         }
+    if config.preference is not None:
+        identity |= {
+            "preference": preference_part(config.preference),
+            "preference_version": PREFERENCE_VERSION,
+        }
     plan = DerivedPlan("RUN", "", sha256_bytes(canonical_json(identity)), manifest_uri)
     version = noted_version(plan.result_uri)
     if version is None:
@@ -146,6 +152,8 @@ def make_derived(
                 answers, _ = ask_captions(asking, spark, bar.update)
             with bars("rewriting", total, "samples") as bar:
                 uri = derive(version_job(asking, answers), spark, bar.update).manifest_uri
+        if config.preference is not None:
+            uri = prefer(uri, config.preference, spark, bars, environment)
         manifest = load_manifest(uri)
         storage.write_json(plan.result_uri, {"version": manifest.version})
     return uri, manifest

@@ -178,9 +178,23 @@ class PruneConfig(StrictModel):
     )
 
 
+class ModelPreferenceConfig(StrictModel):
+    """The preference score by a model of human choices: offset + scale x the cosine of an image
+    with the caption that is trained on."""
+
+    clip: ClipConfig = semantic(
+        description="a CLIP trained on what people chose, such as HPS v2 (scale 100 gives its own "
+        "figures, 20 to 35) or PickScore"
+    )
+    scale: float = semantic(100.0, "factor on the cosine")
+    offset: float = semantic(0.0, "added")
+    unknown: float | None = semantic(None, "the score of an image that cannot be embedded")
+
+
 class DerivedConfig(StrictModel):
-    """A version of a curated dataset by other thresholds, without copies, or with captions; stages
-    take it like a dataset. What is asked for is done in this order.
+    """A version of a curated dataset by other thresholds, without copies, with captions, or with
+    preference scores by a model; stages take it like a dataset. What is asked for is done in this
+    order.
 
     Several may come from one dataset: it is fetched and scored once.
     """
@@ -195,9 +209,14 @@ class DerivedConfig(StrictModel):
     caption: bool = semantic(
         False, "whether its images, those that stay, get captions (section `captioning`)"
     )
+    preference: ModelPreferenceConfig | None = semantic(
+        None, "the model that gives those that stay their preference scores; null: as they were"
+    )
 
     @model_validator(mode="after")
     def _derives(self) -> DerivedConfig:
-        if self.keep is None and self.prune is None and not self.caption:
-            raise ValueError("expected `keep`, `prune` or `caption: true`, or several; got none")
+        if not (self.keep or self.prune or self.caption or self.preference):
+            raise ValueError(
+                "expected `keep`, `prune`, `caption: true` or `preference`, or several; got none"
+            )
         return self

@@ -20,7 +20,7 @@ from pipelines.config import PreferenceConfig, ShardConfig
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _EXTENSION = re.compile(r"[a-z0-9]{1,8}")
-_SCORE_DIGITS = 6
+SCORE_DIGITS = 6
 # In a sample's json only where the metadata has them.
 _WHERE_KNOWN = ("human_preference", "recorded_sha256")
 
@@ -95,7 +95,7 @@ def preference_score(known: Mapping[str, Any], config: PreferenceConfig) -> floa
     score: float | None = known.get(config.score)
     if score is None:
         return config.unknown
-    return round(config.offset + config.scale * score, _SCORE_DIGITS)
+    return round(config.offset + config.scale * score, SCORE_DIGITS)
 
 
 def sample_members(
@@ -103,7 +103,7 @@ def sample_members(
 ) -> dict[str, bytes]:
     """The members of one sample: the image, ``.txt`` to train on, ``.json`` with all we know."""
     scores = {
-        name: None if row[name] is None else round(row[name], _SCORE_DIGITS)
+        name: None if row[name] is None else round(row[name], SCORE_DIGITS)
         for name in ("clip_similarity", "aesthetic_score", "watermark_prob", "unsafe_prob")
     }
     known = {

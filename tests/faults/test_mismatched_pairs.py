@@ -27,8 +27,8 @@ from pipelines.scores import ScoresJob, ScoresManifest, finished_scores, publish
 from pipelines.scoring_config import MismatchConfig, RefilterConfig
 from pipelines.shards import read_shard
 from pipelines.verdicts import job_of, preview
+from tests.pipelines.scoring.by_hand import derived_version
 from tests.pipelines.scoring.conftest import make_dataset
-from tests.pipelines.scoring.test_refilter import refiltered
 
 DIM, NUM_CONCEPTS, NUM_PLANTED = 128, 12, 80
 MIN_FOUND, MAX_FALSE = 0.95, 0.01
@@ -210,7 +210,7 @@ def test_a_poisoned_concept_is_told_with_its_miss_rate_and_rejected(planted: Any
         assert told["suspected"] >= MIN_FOUND * NUM_PLANTED
         assert told["words"][0][0] == "wolfhound"
         assert 0.01 < told["swapped_unnoticed"] / told["swapped"] < 0.2  # one in 12 fits by chance
-        manifest = refiltered(job)
+        manifest = derived_version(job)
         uri = storage.join(dataset.root, manifest.version, "manifest.json")
         assert dataset_root(uri) == dataset.root
         assert verify_dataset(uri) == []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +17,19 @@ from safetensors.torch import save_file
 
 from infra import storage
 from infra.errors import UserError
-from infra.manifest import DatasetManifest, publish_manifest, verify_dataset
-from pipelines.clip_model import publish_weights
-from pipelines.derive import DerivedLedger, DerivedShard, assemble, run_unit
+from infra.manifest import verify_dataset
+from pipelines.derive import DerivedShard
 from pipelines.derive import finished_units as finished_parts
-from pipelines.embed import embed_shard, read_rows
-from pipelines.embeddings import (
-    EmbeddingsManifest,
-    finished_units,
-    plan_embeddings,
-    publish_embeddings,
-    store_of,
-)
+from pipelines.embed import read_rows
 from pipelines.heads import Affine, Head, load_head
 from pipelines.scores import (
-    ScoresJob,
-    ScoresManifest,
-    finished_scores,
-    publish_scores,
     read_scores,
     score_dataset,
-    score_shard,
 )
-from pipelines.scoring_config import ClipConfig, HeadConfig, RefilterConfig
+from pipelines.scoring_config import HeadConfig
 from pipelines.shards import read_shard
-from pipelines.verdicts import RefilterJob, job_of, preview
-
-
-@dataclass
-class Scored:
-    dataset: Any
-    embeddings: EmbeddingsManifest
-    scores: ScoresManifest
-
-    def job(self, **config: Any) -> RefilterJob:
-        chosen = RefilterConfig.model_validate(config)
-        return job_of(self.dataset.manifest_uri, self.embeddings, self.scores, chosen)
+from pipelines.verdicts import preview
+from tests.pipelines.scoring.by_hand import derived_version, ledger_of, samples_of, scored
 
 
 def make_head(folder: Path, column: str, scale: str | None = None, seed: int = 0) -> Head:
@@ -63,51 +40,6 @@ def make_head(folder: Path, column: str, scale: str | None = None, seed: int = 0
     Path(f"{path}.json").write_text('{"steps": [{"affine": "fc"}]}')
     known = {"layout": "described", "weights": str(path), "column": column}
     return load_head(HeadConfig.model_validate(known | {"aesthetic_scale": scale}))
-
-
-def scored(dataset: Any, clip_folder: Path, heads: Sequence[Head], tmp_path: Path) -> Scored:
-    job = plan_embeddings(dataset.manifest_uri, ClipConfig(folder=str(clip_folder), batch_size=8))
-    sha256 = job.unit.identity.weights_sha256
-    uri = publish_weights(job.weights, sha256, store_of(dataset.manifest_uri))
-    unit = replace(job.unit, weights_uri=uri)
-    for shard in dataset.manifest.shards:
-        embed_shard(unit, shard, tmp_path)
-    embeddings = publish_embeddings(job, finished_units(job))
-    scoring = ScoresJob(dataset.root, embeddings, tuple(heads))
-    for each in embeddings.units:
-        score_shard(scoring, each, tmp_path)
-    return Scored(dataset, embeddings, publish_scores(scoring, finished_scores(scoring)))
-
-
-def refiltered(job: RefilterJob) -> DatasetManifest:
-    """What `refilter` does, with a loop in Spark's place."""
-    made: dict[str, list[Any]] = {}
-    for kind, entries in (("shards", job.manifest.shards), ("ledger", job.manifest.ledger)):
-        for index in range(len(entries)):
-            run_unit(job, kind, index)
-        made[kind] = [
-            storage.read_json(job.marker_uri(kind, index)) for index in range(len(entries))
-        ]
-    from pydantic import TypeAdapter
-
-    shards = [TypeAdapter(DerivedShard).validate_python(each) for each in made["shards"]]
-    ledger = [TypeAdapter(DerivedLedger).validate_python(each) for each in made["ledger"]]
-    manifest = assemble(job, shards, ledger)
-    publish_manifest(job.dataset_root, manifest)
-    return manifest
-
-
-def ledger_of(root: str, manifest: DatasetManifest) -> pl.DataFrame:
-    uris = [storage.join(root, entry.path) for entry in manifest.ledger]
-    return pl.concat(pl.read_parquet(storage.read_bytes(uri)) for uri in uris)
-
-
-def samples_of(root: str, manifest: DatasetManifest) -> dict[str, dict[str, bytes]]:
-    return {
-        key: members
-        for shard in manifest.shards
-        for key, members in read_shard(storage.read_bytes(storage.join(root, shard.path)))
-    }
 
 
 @pytest.fixture
@@ -167,7 +99,7 @@ def test_samples_below_a_threshold_leave_with_a_reason_and_others_stay_as_they_a
     counts = Counter(reason for reason in expected.values() if reason)
     seen = preview(job)
     assert seen == dict(sorted(counts.items())) | {"committed": 40 - counts.total()}
-    manifest = refiltered(job)
+    manifest = derived_version(job)
     uri = storage.join(dataset.root, manifest.version, "manifest.json")
     assert verify_dataset(uri) == []
     assert manifest.rejected == {"too_small": 40, **counts}
@@ -204,7 +136,7 @@ def test_samples_below_a_threshold_leave_with_a_reason_and_others_stay_as_they_a
     storage.delete(storage.join(dataset.root, changed.path))
     left = finished_parts(job, "shards", DerivedShard)
     assert len(left) == len(job.manifest.shards) - 1
-    assert refiltered(job).version == manifest.version
+    assert derived_version(job).version == manifest.version
     assert verify_dataset(uri) == []
 
 
@@ -222,7 +154,7 @@ def test_unknown_scores_take_the_computed_ones_with_their_provenance(
     }
     ids = {key for key, row in dataset.scores.items() if row["number"] in unknown}
     bound = float(np.median([computed[key]["aesthetic_score"] for key in ids]))
-    manifest = refiltered(found.job(min_aesthetic_score=bound))
+    manifest = derived_version(found.job(min_aesthetic_score=bound))
     samples = samples_of(dataset.root, manifest)
     ledger = {
         row["sample_id"]: row for row in ledger_of(dataset.root, manifest).iter_rows(named=True)
