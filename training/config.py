@@ -233,9 +233,12 @@ class AdaptersConfig(StrictModel):
 
 
 class SampleGridConfig(StrictModel):
-    """The picture that is painted at the end of a stage."""
+    """The pictures that are painted at the end of a stage and on the way there."""
 
     prompts: tuple[str, ...] = operational((), "fixed prompts, one image each; none paints nothing")
+    interval_steps: int | None = operational(
+        None, "also painted each so many steps, while training waits; None only at the end", ge=1
+    )
     steps: int = operational(16, "unmasking steps", ge=1)
     guidance_scale: float = operational(3.0, "uncond + scale * (cond - uncond); 1.0 is off", ge=0.0)
     temperature: float = operational(1.0, "noise on the confidences at the first step", ge=0.0)
@@ -319,7 +322,7 @@ class StageConfig(SavingConfig):
     )
     max_resident_bytes: int = operational(1 << 30, "token shards kept in memory, bytes", ge=1)
     sample_grid: SampleGridConfig = operational(
-        default_factory=SampleGridConfig, description="painted at the end"
+        default_factory=SampleGridConfig, description="what is painted to look at"
     )
 
     @model_validator(mode="after")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
@@ -26,6 +26,7 @@ from training.guard import WentBack
 from training.job import Job
 from training.journal import Journal
 from training.masked_run import MaskedRun
+from training.previews import log_pictures, tile
 from training.replicas import (
     CHECK_STEPS,
     SLOW_RATIO,
@@ -41,6 +42,9 @@ from training.stall import StallWatch
 from training.stop import StopWatch
 from training.suspects import SuspectWatch
 from training.tokenizer_run import TokenizerRun
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SAMPLES_NAME = "samples.png"
 COORDINATION_STEPS = 10  # steps between the workers' talks with Ray about a machine's end
@@ -71,7 +75,7 @@ class Keeper:
         self._saved_for_preemption = False
         self._own_seconds = 0.0
         self._machines: list[str] = []
-        self._equal_at = self._last_saved = self._trusted = run.step
+        self._equal_at = self._last_saved = self._trusted = self._painted_at = run.step
         self._is_first = session.rank == 0
         self._saver = Saver(
             store,
@@ -139,6 +143,25 @@ class Keeper:
             elif self._all(self._is_due()):
                 self.save()
         self._journal.waited("checkpoint_seconds", time.monotonic() - began_at)
+        self._paint()
+
+    def _paint(self) -> None:
+        """Show what has been learned, when it is time to."""
+        run, began_at = self._run, time.monotonic()
+        if not isinstance(run, MaskedRun) or run.step in (run.num_steps, self._painted_at):
+            return
+        self._painted_at = run.step
+        pictures = run.samples_now()
+        if pictures:
+            self._log_pictures(pictures)
+            self._journal.waited("sample_seconds", time.monotonic() - began_at)
+            self._stall.pause()  # the next step has all of its time
+            self._stall.stepped()
+
+    def _log_pictures(self, pictures: Sequence[Image]) -> None:
+        run, tracker = self._run, self._journal.tracker
+        if tracker is not None and isinstance(run, MaskedRun):
+            log_pictures(tracker, run.config.sample_grid.prompts, pictures, run.step)
 
     def _compare_workers(self) -> None:
         """Tell which worker holds up the others; raises ``ReplicasDiffer`` when one's weights are
@@ -294,9 +317,10 @@ class Keeper:
             return
         if found:
             tracker.log_metrics(found, self._run.step)
-        picture = self._run.sample_grid(folder / EXPORT_FOLDER)
-        if picture is not None:
-            tracker.log_artifact(picture, SAMPLES_NAME)
+        pictures = self._run.samples(folder / EXPORT_FOLDER)
+        if pictures:
+            tracker.log_artifact(tile(pictures), SAMPLES_NAME)
+            self._log_pictures(pictures)
 
     def _result(self) -> Mapping[str, float]:
         result: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -45,6 +45,7 @@ from training.masked_stage import (
 )
 from training.mixing import Part, mixture
 from training.order import rank_slice
+from training.previews import paint_grid, paint_now
 from training.publish import fetch_checkpoint
 from training.session import Session
 from training.sharding import check_shardable, like, shard_networks, whole_on_cpu
@@ -54,7 +55,6 @@ EMA_PREFIX = "ema/"
 ADAPTERS_FOLDER = "lora"
 SCORED_SHARDS = 8  # shards whose preference scores decide the painter's default
 GOOD_SCORE_QUANTILE = 0.9
-GRID_COLUMNS = 4
 
 
 class MaskedRun:
@@ -89,7 +89,7 @@ class MaskedRun:
         self.coverage = Coverage(len(dataset), config.seed)
         self.batch = 0
         self._rows = rank_slice(config.global_batch_size, session.rank, session.world_size)
-        self._world_size = session.world_size
+        self._rank, self._world_size = session.rank, session.world_size
 
     @classmethod
     def build(cls, job: Job, session: Session) -> MaskedRun:
@@ -286,14 +286,21 @@ class MaskedRun:
     def _painter(self) -> TextToImage:
         for part in (self.networks.transformer, self.networks.text_encoder, self.networks.vq):
             part.to("cpu").eval().requires_grad_(False)
-        defaults = PainterDefaults(
+        networks = self.networks
+        return TextToImage(
+            networks.transformer,
+            networks.vq,
+            networks.text_encoder,
+            networks.tokenizer,
+            self._defaults,
+        )
+
+    @functools.cached_property
+    def _defaults(self) -> PainterDefaults:
+        return PainterDefaults(
             text_tokens=self.config.text_tokens,
             preference_score=self._painting_score(),
             resolution_px=self.config.resolution_px,
-        )
-        networks = self.networks
-        return TextToImage(
-            networks.transformer, networks.vq, networks.text_encoder, networks.tokenizer, defaults
         )
 
     def _painting_score(self) -> float:
@@ -302,33 +309,25 @@ class MaskedRun:
         scores = self.dataset.preference_scores(SCORED_SHARDS)
         return round(float(np.quantile(scores, GOOD_SCORE_QUANTILE)), 3)
 
-    def sample_grid(self, folder: Path) -> bytes | None:
-        """A PNG of the fixed prompts, painted by the exported model; None when there are none."""
+    def samples(self, folder: Path) -> list[Image.Image]:
+        """The grid's prompts painted by the exported model; none when there are none."""
         grid = self.config.sample_grid
         if not grid.prompts:
-            return None
+            return []
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        images = TextToImage.from_pretrained(folder, device=device).generate(
-            list(grid.prompts),
-            steps=grid.steps,
-            guidance_scale=grid.guidance_scale,
-            temperature=grid.temperature,
-            seed=grid.seed,
+        painter = TextToImage.from_pretrained(folder, device=device)
+        return paint_grid(painter, grid, range(len(grid.prompts)), in_bf16=False)
+
+    def samples_now(self) -> list[Image.Image]:
+        """The same by the networks as they are; none when it is not the time. Workers call it
+        together, between two steps."""
+        grid = self.config.sample_grid
+        if not grid.prompts or not grid.interval_steps or self.step % grid.interval_steps:
+            return []
+        rank, size = self._rank, self._world_size
+        return paint_now(
+            self.stage, self.networks, self._defaults, rank, size, is_sharded=self.is_sharded
         )
-        return tile(images)
-
-
-def tile(images: list[Image.Image]) -> bytes:
-    """The images in rows of four, as a PNG."""
-    width, height = images[0].size
-    num_rows = -(-len(images) // GRID_COLUMNS)
-    sheet = Image.new("RGB", (GRID_COLUMNS * width, num_rows * height), "white")
-    for number, image in enumerate(images):
-        row, column = divmod(number, GRID_COLUMNS)
-        sheet.paste(image, (column * width, row * height))
-    sink = io.BytesIO()
-    sheet.save(sink, "PNG")
-    return sink.getvalue()
 
 
 def _open_dataset(job: Job, config: StageConfig, folder: Path, session: Session) -> TokenDataset:
@@ -364,4 +363,4 @@ def _open_tokens(
     return token_cache.open_tokens(plan.manifest_uri, config)
 
 
-__all__: list[Any] = ["MaskedRun", "tile"]
+__all__: list[Any] = ["MaskedRun"]

@@ -215,9 +215,9 @@ class TokenizerRun:
             metrics["reconstruction_error"] = self._held_out_error(vq)
         return metrics
 
-    def sample_grid(self, folder: Path) -> bytes | None:
+    def samples(self, folder: Path) -> list[Any]:
         """A tokenizer alone cannot paint."""
-        return None
+        return []
 
     def _text_encoder(self) -> CLIPTextEncoder:
         if self._text_config.pretrained is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -81,6 +82,21 @@ def test_everything_is_made_and_recorded(home: Home) -> None:
         assert step["model_version"] == f"tiny-{name}/1"
         assert step["mlflow_run_id"]
     assert status["mlflow_uri"].startswith("http://127.0.0.1:")
+
+
+def test_mlflow_has_the_pictures_of_a_stage_from_its_first_steps_on(home: Home) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(home.status()["mlflow_uri"])
+    run_id = home.steps()["alignment"]["mlflow_run_id"]
+    paths = [file.path for file in client.list_artifacts(run_id, "images")]
+    shown = sorted(re.findall(r"~(0\d [a-z ]+)\+step\+(\d)\+.*\.png", "\n".join(paths)))
+    prompts = ("00 a red circle", "01 a blue square")
+    assert shown == [(prompt, step) for prompt in prompts for step in "246"]
+    assert client.get_run(run_id).data.tags["mlflow.loggedImages"] == "True"
+    path = next(path for path in paths if path.endswith(".png"))
+    with Image.open(client.download_artifacts(run_id, path, str(home.path))) as image:
+        assert image.size == (32, 32)
 
 
 def test_the_end_shows_what_a_newcomer_wants_to_see(home: Home) -> None:
