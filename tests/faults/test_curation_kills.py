@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,18 +161,30 @@ def test_a_killed_driver_resumes_to_the_same_version(
     assert (decision, version) == ("SKIP", expected)
 
 
+def workers_of(pid: int) -> list[psutil.Process]:
+    """Spark's Python workers under a driver, without the daemon that forks them."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            parent = child.parent()
+            is_forked = parent is not None and "pyspark.worker" in " ".join(parent.cmdline())
+            if is_forked and "pyspark.worker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
 def test_a_killed_worker_costs_a_retry(world: World, expected: str, tmp_path: Path) -> None:
     """Spark runs the task again; counts are exact, for they come from files."""
     store = tmp_path / "store"
     process = start(world, store.as_uri(), tmp_path)
-    wait_for(process, markers(store, "staged")(1))
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "pyspark.worker" in " ".join(child.cmdline()) and not child.children()
-    ]
-    assert workers
-    workers[0].kill()
+    found: list[psutil.Process] = []
+
+    def is_at_work() -> bool:
+        found[:] = workers_of(process.pid)
+        return bool(found)
+
+    wait_for(process, is_at_work)
+    found[0].kill()
     _, version, manifest_uri = finish(process)
     assert version == expected
     assert load_manifest(manifest_uri).counts["rows_in"] == NUM_ROWS

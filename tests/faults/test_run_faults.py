@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,14 +110,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def fill(path: Path) -> None:
+    """Take what the disk has, whoever else takes some of it meanwhile."""
+    with path.open("wb") as file:
+        for size in (16 << 20, 4096):
+            with suppress(OSError):
+                while True:
+                    os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), size)
+
+
 def test_a_disk_that_fills_up_meanwhile(new_home: Callable[[Path], Home], small_disk: Path) -> None:
     home = new_home(small_disk / "home")
     filler = small_disk / "filler"
     try:
         assert home.atelier("up").returncode == 0
         running = start_curation(home)
-        with filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free)
+        fill(filler)
         ends_with_one_line(running, "disk")
         assert not manifests(home)
         home.refuses(CURATE, "disk")
