@@ -1,14 +1,15 @@
-"""A finished stage's scores: it paints held-out prompts and the oracle reads the images back."""
+"""A finished stage's scores: it paints prompts, and an oracle or CLIPs look at the images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra.progress import progress
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL.Image import Image
 
     from app.recipe import EvaluationConfig
@@ -19,20 +20,64 @@ SHEET_SEED = 1_000_000  # apart from the seeds of the scored images
 
 
 def evaluate_stage(
-    name: str, folder: Path, world: WorldConfig, config: EvaluationConfig
+    name: str, uri: str, world: WorldConfig | None, config: EvaluationConfig
 ) -> dict[str, float]:
-    """Scores in [0, 1] of the model in ``folder``: GenEval's six questions, their mean, and four
-    that say where it went wrong. The same folder and configuration give the same scores.
+    """Scores of the published model at ``uri``. The same bytes and configuration give the same.
+
+    Of the painted ``world``, where the prompts are not the recipe's own: in [0, 1], GenEval's six
+    questions, their mean, and four that say where it went wrong. Of each judge: the mean over the
+    prompts of its scale x cosine.
     """
-    from demo.questions import geneval_prompts, score
+    from training.publish import fetch_checkpoint
+
+    painter = painter_of(fetch_checkpoint(uri))
+    if world is None or config.prompts is not None:
+        prompts = prompts_of(config)
+        images = paint(painter, prompts, config, config.seed, f"scoring {name}")
+        scores = {}
+    else:
+        from demo.questions import geneval_prompts, score
+
+        questions = geneval_prompts(world, config.num_prompts, config.seed)
+        prompts = [question.prompt for question in questions]
+        images = paint(painter, prompts, config, config.seed, f"scoring {name}")
+        scores = score(images, questions, world).means
+    del painter  # a judge wants its memory
+    for judge, how in sorted(config.judges.items()):
+        from pipelines.judges import cosines_of
+
+        scores[judge] = how.scale * float(cosines_of(images, prompts, how.clip).mean())
+    return scores
+
+
+def prompts_of(config: EvaluationConfig) -> list[str]:
+    """The first ``num_prompts`` of the recipe's own prompts."""
+    from pipelines.decontaminate import read_prompts
+
+    if config.prompts is None:
+        raise ValueError("this evaluation asks the painted world")
+    return read_prompts(config.prompts)[: config.num_prompts]
+
+
+def painter_of(folder: Path) -> TextToImage:
+    """The model in ``folder``, on a GPU where this machine has one."""
+    import torch
+
     from model import TextToImage
 
-    painter = TextToImage.from_pretrained(folder)
-    questions = geneval_prompts(world, config.num_prompts, config.seed)
-    images = paint(
-        painter, [q.prompt for q in questions], config, config.seed, f"scoring {name}"
-    )  # fmt: skip
-    return score(images, questions, world).means
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TextToImage.from_pretrained(folder, device=device)
+
+
+def paint_stage(
+    name: str, uri: str, prompts: Sequence[str], config: EvaluationConfig
+) -> tuple[int, list[Image]]:
+    """(its resolution, px; its images) of the published model at ``uri``; seeds are its own."""
+    from training.publish import fetch_checkpoint
+
+    painter = painter_of(fetch_checkpoint(uri))
+    images = paint(painter, prompts, config, SHEET_SEED, f"painting with {name}")
+    return painter.defaults.resolution_px, images
 
 
 def paint(

@@ -23,7 +23,7 @@ from infra.errors import UserError
 from infra.sessions import ClusterConfig
 from pipelines.captioning_config import CaptioningConfig
 from pipelines.config import CurationConfig
-from pipelines.scoring_config import DerivedConfig, ScoringConfig
+from pipelines.scoring_config import ClipConfig, DerivedConfig, ScoringConfig
 from training.config import (
     NetworkConfig,
     Precision,
@@ -38,10 +38,28 @@ if TYPE_CHECKING:
 SEEDED_SECTIONS = ("world", "tokenizer", "evaluation")
 
 
-class EvaluationConfig(StrictModel):
-    """How finished stages are scored and shown: prompts about the painted world, read back."""
+class JudgeConfig(StrictModel):
+    """A CLIP that says how well images fit their prompts: scale x the mean cosine."""
 
-    num_prompts: int = semantic(256, "held-out prompts scored per stage", ge=6)
+    clip: ClipConfig = semantic(
+        description="a CLIP, for CLIP score; one trained on what people chose, such as HPS v2"
+    )
+    scale: float = semantic(100.0, "factor on the cosine; 100 as in published figures", gt=0)
+
+
+class EvaluationConfig(StrictModel):
+    """How finished stages are scored and shown: prompts about the painted world, read back by its
+    oracle, or prompts of your own, looked at by CLIPs."""
+
+    prompts: str | None = semantic(
+        None,
+        "path or URI of prompts, a line each, or jsonl or parquet with a field prompt; null: "
+        "questions about the painted world",
+    )
+    judges: dict[str, JudgeConfig] = semantic(
+        default_factory=dict, description="CLIPs that look at the images; each gives a score"
+    )
+    num_prompts: int = semantic(256, "prompts scored per stage, the first of a file", ge=6)
     seed: int = semantic(0, "start of the prompts' and the images' randomness", ge=0)
     steps: int = semantic(16, "unmasking steps per image", ge=1)
     guidance_scale: float = semantic(3.0, "uncond + scale * (cond - uncond); 1.0 is off", ge=0.0)
@@ -49,7 +67,7 @@ class EvaluationConfig(StrictModel):
     precision: Precision = semantic("bf16", "compute type of the network, as in training")
     batch_size: int = operational(64, "images painted at a time", ge=1)
     min_scores: dict[str, float] = semantic(
-        default_factory=dict, description="gate: smallest score of every stage, by name, in [0, 1]"
+        default_factory=dict, description="gate: smallest score of every stage, by name"
     )
     sheet_prompts: tuple[str, ...] = operational(
         (), "prompts on the contact sheet; none takes some of the scored ones"

@@ -37,6 +37,7 @@ class Parts:
     stage_names: tuple[str, ...]
     stages: dict[str, StageConfig] = field(default_factory=dict)
     has_evaluation: bool = False
+    evaluation: Any = None  # an EvaluationConfig, whose module imports this one
 
     @classmethod
     def of(cls, values: Mapping[str, Any], recipe: type[BaseModel]) -> Parts:
@@ -71,6 +72,7 @@ class Parts:
             stage_names=names("stages"),
             stages=entries("stages"),
             has_evaluation=values.get("evaluation") is not None,
+            evaluation=section("evaluation"),
         )
 
     def dataset_of(self, name: str) -> CurationConfig | None:
@@ -98,11 +100,18 @@ def cross_problems(parts: Parts) -> list[Problem]:
 
 
 def _world_problems(parts: Parts) -> Iterator[Problem]:
-    if parts.has_evaluation and not parts.has_world:
+    asked = parts.evaluation
+    if asked is not None and asked.prompts is None and not parts.has_world:
         yield problem(
             ("evaluation",),
             "scores are read back from the painted world, and there is no `world` section; "
-            "add one, or remove `evaluation`",
+            "name prompts and judges of your own, or remove `evaluation`",
+        )
+    if asked is not None and asked.prompts is not None and not asked.judges:
+        yield problem(
+            ("evaluation", "judges"),
+            "nobody looks at the images of these prompts; name a CLIP, as in "
+            "`judges: {clip: {clip: {folder: models/ViT-L-14}}}`",
         )
     if parts.has_evaluation and not parts.stage_names:
         yield problem(("evaluation",), "there are no stages to evaluate; add some, or remove it")

@@ -89,7 +89,9 @@ def results(status: RunStatus) -> list[str]:
         lines += ["Where the rows went", *funnel_table(funnels), ""]
     scored = [step for step in status.steps if step.scores]
     if scored:
-        lines += ["The oracle's scores, held-out prompts", *score_table(scored), ""]
+        by_oracle = any("overall" in (step.scores or {}) for step in scored)
+        title = "The oracle's scores, held-out prompts" if by_oracle else "Scores"
+        lines += [title, *score_table(scored), ""]
     for step in status.steps:
         for cause, lost in (step.waste or {}).items():
             what = f"{lost['steps']:g} steps and {duration(lost['seconds'])}"
@@ -131,7 +133,7 @@ def score_table(scored: Sequence[StepStatus]) -> list[str]:
         before: float | None = None
         for step in scored:
             value = (step.scores or {}).get(name)
-            fell = value is not None and before is not None and value < before - NOTABLE_DROP
+            fell = value is not None and before is not None and _fell(before, value)
             cells.append("-" if value is None else f"{value:.2f}{'v' if fell else ' '}")
             before = value if value is not None else before
         rows.append([name.replace("_", " "), *cells])
@@ -149,11 +151,16 @@ def lowered(scored: Sequence[StepStatus]) -> list[tuple[str, list[str]]]:
         fallen = [
             f"{name.replace('_', ' ')} ({before[name]:.2f} to {after[name]:.2f})"
             for name in after
-            if name in before and after[name] < before[name] - NOTABLE_DROP
+            if name in before and _fell(before[name], after[name])
         ]
         if fallen:
             found.append((step.name, fallen))
     return found
+
+
+def _fell(before: float, after: float) -> bool:
+    """Whether a score is clearly lower: of those up to 1 by this much, of others by this share."""
+    return after < before - NOTABLE_DROP * max(1.0, abs(before))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

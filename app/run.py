@@ -76,7 +76,8 @@ def _do_steps(session: Session, selection: Selection, repair: bool) -> None:
     parent = None
     for spec in selection.specs:
         parent = steps.train_stage(session, spec, pins, parent, repair)
-    session.end_training()
+    if not session.recipe.cluster.use_gpu:  # else the sheet is painted there
+        session.end_training()
     steps.paint_sheet(session)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from app.doctor import free_bytes
 from app.place import Place, connect
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pipelines.score import Bars
 
+Result = TypeVar("Result")
 NEEDED_BYTES = 2 << 30  # what a laptop-sized run leaves, with room for its temporary files
 REPORT_SECONDS = 1.0
 
@@ -196,6 +197,17 @@ class Session:
             self._training.enter_context(ray_session(self.recipe.cluster, self.place.environment))
             stop_on_terminate()  # Ray puts a handler of its own in its place
             self._has_ray = True
+
+    def painting(self, what: str, function: Callable[..., Result], *arguments: Any) -> Result:
+        """``function(*arguments)``, which paints: here, or on one of the cluster's GPUs."""
+        if not self.recipe.cluster.use_gpu:
+            return function(*arguments)
+        from infra.ray_task import call_in_ray
+
+        self.need_ray()
+        self.out.say(f"{what} on a GPU")
+        environment = self.place.environment
+        return call_in_ray(function, *arguments, environment=environment, num_gpus=1)
 
     def end_training(self) -> None:
         """Stop Ray."""

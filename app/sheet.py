@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from app.contact_sheet import Row, draw_sheet, save_png
 from app.recipe import EvaluationConfig, Recipe
@@ -13,6 +14,9 @@ from app.sample import lineage_of
 from app.status import RunStatus, StepStatus, write_whole
 from demo.world import WorldConfig
 from infra.digests import canonical_json, code_digest, sha256_bytes, sha256_file
+
+# (what is done, function, its arguments) -> what it gives; ``app.session.Session.painting``
+Painting = Callable[..., Any]
 
 CODE = ("app.contact_sheet", "app.sheet", "demo.captions", "demo.questions")
 
@@ -59,13 +63,13 @@ def plan_sheet(request: SheetRequest) -> SheetPlan:
     return SheetPlan(path, key, "SKIP", "the sheet of these checkpoints is there and was verified")
 
 
-def write_sheet(request: SheetRequest, plan: SheetPlan) -> None:
+def write_sheet(request: SheetRequest, plan: SheetPlan, painting: Painting) -> None:
     """Let every stage paint the same prompts, draw the sheet, and write it with its lineage."""
     recipe = request.recipe
-    if recipe.evaluation is None or recipe.world is None:
-        raise ValueError("a contact sheet needs the recipe's evaluation and world")
+    if recipe.evaluation is None:
+        raise ValueError("a contact sheet needs the recipe's evaluation")
     prompts = sheet_prompts(recipe.world, recipe.evaluation)
-    rows = [_row(step, prompts, recipe.evaluation) for step in request.stages]
+    rows = [_row(step, prompts, recipe.evaluation, painting) for step in request.stages]
     sheet = draw_sheet(f"{recipe.name}: the same prompts after every stage", prompts, rows)
     plan.path.parent.mkdir(parents=True, exist_ok=True)
     lineage = {"prompts": json.dumps(prompts), **lineage_of(request.run, request.stages[-1])}
@@ -73,27 +77,32 @@ def write_sheet(request: SheetRequest, plan: SheetPlan) -> None:
     write_whole(plan.path.with_suffix(".json"), json.dumps({"sha256": sha256_file(plan.path)}))
 
 
-def sheet_prompts(world: WorldConfig, config: EvaluationConfig) -> list[str]:
-    """The prompts of the recipe, else some that are scored: the six kinds of question in turn."""
-    from demo.questions import geneval_prompts
-
+def sheet_prompts(world: WorldConfig | None, config: EvaluationConfig) -> list[str]:
+    """The prompts of the recipe, else some that are scored: the first of a file, or the six kinds
+    of question about the painted world in turn."""
     if config.sheet_prompts:
         return list(config.sheet_prompts[: config.sheet_columns])
+    if world is None or config.prompts is not None:
+        from app.evaluate import prompts_of
+
+        return prompts_of(config)[: config.sheet_columns]
+    from demo.questions import geneval_prompts
+
     return [each.prompt for each in geneval_prompts(world, config.sheet_columns, config.seed)]
 
 
-def _row(step: StepStatus, prompts: Sequence[str], config: EvaluationConfig) -> Row:
+def _row(
+    step: StepStatus, prompts: Sequence[str], config: EvaluationConfig, painting: Painting
+) -> Row:
     """One stage's images; the seeds are the same in every row."""
-    from app.evaluate import SHEET_SEED, paint
-    from model import TextToImage
-    from training.publish import fetch_checkpoint
+    from app.evaluate import paint_stage
 
-    painter = TextToImage.from_pretrained(fetch_checkpoint(str(step.checkpoint_uri)))
-    images = paint(painter, prompts, config, SHEET_SEED, f"painting with {step.name}")
-    overall = (step.scores or {}).get("overall")
-    notes = [
-        f"{painter.defaults.resolution_px} px",
-        f"checkpoint {str(step.checkpoint_sha256)[:8]}",
-        *([] if overall is None else [f"overall {overall:.2f}"]),
-    ]
+    what = f"painting with {step.name}"
+    how = (step.name, str(step.checkpoint_uri), list(prompts), config)
+    resolution_px, images = painting(what, paint_stage, *how)
+    notes = [f"{resolution_px} px", f"checkpoint {str(step.checkpoint_sha256)[:8]}"]
+    scores = step.scores or {}
+    for name in ("overall", *sorted(config.judges)):
+        if name in scores:
+            notes.append(f"{name} {scores[name]:.2f}")
     return Row(step.name, "\n".join(notes), images)

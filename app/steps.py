@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app.recipe import Recipe
 from app.recipe_checks import WORLD_MARK
@@ -248,15 +247,23 @@ def plan_context(session: Session, pins: Mapping[str, DatasetPin]) -> PlanContex
 
 def evaluation_key(recipe: Recipe) -> str:
     """How stages are scored, as one digest; scores of another evaluation do not count as done."""
-    if recipe.evaluation is None or recipe.world is None:
+    asked = recipe.evaluation
+    if asked is None:
         return ""
-    how = semantic_part(recipe.evaluation)
+    how = semantic_part(asked)
     how.pop("min_scores")  # decides about a score, not what it is
-    identity = {
-        "evaluation": how,
-        "world": recipe.world.model_dump(mode="json"),
-        "code": code_digest("demo.oracle", "demo.questions"),
-    }
+    identity: dict[str, Any] = {"evaluation": how}
+    if asked.prompts is not None:
+        from app.evaluate import prompts_of
+
+        how["prompts"] = sha256_bytes(canonical_json(prompts_of(asked)))
+    elif recipe.world is not None:
+        identity["world"] = recipe.world.model_dump(mode="json")
+        identity["code"] = code_digest("demo.oracle", "demo.questions")
+    for name, judge in asked.judges.items():
+        from pipelines.clip_model import identify
+
+        how["judges"][name]["clip"] = identify(judge.clip)[0].key
     return sha256_bytes(canonical_json(identity))
 
 
@@ -299,12 +306,15 @@ def _train(session: Session, step: StepStatus, plan: StagePlan, context: PlanCon
     recipe = session.recipe
     driver = DriverContext(context, recipe.cluster, recipe.name, session.tracked_run_id)
     evaluate = None
-    if recipe.evaluation is not None and recipe.world is not None:
+    if recipe.evaluation is not None:
         from app.evaluate import evaluate_stage
 
-        evaluate = partial(
-            evaluate_stage, plan.spec.stage, world=recipe.world, config=recipe.evaluation
-        )
+        asked = recipe.evaluation
+
+        def evaluate(uri: str) -> dict[str, float]:
+            how = (evaluate_stage, plan.spec.stage, uri, recipe.world, asked)
+            return session.painting(f"scoring {plan.spec.stage}", *how)
+
     with progress(f"training {plan.spec.stage}", plan.spec.steps, "steps") as bar:
 
         def report(at: StageProgress) -> None:
@@ -357,7 +367,7 @@ def paint_sheet(session: Session) -> None:
         session.decide(step, plan.decision, plan.reason, plan.key)
         if plan.decision != "SKIP":
             started = time.monotonic()
-            write_sheet(request, plan)
+            write_sheet(request, plan, session.painting)
             step.reason = f"{plan.reason}; painted in {time.monotonic() - started:.0f} s"
             session.put_artifact("contact_sheet.png", plan.path.read_bytes())
         step.output = status.contact_sheet = str(plan.path)

@@ -15,6 +15,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from app.cli import app
+from app.recipe import EvaluationConfig, ServicesConfig
+from infra.cluster import ClusterConfig
 from pipelines.captioning_config import CaptioningConfig
 from pipelines.config import CurationConfig
 from pipelines.scoring_config import DerivedConfig, ScoringConfig
@@ -35,6 +37,9 @@ OPTIONS: dict[str, dict[str, type[BaseModel]]] = {
         "`text_encoder`": TextEncoderConfig,
         "`network`": NetworkConfig,
         "`stages.NAME`": StageConfig,
+        "`evaluation`": EvaluationConfig,
+        "`services`": ServicesConfig,
+        "`cluster`": ClusterConfig,
     },
 }
 NEEDED: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {

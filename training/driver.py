@@ -36,7 +36,7 @@ from training.versions import RegisteredVersion
 if TYPE_CHECKING:
     from training.launch import Trained
 
-Evaluate = Callable[[Path], Mapping[str, float]]
+Evaluate = Callable[[str], Mapping[str, float]]  # of the published folder at an address
 WorkerFunction = Callable[[dict[str, Any]], object]
 
 EXPORT_FOLDER = "export"
@@ -104,7 +104,7 @@ def run_stage(
     """Do what ``plan`` says is left of a stage, up to the alias `ready`.
 
     Needs a connected Ray (``infra.sessions.ray_session``) when ``plan.needs_training``.
-    ``evaluate`` scores the exported folder; ``function`` is what runs in each worker
+    ``evaluate`` scores the published folder; ``function`` is what runs in each worker
     (``training.worker.train_worker``). Raises ``UserError`` in one line: a failed training, a
     checkpoint that does not pass (``GateFailed``), somebody else at work (``LeaseHeld``).
     """
@@ -306,8 +306,7 @@ class _Stage:
         """The scores of the published model; none for the tokenizer, which cannot paint."""
         if evaluate is None or self.plan.spec.kind == "tokenizer":
             return {}
-        folder = publish.fetch_checkpoint(published.uri)
-        scores = {name: float(value) for name, value in evaluate(folder).items()}
+        scores = {name: float(value) for name, value in evaluate(published.uri).items()}
         self.clock.lap("score")
         return scores
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
+from tests.pipelines.scoring.conftest import make_clip
+
 if TYPE_CHECKING:
     from tests.conftest import Home
 
@@ -220,3 +222,25 @@ def test_promote_shows_the_history_and_rollback_needs_one(home: Home) -> None:
     home.refuses(["promote", "concepts", "9"], "got version 9; there are 1")
     home.refuses(["rollback", "concepts"], "expected an earlier ready version of tiny-concepts")
     home.refuses(["promote", "nothing"], "'nothing'", "trained here: tokenizer, concepts")
+
+
+def test_judges_look_at_prompts_of_ones_own_without_training_anew(home: Home) -> None:
+    """Last, for scores of another evaluation take the place of the ones there were."""
+    folder = make_clip(home.path / "clip")
+    prompts = home.path / "prompts.txt"
+    prompts.write_text("\n".join(f"a red circle and {n} blue squares" for n in range(6)))
+    judge = f"{{clip: {{folder: {folder}}}, scale: 50}}"
+    asked = f"{{prompts: {prompts}, judges: {{clip: {judge}}}, steps: 2, sheet_columns: 2}}"
+    before = {name: step["checkpoint_sha256"] for name, step in home.steps().items()}
+    done = home.atelier("run", RECIPE, "--set", f"evaluation={asked}")
+    assert done.returncode == 0, done.stderr
+    steps = home.steps()
+    assert {name: step["checkpoint_sha256"] for name, step in steps.items()} == before
+    for name in STAGES:
+        assert steps[name]["decision"] == "RESUME"
+        assert "its scores are of another evaluation" in steps[name]["reason"]
+        assert list(steps[name]["scores"]) == ["clip"]
+        assert -50 < steps[name]["scores"]["clip"] < 50
+    assert "\nScores\n" in done.stdout
+    with Image.open(home.status()["contact_sheet"]) as sheet:
+        assert json.loads(sheet.info["prompts"]) == prompts.read_text().splitlines()[:2]

@@ -71,11 +71,11 @@ def test_a_chain_from_curated_images_to_a_painter(
     store_uri = (tmp_path / "store").as_uri()
     context = PlanContext(server, store_uri, {"toy": dataset}, evaluation_key="e1")
     driver = DriverContext(context, CLUSTER, "chains")
-    scored: list[Path] = []
+    scored: list[str] = []
 
-    def evaluate(folder: Path) -> Mapping[str, float]:
-        TextToImage.from_pretrained(folder)
-        scored.append(folder)
+    def evaluate(uri: str) -> Mapping[str, float]:
+        TextToImage.from_pretrained(publish.fetch_checkpoint(uri))
+        scored.append(uri)
         return {"background": 0.5}
 
     parent: Pin | None = None

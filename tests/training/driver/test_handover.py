@@ -14,7 +14,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.lease import Lease, LeaseHeld
 from infra.tracking_server import TrackedRun, TrackingServer
-from training import registry, versions
+from training import publish, registry, versions
 from training.driver import (
     DriverContext,
     GateFailed,
@@ -83,7 +83,7 @@ def test_the_lineage_is_what_mlflows_own_client_reads(local_house: House, traine
     house = local_house
     first = _run(house, trained(house))
     scores = {"colours": 0.75}
-    second = _run(house, trained(house, "concepts"), evaluate=lambda folder: scores)
+    second = _run(house, trained(house, "concepts"), evaluate=lambda uri: scores)
     from mlflow import MlflowClient
 
     client = MlflowClient(house.server.uri, house.server.uri)
@@ -207,7 +207,7 @@ def test_a_driver_that_lost_its_lease_publishes_nothing(local_house: House, trai
     plan = trained(house, "concepts")
     uri = storage.join(house.store_uri, "runs", plan.run_name or "", "lease.json")
 
-    def steal(folder: Path) -> Mapping[str, float]:
+    def steal(_: str) -> Mapping[str, float]:
         storage.write_json(uri, {**storage.read_json(uri), "token": "stolen", "owner": "bob"})
         return {}
 
@@ -221,7 +221,8 @@ def test_scores_decide_and_a_lower_bound_lets_it_pass(local_house: House, traine
     _run(house, trained(house))
     seen: list[bool] = []
 
-    def evaluate(folder: Path) -> Mapping[str, float]:
+    def evaluate(uri: str) -> Mapping[str, float]:
+        folder = publish.fetch_checkpoint(uri)
         seen.append((folder / "transformer" / "config.json").is_file())
         return {"colours": 0.4}
 
@@ -253,14 +254,14 @@ def test_a_failing_evaluation_fails_the_run_and_is_taken_up_again(
     _run(house, trained(house))
     plan = trained(house, "concepts")
 
-    def broken(folder: Path) -> Mapping[str, float]:
+    def broken(_: str) -> Mapping[str, float]:
         raise UserError("the oracle is blind")
 
     with pytest.raises(UserError, match="blind"):
         _run(house, plan, evaluate=broken)
     (run,) = _runs(house, plan)
     assert (run.status, run.tags["failure"]) == ("FAILED", "the oracle is blind")
-    assert _run(house, plan, evaluate=lambda folder: {}).run_id == run.run_id
+    assert _run(house, plan, evaluate=lambda uri: {}).run_id == run.run_id
     assert house.server.get_run(run.run_id).tags["attempt"] == "2"
 
 
