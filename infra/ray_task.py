@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from infra.errors import UserError
+from infra.same_code import check_same_code
 
 Result = TypeVar("Result")
 MAX_RETRIES = 3  # of a task whose machine was lost
@@ -50,4 +51,5 @@ def _call(
     function: Callable[..., Result], arguments: tuple[Any, ...], environment: Mapping[str, str]
 ) -> Result:
     os.environ.update(environment)
+    check_same_code()
     return function(*arguments)

@@ -26,6 +26,7 @@ from infra.config import PROJECT_ROOT, atelier_home
 from infra.environment import applied
 from infra.errors import UserError
 from infra.java import Java, find_java
+from infra.same_code import code_expected
 from infra.spark_archive import archive_path
 from infra.spark_daemon import MODULE as DAEMON
 from infra.spark_errors import jvm_starts, spark_log
@@ -138,8 +139,10 @@ def _settings(app_name: str, cluster: ClusterConfig, environment: Mapping[str, s
             **_private_sockets(),
             "spark.sql.warehouse.dir": (scratch / "warehouse").as_uri(),
         }
-    elif secret := os.environ.get(SECRET_VARIABLE):
-        properties |= {"spark.authenticate": "true", "spark.authenticate.secret": secret}
+    else:
+        worker_environment |= code_expected("infra", "pipelines")
+        if secret := os.environ.get(SECRET_VARIABLE):
+            properties |= {"spark.authenticate": "true", "spark.authenticate.secret": secret}
     properties |= {f"spark.executorEnv.{name}": value for name, value in worker_environment.items()}
     properties["spark.redaction.regex"] = REDACTED
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ

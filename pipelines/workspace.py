@@ -11,6 +11,7 @@ from typing import Any
 
 from infra import storage
 from infra.errors import UserError
+from infra.same_code import check_same_code
 from infra.spark_errors import trouble_of
 from infra.storage_errors import DISK_FULL_ERRNOS, disk_full
 
@@ -34,6 +35,7 @@ class Workspace:
         """
         os.environ.update(self.environment)
         try:
+            check_same_code()
             with _room() as folder:
                 yield folder
         except UserError as error:

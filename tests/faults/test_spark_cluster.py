@@ -27,8 +27,10 @@ from demo.metadata import HOSTS, build_world
 from demo.web import PaintedServer
 from demo.world import WorldConfig
 from infra import storage
+from infra.errors import UserError
 from infra.java import find_java
 from infra.manifest import verify_dataset
+from infra.same_code import VARIABLE
 from infra.sessions import ClusterConfig, spark_session, stop_spark
 from pipelines.config import CurationConfig
 from pipelines.curate import curate, plan_curation
@@ -216,6 +218,18 @@ def test_an_executor_is_killed_and_the_dataset_is_the_same(
         assert not [value for value in hidden if value.encode() in data], path
     log = (cluster.logs / "worker-127.0.0.3.log").read_text(errors="replace")
     assert "exitStatus 137" in log or "exit code 137" in log.lower() or "KILLED" in log
+
+
+def test_workers_with_other_code_are_refused_in_one_line(
+    cluster: Cluster, world: CurationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATELIER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ATELIER_SPARK_SECRET", cluster.secret)
+    told = {VARIABLE: f"infra pipelines {64 * '0'}"}
+    monkeypatch.setattr("infra.spark.code_expected", lambda *_: told)
+    with pytest.raises(UserError, match=r"expected the driver's code .*; got other code on "):
+        run(cluster.config(), world, (tmp_path / "store").as_uri(), {})
+    assert not list((tmp_path / "store").rglob("staged-*"))
 
 
 def test_a_frozen_worker_is_overtaken_by_a_second_copy_and_wakes_up_to_no_effect(
