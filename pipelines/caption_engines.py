@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from infra.errors import UserError
 from pipelines.captioning_config import CaptioningConfig, EndpointConfig
-from pipelines.connection import Deadline, Failed, connect
+from pipelines.connection import Deadline, Failed, connect, retry_after_seconds
 
 MAX_ANSWER_BYTES = 4_000_000
 _IMAGE_TYPES = ((b"\xff\xd8", "jpeg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
@@ -74,17 +74,17 @@ class EndpointCaptioner:
         body = json.dumps(self._request(image)).encode()
         answer = Answer(error="no_attempt", retryable=True)
         for attempt in range(self._endpoint.retries + 1):
-            answer, retry_after_seconds = self._attempt(body)
+            answer, asked_seconds = self._attempt(body)
             if not answer.retryable:
                 break
             if attempt < self._endpoint.retries:
-                time.sleep(self._wait_seconds(attempt, retry_after_seconds))
+                time.sleep(self._wait_seconds(attempt, asked_seconds))
         self._watch(answer)
         return answer
 
-    def _wait_seconds(self, attempt: int, retry_after_seconds: float | None) -> float:
+    def _wait_seconds(self, attempt: int, asked_seconds: float | None) -> float:
         wait: float = self._endpoint.backoff_seconds * 2**attempt * random.uniform(0.8, 1.2)
-        return min(max(wait, retry_after_seconds or 0.0), self._endpoint.max_wait_seconds)
+        return min(max(wait, asked_seconds or 0.0), self._endpoint.max_wait_seconds)
 
     def _watch(self, answer: Answer) -> None:
         with self._lock:
@@ -138,9 +138,7 @@ class EndpointCaptioner:
         try:
             request = ("\r\n".join(head) + "\r\n\r\n").encode("latin-1") + body
             response = connection.exchange(request, deadline, MAX_ANSWER_BYTES)
-            after = response.headers.get("Retry-After", "")
-            seconds = float(after) if after.isdigit() else None
-            return response.status, seconds, response.read()
+            return response.status, retry_after_seconds(response.headers), response.read()
         finally:
             connection.close()
 

@@ -13,6 +13,9 @@ import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.message import Message
+from email.utils import parsedate_to_datetime
 from http.client import HTTPResponse
 from typing import TYPE_CHECKING
 
@@ -47,6 +50,31 @@ class Failed(Exception):
         self.retryable = retryable
         self.retry_now = retryable if retry_now is None else retry_now
         self.retry_after_seconds = retry_after_seconds
+
+
+def retry_after_seconds(headers: Message) -> float | None:
+    """The wait that ``Retry-After`` asks for, seconds, >= 0; None when no wait can be read.
+
+    Both of its forms are read. A date is held against the server's own clock where it tells the
+    time: ours may differ.
+    """
+    told = headers.get("Retry-After", "").strip()
+    if told.isascii() and told.isdigit():
+        return float(told)
+    ends_at = _moment(told)
+    if ends_at is None:
+        return None
+    now = _moment(headers.get("Date", "")) or datetime.now(UTC)
+    return max((ends_at - now).total_seconds(), 0.0)
+
+
+def _moment(told: str) -> datetime | None:
+    """An HTTP date in any of its three forms, one of which has no zone; None for other text."""
+    try:
+        found = parsedate_to_datetime(told)
+    except (ValueError, OverflowError):
+        return None
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
 class Deadline:

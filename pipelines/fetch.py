@@ -16,11 +16,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from email.message import Message
 from http.client import HTTPResponse
 
 from pipelines.config import FetchConfig
-from pipelines.connection import Connection, Deadline, Failed, connect
+from pipelines.connection import Connection, Deadline, Failed, connect, retry_after_seconds
 from pipelines.consent import MAX_POLICY_BYTES, Consent
 from pipelines.guard import Rejected, Target, check_addresses, parse_url, redirect_url
 from pipelines.hosts import Budgets, Lookup, Pool, Resolver, system_lookup
@@ -155,7 +154,7 @@ class Fetcher:
             raise Failed(
                 f"http_{response.status}",
                 retryable=response.status in _PASSING_STATUSES,
-                retry_after_seconds=_retry_after(response.headers),
+                retry_after_seconds=retry_after_seconds(response.headers),
             )
         # http.client reads headers as latin-1; servers mean UTF-8.
         location = location.encode("latin-1", "replace").decode("utf-8", "replace")
@@ -294,11 +293,6 @@ def _drain(response: HTTPResponse) -> bool:
         return False
     response.read()
     return True
-
-
-def _retry_after(headers: Message) -> float | None:
-    value = headers.get("Retry-After", "")
-    return float(value) if value.isascii() and value.isdigit() and len(value) < 6 else None
 
 
 def _inflater(encoding: str) -> zlib._Decompress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import email.message
+import email.utils
 import gzip
 import ipaddress
 import resource
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 import pipelines.fetch
-from pipelines.connection import Connection, Deadline, Failed
+from pipelines.connection import Connection, Deadline, Failed, retry_after_seconds
 from pipelines.consent import is_opted_out
 from pipelines.fetch import Fetcher
 from pipelines.guard import Rejected
@@ -218,16 +219,61 @@ def test_a_passing_failure_passes(evil_web: Any, http_response: Any) -> None:
     assert evil_web.fetcher(retries=1).fetch(f"{URL}/once") == BODY
 
 
-def test_waits_as_long_as_the_server_asks(evil_web: Any, http_response: Any) -> None:
-    answers = [http_response(b"", "Retry-After: 1", status="429 x"), http_response(BODY)]
+LONG_AGO = "Date: Sun, 06 Nov 1994 08:49:37 GMT"
+
+
+@pytest.mark.parametrize(
+    ("busy", "later"),
+    [
+        (["Retry-After: 1"], ["Retry-After: 9999999"]),
+        ([LONG_AGO, "Retry-After: Sun, 06 Nov 1994 08:49:38 GMT"],
+         ["Retry-After: Fri, 01 Jan 2100 00:00:00 GMT"]),
+    ],
+)  # fmt: skip
+def test_waits_as_long_as_the_server_asks(
+    evil_web: Any, http_response: Any, busy: list[str], later: list[str]
+) -> None:
+    answers = [http_response(b"", *busy, status="429 x"), http_response(BODY)]
     evil_web.routes["/busy"] = lambda connection, _: connection.sendall(answers.pop(0))
     started_at = time.monotonic()
     fetcher = evil_web.fetcher(retries=1, total_deadline_seconds=2)
     assert fetcher.fetch(f"{URL}/busy") == BODY
     assert time.monotonic() - started_at >= 1
-    evil_web.route("/later", http_response(b"", "Retry-After: 9999", status="503 x"))
+    num_requests = len(evil_web.requests)
+    evil_web.route("/later", http_response(b"", *later, status="503 x"))
     assert failure(fetcher, "/later").cause == "http_503"
-    assert time.monotonic() - started_at < 4
+    assert len(evil_web.requests) == num_requests + 1  # not again in this run: it is too long
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [
+        ("0", 0), (" 7 ", 7), ("120", 120), ("100000", 100_000),
+        ("Sun, 06 Nov 1994 08:50:37 GMT", 60),
+        ("Sunday, 06-Nov-94 08:50:37 GMT", 60),
+        ("Sun Nov  6 08:50:37 1994", 60),
+        ("Sun, 06 Nov 1994 10:50:37 +0200", 60),
+        ("Sun, 06 Nov 1994 08:00:00 GMT", 0),
+        ("", None), ("-1", None), ("1.5", None), ("soon", None), ("\u0663", None),
+        ("Sun, 99 Nov 1994 08:50:37 GMT", None), ("06 Nov 999999999999 08:50:37 GMT", None),
+    ],
+)  # fmt: skip
+def test_reads_both_forms_of_retry_after(told: str, seconds: float | None) -> None:
+    headers = email.message.Message()
+    headers["Date"] = LONG_AGO.removeprefix("Date: ")
+    headers["Retry-After"] = told
+    assert retry_after_seconds(headers) == seconds
+
+
+@pytest.mark.parametrize("clock", [None, "yesterday"])
+def test_a_date_is_held_against_our_clock_where_the_server_tells_no_time(clock: str | None) -> None:
+    headers = email.message.Message()
+    if clock is not None:
+        headers["Date"] = clock
+    headers["Retry-After"] = email.utils.formatdate(time.time() + 1000, usegmt=True)
+    asked_seconds = retry_after_seconds(headers)
+    assert asked_seconds is not None
+    assert 0 < asked_seconds <= 1000
 
 
 def test_follows_redirects_and_counts_hops(evil_web: Any, http_response: Any) -> None:

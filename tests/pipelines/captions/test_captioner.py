@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections import Counter
 from datetime import UTC, datetime
+from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -104,6 +106,21 @@ def test_failures_are_tried_again_where_they_may_pass(
     caption_server.behaviour = lambda image, number: reply if number == 1 else None
     if num_requests > 1:
         assert ask(caption_server, IMAGES[:1])[0].error is None
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_a_busy_server_is_waited_for_in_either_form(
+    caption_server: CaptionServer, form: str
+) -> None:
+    """As long as it asks, up to ``max_wait_seconds``."""
+    told = "3600" if form == "seconds" else formatdate(time.time() + 3600, usegmt=True)
+    caption_server.behaviour = lambda _, number: (
+        (503, {"Retry-After": told}, b"", 0.0) if number == 1 else None
+    )
+    started_at = time.monotonic()
+    (answer,) = ask(caption_server, IMAGES[:1], max_wait_seconds=1.0)
+    assert answer.error is None
+    assert time.monotonic() - started_at >= 1
 
 
 def test_a_refused_key_ends_the_run_in_a_line_without_the_key(
