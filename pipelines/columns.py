@@ -99,7 +99,8 @@ def layout_of(
 
     URL and caption must be there, and whatever a filter that is on looks at, on its scale.
     """
-    name = format_of(schema.names, container, config.format, file)
+    are_sizes_told = config.swapped_sizes is not None
+    name = format_of(schema.names, container, config.format, file, are_sizes_told=are_sizes_told)
     known = SOURCE_FORMATS[name]
     found = set(schema.names)
     shared = _present(known.columns, found)

@@ -36,9 +36,11 @@ class SyntheticColumn:
 class SourceFormat:
     """One published schema. ``marks`` are columns that, all together, only this one has.
 
-    ``columns``: canonical column -> the names it goes by, the first one present wins. ``views``:
-    one mapping per image of a record, laid over ``columns`` (pairs have two). ``has_paths``: the
-    images are named by paths, to which the recipe's ``image_base_url`` is put in front.
+    ``traces``: marks that hint at it by themselves; a file that lacks some of them may be a thinner
+    copy. ``columns``: canonical column -> the names it goes by, the first one present wins.
+    ``views``: one mapping per image of a record, laid over ``columns`` (pairs have two).
+    ``has_paths``: the images are named by paths, to which the recipe's ``image_base_url`` is put in
+    front.
     """
 
     about: str
@@ -51,6 +53,12 @@ class SourceFormat:
     views: tuple[Mapping[str, tuple[str, ...]], ...] = field(default=({},))
     has_paths: bool = False
     container: Container = "parquet"
+    traces: frozenset[str] = frozenset()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Columns without which a file cannot be read as this, even where the recipe says so."""
+        return self.marks - self.traces
 
     @property
     def rows_per_record(self) -> int:
@@ -87,6 +95,7 @@ SOURCE_FORMATS: dict[FormatName, SourceFormat] = {
         frozenset({"SAMPLE_ID", "URL", "TEXT", "WIDTH", "HEIGHT", "LICENSE", "NSFW"}),
         _LAION_COLUMNS,
         swapped_sizes=True,
+        traces=frozenset({"SAMPLE_ID", "LICENSE", "NSFW"}),
     ),
     "laion-joined": SourceFormat(
         "LAION-2B joined with watermark and safety scores; laion-high-resolution",
@@ -226,15 +235,21 @@ SOURCE_FORMATS: dict[FormatName, SourceFormat] = {
 
 
 def format_of(
-    found: Sequence[str], container: Container, named: FormatName | None, file: str
+    found: Sequence[str],
+    container: Container,
+    named: FormatName | None,
+    file: str,
+    *,
+    are_sizes_told: bool = False,
 ) -> FormatName:
     """Which format a file with the columns ``found`` has; a ``UserError`` when it is not one.
 
-    A format whose marks are all among another's gives way to it: joined to aesthetic, for one.
+    A format whose marks are all among another's gives way to it: joined to aesthetic, for one. What
+    has some traces of a set with exchanged sizes is not guessed, unless ``are_sizes_told``.
     """
     columns = set(found)
     if named is not None:
-        lacking = sorted(SOURCE_FORMATS[named].marks - columns)
+        lacking = sorted(SOURCE_FORMATS[named].needs - columns)
         if lacking or SOURCE_FORMATS[named].container != container:
             raise UserError(
                 expected=f"{named} in {file}: {', '.join(lacking) or 'a'} "
@@ -250,12 +265,13 @@ def format_of(
     ]
     marks = [SOURCE_FORMATS[name].marks for name in fitting]
     best = [name for name in fitting if not any(SOURCE_FORMATS[name].marks < m for m in marks)]
-    if len(best) == 1:
+    thinner = [] if are_sizes_told else _thinner_copies(columns, container, fitting)
+    if len(best) == 1 and not thinner:
         return best[0]
     if best:
         raise UserError(
             expected=f"one known schema in {file}",
-            got=f"what fits {' and '.join(best)}",
+            got=f"what fits {' and '.join(best + thinner)}",
             remedy="set `format` to the one it is",
         )
     nearest = min(
@@ -268,6 +284,21 @@ def format_of(
         got=f"columns {', '.join(found)}; nearest {nearest}, without {', '.join(lacking)}",
         remedy="rename the columns to those of a known schema",
     )
+
+
+def _thinner_copies(
+    columns: set[str], container: Container, fitting: Sequence[FormatName]
+) -> list[str]:
+    """What else the file may be, with sizes the other way round, and by which columns."""
+    return [
+        f"in part (by {', '.join(sorted(known.traces & columns))}) {name}: {known.about}"
+        for name, known in SOURCE_FORMATS.items()
+        if known.swapped_sizes
+        and known.container == container
+        and name not in fitting
+        and known.traces & columns
+        and known.needs <= columns
+    ]
 
 
 def _overlap(name: FormatName, columns: set[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -319,6 +320,50 @@ def test_a_format_can_be_named_and_is_held_to() -> None:
     asked = CurationConfig(metadata=["x"], format="coyo")
     with pytest.raises(UserError, match="expected coyo in f: id, image_phash, text, url column;"):
         layout_of(both.schema, asked, "f")
+
+
+RAW, *_ = CASES["laion2B-en raw"]
+TRACES = ("SAMPLE_ID", "LICENSE", "NSFW")
+SOME_TRACES = [
+    names for number in (1, 2) for names in itertools.combinations(TRACES, number)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dropped", SOME_TRACES)
+@pytest.mark.parametrize("more", [{}, {"AESTHETIC_SCORE": (F32, 5.0)}, {"hash": (I64, 1)}])
+def test_a_thinner_copy_of_a_raw_file_is_not_taken_for_another_set(
+    dropped: tuple[str, ...], more: Columns
+) -> None:
+    """Their sizes are the other way round, and nothing else tells them apart."""
+    columns = {name: value for name, value in RAW.items() if name not in dropped}
+    raw = table(columns | more)
+    fits = "laion-aesthetics-v2" if "AESTHETIC_SCORE" in more else "laion-joined"
+    left = ", ".join(sorted(set(TRACES) - set(dropped)))
+    with pytest.raises(UserError) as caught:
+        layout_of(raw.schema, config(), "part-7.parquet")
+    assert str(caught.value) == (
+        f"expected one known schema in part-7.parquet; got what fits {fits} and in part (by {left})"
+        " laion-raw: LAION-2B raw, whose WIDTH and HEIGHT are exchanged; set `format` to the one "
+        "it is"
+    )
+    for told, sizes in (
+        ({"format": "laion-raw"}, (480, 640)),
+        ({"format": fits}, (640, 480)),
+        ({"swapped_sizes": True}, (480, 640)),
+        ({"swapped_sizes": False}, (640, 480)),
+    ):
+        asked = CurationConfig.model_validate({"metadata": ["x"], **told})
+        layout = layout_of(raw.schema, asked, "f")
+        row = canonical_rows(raw, layout, "s").row(0, named=True)
+        assert (row["width_px"], row["height_px"]) == sizes
+
+
+def test_without_sizes_a_raw_file_is_like_any_other() -> None:
+    columns = {name: value for name, value in RAW.items() if name not in ("WIDTH", "LICENSE")}
+    assert layout_of(table(columns).schema, config(), "f").format == "laion-joined"
+    asked = CurationConfig(metadata=["x"], format="laion-raw")
+    with pytest.raises(UserError, match="expected laion-raw in f: WIDTH column; got"):
+        layout_of(table(columns).schema, asked, "f")
 
 
 @pytest.mark.parametrize("unknown", ["drop", "keep", "later"])
