@@ -49,9 +49,9 @@ class PartMarker:
 
     ``shard_sizes``: width and height of every image of a shard, px, where they are alike.
     ``captions``: what was done to the captions of its rows -> how many rows.
-    ``hash_matches``: how many committed rows have the ``same`` sha256 as recorded, or a
-    ``different`` one. ``pictures``: of copies that stay out, see ``rejected``. ``seconds``: what
-    the task took, for estimates.
+    ``recorded``: how many of the committed rows' bytes are those that the metadata recorded, see
+    ``recorded.matches``. ``pictures``: of copies that stay out, see ``rejected``. ``seconds``:
+    what the task took, for estimates.
     """
 
     shards: list[ShardEntry]
@@ -62,7 +62,7 @@ class PartMarker:
     round: int = 0
     shard_sizes: dict[str, list[int]] = field(default_factory=dict)
     captions: dict[str, int] = field(default_factory=dict)
-    hash_matches: dict[str, int] = field(default_factory=dict)
+    recorded: dict[str, dict[str, int]] = field(default_factory=dict)
     pictures: FileEntry | None = None
     seconds: float = 0.0
 

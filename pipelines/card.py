@@ -15,6 +15,7 @@ from pipelines.image_config import blurred_faces_in_words
 from pipelines.ledger import COMMITTED
 from pipelines.publish import funnel_of
 from pipelines.reasons import BEFORE_FETCH, words_for
+from pipelines.recorded import matches_in_words
 
 _SIZES = (
     (1_000, "n<1K"),
@@ -237,6 +238,13 @@ def _gaps(manifest: DatasetManifest, recipe: Mapping[str, Any]) -> str:
     for policy, values in sorted(manifest.attributes.get("unknown", {}).items()):
         for name, number in sorted(values.items()):
             lines.append(f"- {number:,} rows went on without {name.replace('_', ' ')} ({policy})")
+    compared = matches_in_words(manifest.attributes)
+    lines += [f"- {line}" for line in compared]
+    if not compared:
+        lines.append(
+            "- no image was held against a digest that was recorded with its address: what the "
+            "address serves may have changed since"
+        )
     if not recipe.get("filters", {}).get("languages"):
         lines.append("- captions are in whatever language their pages were")
     if recipe.get("duplicates", {}).get("perceptual") is None:

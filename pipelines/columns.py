@@ -49,11 +49,13 @@ CANONICAL_SCHEMA = pa.schema(
         ("source", pa.string()),
         ("human_preference", pa.float64()),
         ("recorded_sha256", pa.string()),
+        ("recorded_md5", pa.string()),
     ]
 )
-_TEXT_COLUMNS = frozenset({"url", "caption", "language", "recorded_sha256"})
+# Of the bytes as downloaded; anything but a digest in hex is unknown.
+DIGESTS = {"recorded_sha256": r"^[0-9a-f]{64}$", "recorded_md5": r"^[0-9a-f]{32}$"}
+_TEXT_COLUMNS = frozenset({"url", "caption", "language", *DIGESTS})
 _WATERMARK, _NO_WATERMARK = 0, (1, 2)  # PixelProse's classes: watermark, none, other text
-_SHA256 = r"^[0-9a-f]{64}$"
 _NO_LANGUAGE = ("", "xx", "und")  # codes that name none
 
 RawRows: TypeAlias = pa.Table | pl.DataFrame  # columns as a file has them
@@ -70,6 +72,11 @@ class Layout:
     swapped_sizes: bool
     watermark_class: str | None = None
     url_prefix: str = ""
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether the file says what the bytes of its images were."""
+        return any(not DIGESTS.keys().isdisjoint(view) for view in self.views)
 
     @property
     def columns(self) -> list[str]:
@@ -278,6 +285,12 @@ def _expressions(layout: Layout, view: Mapping[str, str], source: str) -> list[p
         value = column(canonical, pl.Float64())
         return pl.when(value.is_between(1, MAX_SIDE_PX)).then(value).cast(pl.Int32).alias(canonical)
 
+    def digest(canonical: str) -> pl.Expr:
+        if canonical not in names:
+            return column(canonical, pl.String())
+        lower = column(canonical, pl.String()).str.to_lowercase()
+        return pl.when(lower.str.contains(DIGESTS[canonical])).then(lower).alias(canonical)
+
     url = column("url", pl.String()).fill_null("")
     if layout.url_prefix:
         path = url.str.strip_prefix("./").str.strip_chars_start("/")
@@ -286,10 +299,6 @@ def _expressions(layout: Layout, view: Mapping[str, str], source: str) -> list[p
     if "language" in names:
         code = language.str.strip_chars().str.to_lowercase()
         language = pl.when(~code.is_in(_NO_LANGUAGE)).then(code).alias("language")
-    sha256: pl.Expr = column("recorded_sha256", pl.String())
-    if "recorded_sha256" in names:
-        lower = sha256.str.to_lowercase()
-        sha256 = pl.when(lower.str.contains(_SHA256)).then(lower).alias("recorded_sha256")
     return [
         url.alias("url"),
         column("caption", pl.String()).fill_null(""),
@@ -303,7 +312,7 @@ def _expressions(layout: Layout, view: Mapping[str, str], source: str) -> list[p
         language,
         pl.lit(source).alias("source"),
         score("human_preference"),
-        sha256,
+        *map(digest, DIGESTS),
     ]
 
 

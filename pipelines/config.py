@@ -148,8 +148,8 @@ class FetchConfig(StrictModel):
     max_pixels: int = semantic(50_000_000, "largest width x height decoded", ge=1)
     on_hash_mismatch: Literal["keep", "reject"] = semantic(
         "keep",
-        "a body whose sha256 is not the one the metadata recorded: keep: stored, and counted in "
-        "the manifest; reject: hash_mismatch",
+        "a body whose sha256 or md5 is not the one the metadata recorded: keep: stored, and "
+        "counted in the manifest; reject: hash_mismatch, and metadata without either are refused",
     )
     max_redirects: int = semantic(3, "redirect hops followed", ge=0, le=20)
     allowed_ports: list[Port] = semantic(

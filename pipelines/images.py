@@ -77,7 +77,10 @@ _DRAFT_FACTOR = 2
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An encoded image with where it came from. Original sizes are upright, before any resize."""
+    """An encoded image with where it came from. Original sizes are upright, before any resize.
+
+    ``sha256`` and, where the metadata recorded one, ``md5`` are those of the body.
+    """
 
     data: bytes
     width_px: int
@@ -89,6 +92,7 @@ class StoredImage:
     sha256: str
     signature: bytes | None = None
     measures: dict[str, float] = field(default_factory=dict)
+    md5: str | None = None
 
 
 def sniff_format(body: bytes) -> str:

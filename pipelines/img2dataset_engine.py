@@ -20,7 +20,6 @@ import os
 import sys
 import threading
 import types
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -49,13 +48,16 @@ _WAITING_IMAGES = 64
 
 
 def outcomes_by_img2dataset(
-    todo: Sequence[tuple[int, str]],
+    todo: Sequence[int],
     config: CurationConfig,
     bounds: Bounds,
-    fetch: Callable[[str], bytes],
+    fetch: Callable[[int], bytes],
     folder: Path,
 ) -> Iterator[tuple[int, Outcome]]:
-    """How every row of ``todo`` (number, URL) ended, as they come; ``folder`` is for its files."""
+    """How every row of ``todo`` ended, as they come; ``folder`` is for its files.
+
+    A row is a number, which img2dataset gets for a URL; ``fetch`` has the row's body.
+    """
     downloader_module = _modules()[0]
     downloader_module.urllib = _guarded(fetch, bounds)
     made = Queue[tuple[int, Outcome] | BaseException | None](_WAITING_IMAGES)
@@ -74,7 +76,7 @@ def outcomes_by_img2dataset(
 
     thread = threading.Thread(target=work, name="img2dataset", daemon=True)
     thread.start()
-    missing = {number for number, _ in todo}
+    missing = set(todo)
     try:
         while (item := made.get()) is not None:
             if isinstance(item, BaseException):
@@ -91,17 +93,16 @@ def outcomes_by_img2dataset(
 
 
 def _download(
-    todo: Sequence[tuple[int, str]],
+    todo: Sequence[int],
     config: CurationConfig,
     folder: Path,
     put: Callable[[tuple[int, Outcome]], None],
 ) -> None:
     downloader_module, resizer_module = _modules()
-    numbers = [number for number, _ in todo]
-    if not numbers:
+    if not todo:
         return
     rows_path = folder / "img2dataset.arrow"
-    table = pa.table({"url": [url for _, url in todo]})
+    table = pa.table({"url": [str(number) for number in todo]})
     with pa.OSFile(str(rows_path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
         file.write_table(table)
     resize = config.resize
@@ -115,7 +116,7 @@ def _download(
         max_image_area=config.fetch.max_pixels,
     )
     downloader = downloader_module.Downloader(
-        sample_writer_class=functools.partial(_Writer, numbers, config, put),
+        sample_writer_class=functools.partial(_Writer, todo, config, put),
         resizer=resizer,
         thread_count=config.fetch.num_threads,
         save_caption=False,
@@ -123,7 +124,7 @@ def _download(
         output_folder=str(folder),
         column_list=["url"],
         timeout=config.fetch.total_deadline_seconds,
-        number_sample_per_shard=max(len(numbers), 2),
+        number_sample_per_shard=max(len(todo), 2),
         oom_shard_count=1,
         compute_hash="sha256",
         verify_hash_type=None,
@@ -140,7 +141,7 @@ class _Writer:
 
     def __init__(
         self,
-        numbers: list[int],
+        numbers: Sequence[int],
         config: CurationConfig,
         put: Callable[[tuple[int, Outcome]], None],
         *_: object,
@@ -201,12 +202,12 @@ class _Body(io.BytesIO):
     headers = email.message.Message()
 
 
-def _guarded(fetch: Callable[[str], bytes], bounds: Bounds) -> types.SimpleNamespace:
+def _guarded(fetch: Callable[[int], bytes], bounds: Bounds) -> types.SimpleNamespace:
     """What img2dataset shall hold for ``urllib``."""
 
-    def urlopen(request: urllib.request.Request, timeout: float | None = None) -> _Body:
+    def urlopen(request: _Request, timeout: float | None = None) -> _Body:
         try:
-            body = fetch(request.full_url)
+            body = fetch(request.number)
             check_body(body, bounds)
         except Exception as error:
             raise _Ended(error) from error
@@ -217,10 +218,10 @@ def _guarded(fetch: Callable[[str], bytes], bounds: Bounds) -> types.SimpleNames
 
 
 class _Request:
-    """The URL as it is: ``urllib``'s own class refuses some that our guard would only name."""
+    """The row in place of a URL, of which ``urllib``'s own class would refuse what we only name."""
 
     def __init__(self, url: str, data: None = None, headers: dict[str, str] | None = None) -> None:
-        self.full_url = url
+        self.number = int(url)
 
 
 @functools.cache

@@ -167,6 +167,8 @@ def check_inputs(config: CurationConfig) -> list[tuple[Kind, str, Layout | None]
     with ThreadPoolExecutor(_THREADS) as pool:
         checked = list(pool.map(check, found))
     _refuse_two_scales(checked)
+    if config.fetch.on_hash_mismatch == "reject":
+        _refuse_no_digests(checked)
     _refuse_one_name(uri for kind, uri, _ in checked if kind == "metadata" and is_tar(uri))
     return checked
 
@@ -194,6 +196,21 @@ def _refuse_two_scales(checked: Sequence[tuple[Kind, str, Layout | None]]) -> No
             expected="aesthetic scores on one scale in one dataset",
             got=" and ".join(f"{scale} in {uri}" for scale, uri in sorted(first.items())),
             remedy="make a dataset of each",
+        )
+
+
+def _refuse_no_digests(checked: Sequence[tuple[Kind, str, Layout | None]]) -> None:
+    """Not a body would be held against anything, where the recipe asks for it."""
+    layouts = [(uri, layout) for _, uri, layout in checked if layout is not None]
+    if not any(layout.has_digests for _, layout in layouts):
+        uri, layout = layouts[0]
+        others = f" nor in {len(layouts) - 1:,} others" if len(layouts) > 1 else ""
+        raise UserError(
+            expected="a sha256 or md5 of the images in the metadata, for fetch.on_hash_mismatch is "
+            "reject",
+            got=f"no such column in {uri} ({layout.format}){others}",
+            remedy="take a variant of the set that has one (laion2B-en-md5, for one), or set "
+            "fetch.on_hash_mismatch to keep",
         )
 
 

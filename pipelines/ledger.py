@@ -35,6 +35,7 @@ LEDGER_SCHEMA = pa.schema(
         pa.field("detail", pa.string()),
         pa.field("sha256", pa.string()),
         pa.field("shard", pa.string()),
+        pa.field("md5", pa.string()),  # where one was recorded
     ]
 )
 

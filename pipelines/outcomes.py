@@ -35,6 +35,7 @@ OUTCOME_SCHEMA: dict[str, pl.DataType] = {
     "retryable": pl.Boolean(),
     "detail": pl.String(),
     "sha256": pl.String(),
+    "md5": pl.String(),
     "image_width_px": pl.Int32(),
     "image_height_px": pl.Int32(),
     "original_width_px": pl.Int32(),
@@ -56,6 +57,7 @@ def outcome_columns(outcome: StoredImage | NotStored | None, offset: int = 0) ->
         return asdict(outcome)
     return {
         "sha256": outcome.sha256,
+        "md5": outcome.md5,
         "image_width_px": outcome.width_px,
         "image_height_px": outcome.height_px,
         "original_width_px": outcome.original_width_px,

@@ -57,7 +57,10 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
             f"{plan.rows_in} rows went in, {ended} are accounted for, {in_ledger} are in the ledger"
         )
     recipe = semantic_part(build.config)
-    matches = sum((Counter(part.hash_matches) for part in parts), Counter[str]())
+    recorded: dict[str, Counter[str]] = {}
+    for part in parts:
+        for column, found in part.recorded.items():
+            recorded.setdefault(column, Counter()).update(found)
     sizes = {path: size for part in parts for path, size in part.shard_sizes.items()}
     return DatasetManifest(
         name=name,
@@ -83,7 +86,8 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
             **references_part(build.config.duplicates, build.config.decontaminate),
             **checks_part(build.config.image_checks),
             "recipe": recipe,
-            **({"recorded_sha256": dict(matches)} if matches else {}),
+            # recorded_sha256, recorded_md5 -> same, different -> rows
+            **{column: dict(found) for column, found in sorted(recorded.items())},
             **({SHARD_SIZES: sizes} if build.config.resize.crop == "bucket" else {}),
         },
     )

@@ -22,7 +22,7 @@ _KEY = re.compile(r"[0-9a-f]{32}")
 _EXTENSION = re.compile(r"[a-z0-9]{1,8}")
 SCORE_DIGITS = 6
 # In a sample's json only where the metadata has them.
-_WHERE_KNOWN = ("human_preference", "recorded_sha256")
+_WHERE_KNOWN = ("human_preference", "recorded_sha256", "recorded_md5")
 
 
 class ShardWriter:

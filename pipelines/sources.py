@@ -75,6 +75,7 @@ _LAION_COLUMNS: dict[str, tuple[str, ...]] = {
     "unsafe_prob": ("punsafe",),
     "watermark_prob": ("pwatermark",),
     "language": ("LANGUAGE",),
+    "recorded_md5": ("md5",),
 }
 _INSIDE = {"url": (ADDRESS,), "width_px": (WIDTH,), "height_px": (HEIGHT,)}
 _V1, _V2 = ("v1", "aesthetic"), ("v2", "AESTHETIC_SCORE")
@@ -127,6 +128,7 @@ SOURCE_FORMATS: dict[FormatName, SourceFormat] = {
             "watermark_prob": ("pwatermark",),
             "language": ("LANGUAGE", "language"),
             "recorded_sha256": ("sha256",),
+            "recorded_md5": ("md5",),
         },
         aesthetic=(_V1, _V2),
     ),

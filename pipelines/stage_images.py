@@ -7,11 +7,11 @@ where. At any time a task holds at most ``num_threads`` bodies besides the one i
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -38,6 +38,7 @@ from pipelines.outcomes import (
     outcome_columns,
 )
 from pipelines.read_rows import TRAVEL_SCHEMA, without_removed
+from pipelines.recorded import Recorded, recorded_of
 from pipelines.rejected import (
     NUM_PLACES,
     Show,
@@ -51,6 +52,7 @@ from pipelines.tombstones import TAKEDOWN, Tombstones
 # Fewer downloads than this say nothing about the network.
 MIN_ATTEMPTS_TO_JUDGE = 20
 _DNS = ("dns", "dns_no_such_host")
+_NOTHING_RECORDED = Recorded()
 # Reasons that only a body that arrived can give.
 _ARRIVED = (
     "hash_mismatch",
@@ -232,7 +234,7 @@ def fetch_rows(
             stack.enter_context(images_path(folder, number).open("wb"))
             for number in range(len(configs))
         ]
-        recorded = rows["recorded_sha256"].to_list()
+        recorded = recorded_of(rows)
         todo = spread_by_host(rows)
         show = stack.enter_context(offering(rows, trays, configs[0]))
         for index, found in _outcomes(todo, recorded, configs, bodies, folder, show):
@@ -267,7 +269,7 @@ def spread_by_host(rows: pl.DataFrame) -> list[tuple[int, str]]:
 
 def _outcomes(
     todo: list[tuple[int, str]],
-    recorded: list[str | None],
+    recorded: list[Recorded],
     configs: Sequence[CurationConfig],
     bodies: Bodies,
     folder: Path,
@@ -276,11 +278,7 @@ def _outcomes(
     """Outcomes as they come; at most ``num_threads`` bodies are under way or waiting."""
     first = configs[0]
     if first.fetch.engine == "img2dataset":
-        ended = outcomes_by_img2dataset(todo, first, bounds_of(first), bodies.fetch, folder)
-        for index, outcome in ended:
-            if isinstance(outcome, StoredImage):
-                outcome = _mismatch(outcome.sha256, recorded[index], first) or outcome
-            yield index, [outcome]
+        yield from _outcomes_by_img2dataset(dict(todo), recorded, first, bodies, folder)
         return
     decoder = decoder_for(configs)
     with arriving(todo, bodies, first.fetch.num_threads) as found_bodies:
@@ -293,6 +291,26 @@ def _outcomes(
                 yield index, images
 
 
+def _outcomes_by_img2dataset(
+    urls: dict[int, str],
+    recorded: list[Recorded],
+    config: CurationConfig,
+    bodies: Bodies,
+    folder: Path,
+) -> Iterator[tuple[int, Sequence[StoredImage | NotStored]]]:
+    md5s: dict[int, str | None] = {}
+
+    def body_of(index: int) -> bytes:
+        body = bodies.fetch(urls[index])
+        md5s[index] = recorded[index].checked_md5(body, config.fetch.on_hash_mismatch)
+        return body
+
+    ended = outcomes_by_img2dataset(list(urls), config, bounds_of(config), body_of, folder)
+    for index, outcome in ended:
+        md5 = md5s.pop(index, None)
+        yield index, [replace(outcome, md5=md5) if isinstance(outcome, StoredImage) else outcome]
+
+
 def decoder_for(configs: Sequence[CurationConfig]) -> Decoder:
     """This process's decoder, as ``configs`` want it."""
     first = configs[0]
@@ -303,29 +321,21 @@ def images_of(
     body: bytes,
     decoder: Decoder,
     configs: Sequence[CurationConfig],
-    recorded_sha256: str | None = None,
+    recorded: Recorded = _NOTHING_RECORDED,
 ) -> Sequence[StoredImage | NotStored]:
     """The body's image as each of ``configs`` stores it, or how the row ended there.
 
     ``decoder`` is ``decoder_for(configs)``.
     """
-    first = configs[0]
-    if recorded_sha256 is not None:
-        changed = _mismatch(hashlib.sha256(body).hexdigest(), recorded_sha256, first)
-        if changed is not None:
-            return [changed] * len(configs)
     try:
+        md5 = recorded.checked_md5(body, configs[0].fetch.on_hash_mismatch)
         found = decoder.store(body)
     except Exception as error:
         return [not_stored(error)] * len(configs)
-    return [each if isinstance(each, StoredImage) else not_stored(each) for each in found]
-
-
-def _mismatch(sha256: str, recorded: str | None, config: CurationConfig) -> NotStored | None:
-    """How a row ends whose body is not the recorded one; None where that is no matter."""
-    if recorded in (None, sha256) or config.fetch.on_hash_mismatch == "keep":
-        return None
-    return NotStored(REJECTED, "hash_mismatch", False, f"sha256 {sha256}")
+    return [
+        replace(each, md5=md5) if isinstance(each, StoredImage) else not_stored(each)
+        for each in found
+    ]
 
 
 def bounds_of(config: CurationConfig) -> Bounds:

@@ -25,6 +25,7 @@ from pipelines.ledger import (
     count,
     is_worth_a_retry,
 )
+from pipelines.recorded import FETCHED, matches
 from pipelines.rejected import NUM_PLACES, Tray, without_taken_down, write_pictures
 from pipelines.shards import ShardWriter, sample_members
 from pipelines.thumbnails import thumbnail
@@ -95,7 +96,7 @@ def write_shards(build: Build, partition: int, duplicates: pl.DataFrame) -> None
         is_committed = pl.col("disposition") == COMMITTED
         rows = rows.with_columns(pl.when(is_committed).then(in_shard).alias("shard"))
         carried = _carried_rows(build, staged, rows.height, folder)
-        columns = ["disposition", "reason", "sha256", "recorded_sha256"]
+        columns = ["disposition", "reason", *FETCHED, *FETCHED.values()]
         every = pl.concat([carried.select(columns), rows.select(columns)])
         counts = count(every)
         with LedgerFile(folder, f"part-{partition:05d}") as ledger:
@@ -111,7 +112,7 @@ def write_shards(build: Build, partition: int, duplicates: pl.DataFrame) -> None
             round=staged.round,
             shard_sizes=sizes,
             captions=staged.captions,
-            hash_matches=_hash_matches(every),
+            recorded=matches(every),
             pictures=_pictures(build, partition, staged, rows, images_path),
             seconds=staged.carried.seconds if staged.carried else time.monotonic() - started_at,
         )
@@ -139,13 +140,6 @@ def _pictures(
     if pictures.is_empty():
         return None
     return build.stage(write_pictures(pictures, images_path.parent), "pictures", pictures.height)
-
-
-def _hash_matches(rows: pl.DataFrame) -> dict[str, int]:
-    same = pl.col("sha256") == pl.col("recorded_sha256")
-    is_same = rows.filter(pl.col("disposition") == COMMITTED).select(same).to_series()
-    found = {"same": int(is_same.sum()), "different": int((~is_same).sum())}
-    return {name: number for name, number in found.items() if number}
 
 
 def _by_bucket(

@@ -22,6 +22,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.manifest import DatasetManifest, publish_manifest, verify_dataset
 from pipelines.build import Build, PartMarker, ReadMarker, StagedMarker
+from pipelines.card import card
 from pipelines.decoder import Decoder
 from pipelines.plan import CurationPlan, plan_curation
 from pipelines.publish import assemble_manifest, funnel_of
@@ -447,43 +448,68 @@ def test_a_retry_that_is_killed_anywhere_converges(
 
 
 @pytest.mark.parametrize("policy", ["keep", "reject"])
+@pytest.mark.parametrize("digest", ["sha256", "md5"])
 def test_bytes_are_compared_with_the_recorded_digest(
-    policy: str, trap_world: Any, make_picture: Any, encode: Any, tmp_path: Path
-) -> None:
-    """As DataComp has them: some rows with the right sha256, some with another, some without."""
-    digests = {
-        number: hashlib.sha256(encode(make_picture(number if number < 8 else 999))).hexdigest()
-        for number in range(16)
-    }
+    digest: str, policy: str, trap_world: Any, make_picture: Any, encode: Any, http_response: Any,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """As DataComp and LAION have them: some rows with the right one, some with another, some
+    without; and a row that comes with a retry."""
+
+    def digest_of(number: int) -> str:
+        return hashlib.new(digest, encode(make_picture(number))).hexdigest()
+
+    known_of = {number: digest_of(number if number < 8 else 999) for number in range(16)}
+    known_of[20] = digest_of(20)
+    trap_world.web.route("/good/20.jpg", http_response(b"", status="503 x"))
+    shape = {
+        "sha256": {"uid": "0" * 32, "url": "{url}", "text": "{text}", "original_width": 320,
+                   "original_height": 256, "clip_b32_similarity_score": 0.3},
+        "md5": {"URL": "{url}", "TEXT": "{text}", "WIDTH": 320, "HEIGHT": 256, "hash": 1},
+    }[digest]  # fmt: skip
+    filled = {"{url}": "http://evil.example/good/{}.jpg", "{text}": "picture number {}"}
     rows = [
-        {"uid": f"{number:032x}", "url": f"http://evil.example/good/{number}.jpg",
-         "text": f"picture number {number}", "original_width": 320, "original_height": 256,
-         "clip_b32_similarity_score": 0.3, "clip_l14_similarity_score": 0.3,
-         "face_bboxes": [[]], "sha256": digests.get(number, "")}
-        for number in range(20)
+        {name: filled[value].format(number) if value in filled else value
+         for name, value in shape.items()} | {digest: known_of.get(number, "")}
+        for number in range(21)
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     config = trap_world.config(
         metadata=[str(tmp_path / "rows.parquet")], captions={}, filters={},
         fetch=trap_world.web.config(on_hash_mismatch=policy),
     )  # fmt: skip
-    plan = plan_curation("digests", config, tmp_path.as_uri())
-    manifest = run(plan)
-    ended = Counter(row["reason"] for row in ledger(plan.build, manifest).iter_rows(named=True))
-    if policy == "keep":
-        assert ended == {None: 20}
-        assert manifest.attributes["recorded_sha256"] == {"same": 8, "different": 8}
-    else:
-        assert ended == {None: 12, "hash_mismatch": 8}
-        assert manifest.attributes["recorded_sha256"] == {"same": 8}
-        refused = ledger(plan.build, manifest).filter(pl.col("reason") == "hash_mismatch")
-        for row in refused.iter_rows(named=True):
-            assert row["recorded_sha256"] == digests[9]
-            number = int(row["url"].rsplit("/", 1)[1].removesuffix(".jpg"))
-            body = encode(make_picture(number))
-            assert row["detail"] == f"sha256 {hashlib.sha256(body).hexdigest()}"
-    for members in samples(plan.build, manifest).values():
+
+    def look(num_same: int) -> DatasetManifest:
+        plan = plan_curation("digests", config, tmp_path.as_uri())
+        manifest = run(plan)
+        ended = Counter(row["reason"] for row in ledger(plan.build, manifest).to_dicts())
+        del ended["http_503"]
+        if policy == "keep":
+            assert ended == {None: num_same + 12}
+            assert manifest.attributes[f"recorded_{digest}"] == {"same": num_same, "different": 8}
+        else:
+            assert ended == {None: num_same + 4, "hash_mismatch": 8}
+            assert manifest.attributes[f"recorded_{digest}"] == {"same": num_same}
+        told = f"{num_same} images had, when they were fetched, the {digest} that the metadata"
+        assert told in card(manifest)
+        return manifest
+
+    build = plan_curation("digests", config, tmp_path.as_uri()).build
+    look(8)
+    trap_world.web.route("/good/20.jpg", http_response(encode(make_picture(20))))
+    retry(build)
+    manifest = look(9)
+    for row in ledger(build, manifest).iter_rows(named=True):
+        number = int(row["url"].rsplit("/", 1)[1].removesuffix(".jpg"))
+        assert row[f"recorded_{digest}"] == known_of.get(number)
+        if row["reason"] == "hash_mismatch":
+            assert row["detail"] == f"{digest} {digest_of(number)}"
+        elif digest == "sha256" or number in known_of:
+            assert row[digest] == digest_of(number)
+        else:
+            assert row["md5"] is None
+    for members in samples(build, manifest).values():
         known = json.loads(members["json"])
         number = int(known["url"].rsplit("/", 1)[1].removesuffix(".jpg"))
-        assert known.get("recorded_sha256") == digests.get(number)
+        assert known.get(f"recorded_{digest}") == known_of.get(number)
         assert "human_preference" not in known

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from infra.errors import UserError
 from pipelines.columns import CANONICAL_SCHEMA, canonical_rows, layout_of, own_captions, sample_id
 from pipelines.columns import sample_ids as ids_of
-from pipelines.config import CurationConfig, FormatName
+from pipelines.config import CurationConfig, FetchConfig, FormatName
 from pipelines.inputs import check_inputs, find_inputs, metadata_batches, units_of
 from pipelines.sources import SOURCE_FORMATS
 
 I32, I64, F32, F64, STR = pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.string()
 U = "http://a.example/1.jpg"
-SHA = "ab" * 32
+SHA, MD5 = "ab" * 32, "cd" * 16
 Columns = dict[str, tuple[pa.DataType, Any]]
 
 
@@ -56,6 +56,9 @@ CASES: dict[str, tuple[Columns, str, dict[str, Any], list[tuple[str, str]]]] = {
          "similarity": (F64, 0.3), "LANGUAGE": (STR, "De")},
         "laion-raw",
         canonical(width_px=480, height_px=640, clip_similarity=0.3, language="de"), []),
+    "laion2B-en-md5": (
+        JOINED | {"md5": (STR, MD5.upper())}, "laion-joined",
+        canonical(**JOINED_ROW, recorded_md5=MD5), []),
     "laion2B-en-joined": (JOINED, "laion-joined", canonical(**JOINED_ROW), []),
     "laion2B-en-aesthetic": (
         JOINED | {"aesthetic": (F32, 7.5)}, "laion-aesthetic-v1",
@@ -79,8 +82,8 @@ CASES: dict[str, tuple[Columns, str, dict[str, Any], list[tuple[str, str]]]] = {
          "punsafe": (F64, 0.125), "pwatermark": (F64, 0.25), "key": (STR, "0"),
          "status": (STR, "success"), "width": (I64, 256), "height": (I64, 192),
          "original_width": (I64, 640), "original_height": (I64, 480), "exif": (STR, "{}"),
-         "md5": (STR, "0"), "sha256": (STR, SHA.upper())},
-        "re-laion", canonical(**JOINED_ROW, recorded_sha256=SHA), []),
+         "md5": (STR, MD5), "sha256": (STR, SHA.upper())},
+        "re-laion", canonical(**JOINED_ROW, recorded_sha256=SHA, recorded_md5=MD5), []),
     "LAION-COCO": (
         JOINED | {"WIDTH": (F64, 640.0), "HEIGHT": (F64, 480.0), "top_caption": (STR, "a red fox"),
                   "all_captions": (pa.list_(STR), ["a red fox", "one fox"]),
@@ -411,16 +414,39 @@ def test_a_column_may_be_all_null() -> None:
         ("WIDTH", "width_px", [None, math.nan, 0.0, -5.0, 0.5, math.inf, 1e9]),
         ("HEIGHT", "height_px", [None, math.nan, 0.0, -5.0, math.inf, 1e9]),
         ("LANGUAGE", "language", [None, "", " ", "XX", "und"]),
+        (
+            "md5",
+            "recorded_md5",
+            [None, "", "0", MD5[1:], MD5 + "0", MD5[1:] + "g", MD5 + "\n", SHA],
+        ),
     ],
 )
 def test_values_that_say_nothing_are_null(
     column: str, canonical_name: str, unknown: list[Any]
 ) -> None:
-    kind = STR if column == "LANGUAGE" else F64
+    kind = STR if column in ("LANGUAGE", "md5") else F64
     columns = {"URL": ["u"] * len(unknown), "TEXT": ["t"] * len(unknown)}
     raw = pa.table(columns | {column: pa.array(unknown, kind)})
     rows = canonical_rows(raw, layout_of(raw.schema, config(), "f"), "s")
     assert rows[canonical_name].to_list() == [None] * len(unknown)
+
+
+def test_a_digest_to_compare_with_must_be_in_the_metadata_where_the_recipe_asks(
+    tmp_path: Path,
+) -> None:
+    for name, columns in (("a", PAIR), ("b", PAIR | {"hash": (I64, 1)})):
+        pq.write_table(table(columns), tmp_path / f"{name}.parquet")
+    asked = CurationConfig.model_validate(
+        {"metadata": [str(tmp_path)], "fetch": {"on_hash_mismatch": "reject"}}
+    )
+    with pytest.raises(UserError) as caught:
+        check_inputs(asked)
+    assert "\n" not in str(caught.value)
+    assert "got no such column in " in str(caught.value)
+    assert "a.parquet (laion-joined) nor in 1 others; take a variant" in str(caught.value)
+    check_inputs(asked.model_copy(update={"fetch": FetchConfig()}))
+    pq.write_table(table(PAIR | {"md5": (STR, MD5)}), tmp_path / "c.parquet")
+    assert len(check_inputs(asked)) == 3  # rows of the other two are kept as they come
 
 
 def test_the_ends_of_a_range_are_known() -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from pipelines.columns import DIGESTS
 from pipelines.config import CurationConfig
 from pipelines.fetch import Fetcher
 from pipelines.stage_images import fetch_rows, images_path
@@ -32,15 +33,9 @@ def config(web: Any, **changes: Any) -> CurationConfig:
     return CurationConfig.model_validate(known | changes | {"fetch": asked})
 
 
-def rows_of(urls: list[str | None], recorded: dict[str, str] | None = None) -> pl.DataFrame:
-    return pl.DataFrame(
-        {
-            "url": urls,
-            "reason": [None] * len(urls),
-            "recorded_sha256": [(recorded or {}).get(url or "") for url in urls],
-        },
-        schema={"url": pl.String, "reason": pl.String, "recorded_sha256": pl.String},
-    )
+def rows_of(urls: list[str | None], **recorded: list[str | None]) -> pl.DataFrame:
+    known = {"url": urls} | {name: [None] * len(urls) for name in ("reason", *DIGESTS)} | recorded
+    return pl.DataFrame(known, schema=dict.fromkeys(known, pl.String))
 
 
 def run(asked: CurationConfig, rows: pl.DataFrame, folder: Path) -> pl.DataFrame:
@@ -110,16 +105,44 @@ def test_a_square_is_cut_from_the_middle_and_smaller_images_are_refused(
     assert small["reason"] == "image_too_small"
 
 
-def test_a_recorded_digest_is_compared(
-    evil_web: Any, encode: Any, make_picture: Any, http_response: Any, tmp_path: Path
+@pytest.mark.parametrize("engine", ["img2dataset", "atelier"])
+@pytest.mark.parametrize("policy", ["keep", "reject"])
+def test_recorded_digests_are_compared_with_the_bytes_as_fetched(
+    engine: str,
+    policy: str,
+    evil_web: Any,
+    encode: Any,
+    make_picture: Any,
+    http_response: Any,
+    tmp_path: Path,
 ) -> None:
+    """Of one address, too, that stands in many rows with different digests."""
     body = encode(make_picture(1), "PNG")
-    for name in "ab":
-        evil_web.route(f"/{name}.png", http_response(body))
-    recorded = {f"{HOST}/a.png": hashlib.sha256(body).hexdigest(), f"{HOST}/b.png": "0" * 64}
-    asked = config(evil_web, fetch={"on_hash_mismatch": "reject"})
-    rows = run(asked, rows_of([f"{HOST}/a.png", f"{HOST}/b.png"], recorded), tmp_path)
-    assert rows["reason"].to_list() == [None, "hash_mismatch"]
+    evil_web.route("/a.png", http_response(body))
+    sha256, md5 = hashlib.sha256(body).hexdigest(), hashlib.md5(body).hexdigest()
+    digests: list[tuple[str | None, str | None]] = [
+        (None, None), (sha256, None), (None, md5), (sha256, md5),
+        ("0" * 64, None), (None, "0" * 32), (sha256, "0" * 32), ("0" * 64, md5),
+    ]  # fmt: skip
+    asked = config(evil_web, fetch={"on_hash_mismatch": policy, "engine": engine})
+    rows = rows_of(
+        [f"{HOST}/a.png"] * len(digests),
+        recorded_sha256=[each[0] for each in digests],
+        recorded_md5=[each[1] for each in digests],
+    )
+    found = run(asked, rows, tmp_path)
+    md5s = [known and md5 for _, known in digests]
+    if policy == "keep":
+        assert found["reason"].null_count() == len(digests)
+        assert found["sha256"].to_list() == [sha256] * len(digests)
+        assert found["md5"].to_list() == md5s
+        return
+    assert found["reason"].to_list() == [None] * 4 + ["hash_mismatch"] * 4
+    assert found["md5"].to_list() == md5s[:4] + [None] * 4
+    assert found["detail"].to_list()[4:] == [
+        f"sha256 {sha256}", f"md5 {md5}", f"md5 {md5}", f"sha256 {sha256}"
+    ]  # fmt: skip
+    assert not found["retryable"].any()
 
 
 def test_a_row_it_forgets_fails(
@@ -139,7 +162,7 @@ def test_a_row_it_forgets_fails(
     writes = img2dataset_engine._Writer.write
 
     def upset(self: Any, image: Any, key: str, caption: object, meta: Any) -> None:
-        if meta["url"].endswith("b.png"):
+        if meta["url"] == "1":
             raise MemoryError
         writes(self, image, key, caption, meta)
 
@@ -163,8 +186,11 @@ def test_an_error_outside_ends_its_threads(
         evil_web.route(f"/{number}.png", http_response(body))
     asked = config(evil_web)
     fetcher = Fetcher(asked.fetch)
-    todo = [(number, f"{HOST}/{number}.png") for number in range(200)]
-    ended = outcomes_by_img2dataset(todo, asked, bounds_of(asked), fetcher.fetch, tmp_path)
+
+    def fetch(number: int) -> bytes:
+        return fetcher.fetch(f"{HOST}/{number}.png")
+
+    ended = outcomes_by_img2dataset(range(200), asked, bounds_of(asked), fetch, tmp_path)
     next(ended)
     ended.close()  # type: ignore[attr-defined]
     fetcher.close()

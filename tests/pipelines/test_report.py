@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,21 @@ import pytest
 import yaml
 
 from infra import storage
+from infra.digests import sha256_bytes
 from infra.errors import UserError
-from infra.manifest import DatasetManifest, ShardEntry, load_manifest, publish_manifest
+from infra.manifest import (
+    DatasetManifest,
+    FileEntry,
+    ShardEntry,
+    ledger_path,
+    load_manifest,
+    publish_manifest,
+)
 from infra.sessions import ClusterConfig, spark_session, stop_spark
 from pipelines import ledger_counts
 from pipelines.card import card
 from pipelines.config import ShardConfig
+from pipelines.diff import diff_datasets
 from pipelines.histograms import LEDGER_BINS
 from pipelines.ledger import LEDGER_SCHEMA, REASONS, LedgerFile, count
 from pipelines.ledger_counts import LedgerCounts, count_ledgers, counts_of_rows, counts_path
@@ -277,11 +287,39 @@ def test_the_card_is_made_from_the_manifest_alone(
         "| failed:timeout | 40 | 20.00 % |",
         "80 of 160 links (50.0 %) did not answer",
         "7 rows went on without watermark prob (keep)",
+        "no image was held against a digest",
         "robots.txt (RFC 9309)",
         "atelier takedown --dataset d",
         manifest.version,
     ):
         assert told in body, told
+
+
+def test_a_ledger_of_an_earlier_version_is_read_and_written_on(
+    store_uri: str, tmp_path: Path, image: bytes
+) -> None:
+    """It has neither an md5 nor what was recorded of one."""
+    root = storage.join(store_uri, "datasets", "d")
+    rows = ledger_rows(50).with_columns(pl.lit("0" * 64).alias("sha256"))
+    uri, manifest = published(root, tmp_path, [rows], image, recorded_sha256={"same": 20})
+    rows.drop("recorded_md5", "md5").write_parquet(tmp_path / "older.parquet")
+    data = (tmp_path / "older.parquet").read_bytes()
+    digest = sha256_bytes(data)
+    storage.write_bytes(storage.join(root, ledger_path(digest)), data)
+    older = [FileEntry(ledger_path(digest), len(data), digest, rows.height)]
+    before = replace(manifest, ledger=older)
+    old_uri = publish_manifest(root, before)
+    write_report(old_uri, before)
+    assert count_ledgers(root, before) == count_ledgers(root, manifest)
+    found = diff_datasets(old_uri, uri)
+    assert (found.kept, found.added, found.removed, found.changed) == (20, 0, 0, 0)
+    assert "20 images had, when they were fetched, the sha256" in card(before)
+    with LedgerFile(tmp_path, "again") as file:
+        file.add(pl.read_parquet(data))
+        again = file.publish(root)
+    assert again is not None
+    written = pl.read_parquet(storage.read_bytes(storage.join(root, again.path), again.sha256))
+    assert written.equals(rows.select(written.columns))
 
 
 def test_a_card_cannot_be_broken_out_of(tmp_path: Path, image: bytes) -> None:

@@ -12,21 +12,16 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from pipelines.columns import sample_id
+from pipelines.columns import DIGESTS, sample_id
 from pipelines.config import CurationConfig
 from pipelines.read_rows import TRAVEL_SCHEMA
 from pipelines.stage_images import fetch_rows, prepared_rows, spread_by_host
 
 
 def frame(urls: list[str], reasons: list[str | None] | None = None) -> pl.DataFrame:
-    return pl.DataFrame(
-        {
-            "url": urls,
-            "reason": reasons or [None] * len(urls),
-            "recorded_sha256": [None] * len(urls),
-        },
-        schema={"url": pl.String, "reason": pl.String, "recorded_sha256": pl.String},
-    )
+    known = {"url": urls, "reason": reasons or [None] * len(urls)}
+    known |= {name: [None] * len(urls) for name in DIGESTS}
+    return pl.DataFrame(known, schema=dict.fromkeys(known, pl.String))
 
 
 def test_every_host_is_spread_over_the_whole_partition() -> None:
