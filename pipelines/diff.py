@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,7 +24,7 @@ from infra.digests import sha256_bytes
 from infra.manifest import DatasetManifest, ShardEntry, dataset_root, load_manifest
 from infra.progress import Progress
 from pipelines.histograms import added, counted, equal_edges
-from pipelines.ledger import COMMITTED, FAILED
+from pipelines.ledger import COMMITTED, FAILED, ledger_batches
 from pipelines.publish import funnel_of
 from pipelines.shard_sample import first_samples
 
@@ -95,7 +95,8 @@ def diff_datasets(
 
     ``with_texts``: shards that only one of them lists are read, for the captions to train on.
     ``moves_path``: a parquet file to write, one row (``sample_id, old, new``) per row that ends
-    otherwise, by sample id within each of its parts.
+    otherwise, by sample id within each of its parts. Raises ``DigestMismatch`` or ``ObjectMissing``
+    when a ledger file, or a shard that is read, is damaged: nothing is said of a version then.
     """
     manifests = {"old": load_manifest(old_uri), "new": load_manifest(new_uri)}
     old, new = manifests["old"], manifests["new"]
@@ -130,16 +131,6 @@ def diff_datasets(
     return found
 
 
-def _batches(uri: str, manifest: DatasetManifest) -> Iterator[pl.DataFrame]:
-    columns = [*_COLUMNS, *SCORE_RANGES]
-    for entry in manifest.ledger:
-        where = storage.join(dataset_root(uri), entry.path)
-        filesystem, path = storage.arrow_filesystem(where)
-        with filesystem.open_input_file(path) as source:
-            for batch in pq.ParquetFile(source).iter_batches(columns=columns):
-                yield pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
-
-
 def _spill(
     side: str,
     uri: str,
@@ -159,7 +150,11 @@ def _spill(
             for kind, schema in (("ids", ids), ("urls", urls))
             for bucket in range(num_buckets)
         }
-        for rows in _batches(uri, manifest):
+        batches = (
+            ledger_batches(dataset_root(uri), entry, [*_COLUMNS, *SCORE_RANGES], folder)
+            for entry in manifest.ledger
+        )
+        for rows in chain.from_iterable(batches):
             committed = rows.filter(pl.col("disposition") == COMMITTED)
             _add_scores(side, committed, found)
             failed = pl.lit("failed:") + pl.col("reason")
@@ -280,7 +275,7 @@ def _spill_texts(
             for bucket in range(num_buckets)
         ]
         for shard in shards:
-            samples = first_samples(root, shard)
+            samples = _whole_samples(root, shard, folder)
             texts = (_text_row(key, members["txt"]) for key, members in samples)
             while rows := list(islice(texts, _TEXTS_AT_ONCE)):
                 frame = pl.DataFrame(rows, schema=_TEXTS.names, orient="row")
@@ -288,6 +283,16 @@ def _spill_texts(
                 for (bucket,), part in frame.with_columns(number).group_by("bucket"):
                     table = part.select(_TEXTS.names).to_arrow().cast(_TEXTS)
                     writers[int(str(bucket))].write_table(table)
+
+
+def _whole_samples(
+    root: str, shard: ShardEntry, folder: Path
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of a shard whose every byte has been compared with its digest."""
+    path = folder / Path(shard.path).name
+    storage.download(storage.join(root, shard.path), path, shard.sha256)
+    yield from first_samples(storage.file_uri(folder), replace(shard, path=path.name))
+    path.unlink()
 
 
 def _text_row(key: str, text: bytes) -> tuple[str, str, str]:

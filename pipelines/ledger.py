@@ -6,6 +6,7 @@ the very table that is written, and add up to the rows that went in.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -24,6 +25,7 @@ from pipelines.tombstones import TAKEDOWN, digest_of
 COMMITTED, REJECTED, FAILED = "committed", "rejected", "failed"
 PART = "atelier.part"  # the work whose rows a file has, in its schema's metadata
 READ = "read-"  # what the parts of ``read_rows`` begin with: rows rejected by their metadata
+ROWS_AT_ONCE = 200_000
 REMOVED = "removed:"  # what an address begins with that was taken down
 
 LEDGER_SCHEMA = pa.schema(
@@ -140,6 +142,22 @@ def without_addresses(rows: pl.DataFrame) -> pl.DataFrame:
     digests = [REMOVED + digest_of(url) for url in plain]
     replaced = pl.col("url").replace_strict(plain, digests, default=None)
     return rows.with_columns(pl.when(is_plain).then(replaced).otherwise("url").alias("url"))
+
+
+def ledger_batches(
+    dataset_root: str, entry: FileEntry, columns: Sequence[str], folder: Path
+) -> Iterator[pl.DataFrame]:
+    """``columns`` of a ledger file, at most ``ROWS_AT_ONCE`` rows at a time.
+
+    It is copied into ``folder`` first, which needs room for it: raises ``DigestMismatch`` or
+    ``ObjectMissing`` before a row is given out.
+    """
+    path = folder / "read.parquet"
+    storage.download(storage.join(dataset_root, entry.path), path, entry.sha256)
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=list(columns), batch_size=ROWS_AT_ONCE):
+            yield pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
+    path.unlink()
 
 
 class LedgerFile:

@@ -7,15 +7,12 @@ wrote. Files are read in batches and hosts are bounded, so memory does not grow 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from infra import storage
@@ -23,7 +20,7 @@ from infra.environment import applied
 from infra.manifest import DatasetManifest, FileEntry
 from pipelines.duplicates import DUPLICATE_IMAGE, LIKE, NEAR_DUPLICATE
 from pipelines.histograms import LEDGER_BINS, LEDGER_VALUES, added, counted
-from pipelines.ledger import COMMITTED, FAILED
+from pipelines.ledger import COMMITTED, FAILED, ledger_batches
 from pipelines.units import run_units
 from pipelines.workspace import Workspace
 
@@ -39,7 +36,6 @@ HOSTS_PER_FILE = 60
 HOSTS_IN_MEMORY = 4_000
 VALUES_IN_MEMORY = 200  # of languages and sources
 ROWS_ON_DRIVER = 2_000_000
-_ROWS_AT_ONCE = 200_000
 _READ_THREADS = 8
 _NOTES_AT_ONCE = 32
 _HOST = r"^[^/?#]*//(?:[^/?#@]*@)?([^/?#:\[\]]+)"
@@ -184,10 +180,8 @@ class CountingJob(Workspace):
         """One task: count the n-th file and leave the counts."""
         ledger = self.ledgers[index]
         with self.task(f"counts-{index:06d}") as folder:
-            path = folder / "ledger.parquet"
-            storage.download(storage.join(self.dataset_root, ledger.path), path, ledger.sha256)
             counts = LedgerCounts()
-            for rows in _batches(path):
+            for rows in ledger_batches(self.dataset_root, ledger, _COLUMNS, folder):
                 counts.add(counts_of_rows(rows))
             counts.hosts = {
                 outcome: largest(found, HOSTS_PER_FILE) for outcome, found in counts.hosts.items()
@@ -246,9 +240,3 @@ def _noted(dataset_root: str, ledger: FileEntry) -> LedgerCounts:
             pass
         CountingJob(dataset_root, (ledger,)).count(0)
     raise RuntimeError(f"{uri} cannot be read back")
-
-
-def _batches(path: Path) -> Iterator[pl.DataFrame]:
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(columns=_COLUMNS, batch_size=_ROWS_AT_ONCE):
-            yield pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))

@@ -92,6 +92,23 @@ def test_a_version_does_not_differ_from_itself(tmp_path: Path) -> None:
     assert set(found.scores_moved.values()) == {0.0}
 
 
+def test_a_ledger_with_a_changed_bit_is_named_and_nothing_is_said(tmp_path: Path) -> None:
+    root = storage.file_uri(tmp_path / "d")
+    old, new = (published(root, tmp_path, rows) for rows in (OLD, NEW))
+    (entry,) = load_manifest(new).ledger
+    path = tmp_path / "d" / entry.path
+    whole = path.read_bytes()
+    for at in range(0, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(storage.DigestMismatch, match=entry.path):
+            diff.diff_datasets(old, new)
+    path.unlink()
+    with pytest.raises(storage.ObjectMissing):
+        diff.diff_datasets(old, new)
+    path.write_bytes(whole)
+    assert diff.diff_datasets(old, new).kept == 1
+
+
 def test_moves_are_named_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diff, "ROWS_PER_BUCKET", 2)
     root = storage.file_uri(tmp_path / "d")
@@ -151,3 +168,13 @@ def test_captions_to_train_on_are_compared_in_shards_that_changed(
     assert len(after) == diff.TEXT_CHARS
     assert len(read) == 2
     assert len(set(read)) == 2
+    for shard in load_manifest(new).shards:
+        path = Path(root.removeprefix("file://"), shard.path)
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(b"fox", b"fix", 1))
+        if shard in load_manifest(old).shards:
+            assert diff.diff_datasets(old, new, with_texts=True).texts_changed == 1
+        else:
+            with pytest.raises(storage.DigestMismatch, match=shard.path):
+                diff.diff_datasets(old, new, with_texts=True)
+        path.write_bytes(whole)

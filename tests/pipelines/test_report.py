@@ -25,7 +25,7 @@ from infra.manifest import (
     publish_manifest,
 )
 from infra.sessions import ClusterConfig, spark_session, stop_spark
-from pipelines import ledger_counts
+from pipelines import ledger, ledger_counts
 from pipelines.card import card
 from pipelines.config import ShardConfig
 from pipelines.diff import diff_datasets
@@ -128,7 +128,7 @@ def image(encode: Any, make_picture: Any) -> bytes:
 def test_counts_are_those_of_the_rows(
     store_uri: str, tmp_path: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_counts, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(ledger, "ROWS_AT_ONCE", 7)
     rows = ledger_rows(100)
     root = storage.join(store_uri, "datasets", "d")
     _, manifest = published(root, tmp_path, [rows[:61], rows[61:]], image)
