@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from app.recipe_checks import Parts, cross_problems
 from app.recipe_file import RecipeSource, parse_recipe, read_recipe
@@ -84,8 +84,23 @@ class ServicesConfig(StrictModel):
         pattern="^(s3|file)://",
     )
     tracking_uri: str | None = operational(
-        None, "address of an MLflow server", pattern="^https?://"
+        None,
+        "address of an MLflow server; a user's name and password for it are read from "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and stored nowhere",
+        pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$",
     )
+
+    @field_validator("tracking_uri", mode="before")
+    @classmethod
+    def _holds_no_password(cls, value: object) -> object:
+        """A recipe is stored with its results, and an address is printed."""
+        if isinstance(value, str) and "@" in value:
+            raise ValueError(
+                "expected the address of an MLflow server alone; got one with a user's name or "
+                "password (not shown); remove what stands before the @, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+        return value
 
     @model_validator(mode="after")
     def _both_or_neither(self) -> Self:

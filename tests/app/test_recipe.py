@@ -77,12 +77,23 @@ def test_a_missing_key_says_what_it_is() -> None:
         ("derived={best: {dataset: captiond, keep: {}}}", "did you mean captioned?"),
         ("name=Tiny Recipe", "expected string should match pattern"),
         ("seed=-1", "expected a value greater than or equal to 0"),
+        ("services={store_uri: 's3://x', tracking_uri: 'mlflow:5000'}", "should match pattern"),
     ],
 )
 def test_what_disagrees_is_found(override: str, expected: str) -> None:
     lines = lines_of(override)
     assert any(expected in line for line in lines), lines
     assert all(line.startswith(("--set: ", str(TINY))) for line in lines)
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
+    address = "http://bob:s3cret@mlflow.example:5000"
+    (line,) = lines_of(f"services={{store_uri: 's3://x', tracking_uri: '{address}'}}")
+    assert "MLFLOW_TRACKING_PASSWORD" in line
+    assert "s3cret" not in line
+    for address in ("http://127.0.0.1:5000", "https://mlflow.example/team/", "http://[::1]:5000"):
+        asked = f"services={{store_uri: 's3://x', tracking_uri: '{address}'}}"
+        assert load_recipe(TINY, [asked]).services.tracking_uri == address
 
 
 def test_a_mistake_is_not_told_twice() -> None:
