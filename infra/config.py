@@ -18,9 +18,12 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 class StrictModel(BaseModel):
-    """A frozen pydantic model that refuses unknown keys and checks its defaults too."""
+    """A frozen pydantic model that refuses unknown keys, NaN and infinity, and checks its defaults
+    too: every number has a JSON form, and so a place in keys and records."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 def semantic(default: Any = PydanticUndefined, description: str = "", **constraints: Any) -> Any:

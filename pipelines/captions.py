@@ -13,7 +13,7 @@ from pipelines.caption_clean import CHANGES, cleaned
 from pipelines.caption_config import CaptionConfig
 from pipelines.caption_personal import KINDS
 from pipelines.caption_tokens import budgeted, load_tokenizer
-from pipelines.columns import sample_ids
+from pipelines.columns import is_text, refuse_twins, sample_ids
 
 CAPTION_COLUMNS = ("url", "caption", "model")
 SHORT_SYNTHETIC = "short_synthetic"
@@ -22,11 +22,12 @@ CAPTIONS_TYPE = pl.List(pl.Struct({"origin": pl.String, "text": pl.String, "mode
 
 def check_caption_schema(schema: pa.Schema, file: str) -> None:
     """A long-caption file holds ``url`` and ``caption``, and may hold ``model``, all text."""
+    refuse_twins(schema, file)
     for name in CAPTION_COLUMNS:
         index = schema.get_field_index(name)
         kind = schema.field(index).type if index >= 0 else None
-        is_text = kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
-        if not is_text and not (kind is None and name == "model"):
+        fits = name == "model" if kind is None else is_text(kind)
+        if not fits:
             raise UserError(
                 expected=f"text columns url, caption and perhaps model in {file}",
                 got=f"columns {', '.join(f'{field.name} {field.type}' for field in schema)}",

@@ -106,6 +106,7 @@ def layout_of(
 
     URL and caption must be there, and whatever a filter that is on looks at, on its scale.
     """
+    refuse_twins(schema, file)
     are_sizes_told = config.swapped_sizes is not None
     name = format_of(schema.names, container, config.format, file, are_sizes_told=are_sizes_told)
     known = SOURCE_FORMATS[name]
@@ -148,6 +149,17 @@ def layout_of(
         watermark_class=by_class,
         url_prefix=(config.image_base_url or "") if known.has_paths else "",
     )
+
+
+def refuse_twins(schema: pa.Schema, file: str) -> None:
+    """Two columns of one name: nobody can say which is meant."""
+    twins = sorted({name for name in schema.names if len(schema.get_all_field_indices(name)) > 1})
+    if twins:
+        raise UserError(
+            expected=f"every column of {file} once",
+            got=f"{', '.join(twins)} more than once",
+            remedy="rename or remove the copies",
+        )
 
 
 def _present(spellings: Mapping[str, tuple[str, ...]], found: set[str]) -> dict[str, str]:
@@ -217,22 +229,25 @@ def _mistyped(
         name: canonical in _TEXT_COLUMNS for view in views for canonical, name in view.items()
     }
     problems = []
-    for name, is_text in wanted.items():
+    for name, wants_text in wanted.items():
         kind = schema.field(name).type
         fits = (
-            _is_text(kind) if is_text else pa.types.is_integer(kind) or pa.types.is_floating(kind)
+            is_text(kind) if wants_text else pa.types.is_integer(kind) or pa.types.is_floating(kind)
         )
         if not (fits or pa.types.is_null(kind)):
-            problems.append(f"{name} as {'text' if is_text else 'a number'}")
+            problems.append(f"{name} as {'text' if wants_text else 'a number'}")
     for column in synthetic:
         kind = schema.field(column.column).type
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        if not (_is_text(kind.value_type if is_list else kind) or pa.types.is_null(kind)):
+        if not (is_text(kind.value_type if is_list else kind) or pa.types.is_null(kind)):
             problems.append(f"{column.column} as text")
     return problems
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds text, plain or as categories."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     return bool(
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     )

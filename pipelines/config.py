@@ -58,7 +58,9 @@ class FilterConfig(StrictModel):
     min_width_px: int | None = semantic(None, "smallest width, px", ge=1)
     min_height_px: int | None = semantic(None, "smallest height, px", ge=1)
     max_aspect_ratio: float | None = semantic(None, "longer side over shorter side, >= 1", ge=1)
-    min_aesthetic_score: float | None = semantic(None, "in [0, 10], on aesthetic_scale")
+    min_aesthetic_score: float | None = semantic(
+        None, "in [0, 10], on aesthetic_scale", ge=0, le=10
+    )
     aesthetic_scale: Literal["v1", "v2"] = semantic(
         "v2", "v1: LAION's linear predictor (column aesthetic); v2: its MLP (AESTHETIC_SCORE)"
     )

@@ -215,14 +215,31 @@ def measure_of(name: str) -> Callable[..., float]:
     return plugged
 
 
+def _file_of(function: Callable[..., float], check: ImageCheckConfig) -> Path:
+    """The file a plug-in is written in; it is never called here, but could be as it will be."""
+    try:
+        path = Path(inspect.getfile(function))
+        inspect.signature(function).bind(None, **check.options)
+    except TypeError as error:
+        options = ", ".join(check.options) or "none"
+        raise UserError(
+            expected=f"image_checks: {check.measure} to be written in Python, and to take an image "
+            f"and its options ({options})",
+            got=str(error),
+            remedy="name a function that takes uint8 RGB of shape (H, W, 3) and gives a number",
+        ) from error
+    return path
+
+
 def checks_part(checks: Sequence[ImageCheckConfig]) -> dict[str, dict[str, str]]:
     """For keys and manifests: each plug-in's name and the sha256 of the file it is written in.
 
-    Raises ``UserError`` for one that cannot be imported here.
+    Raises ``UserError`` for one that cannot be imported here, is not written in Python, or does not
+    take an image and its options.
     """
     digests = {}
     for check in checks:
         function = measure_of(check.measure)
         if check.measure not in BUILT_IN_MEASURES:
-            digests[check.measure] = sha256_file(Path(inspect.getfile(function)))
+            digests[check.measure] = sha256_file(_file_of(function, check))
     return {"image_check_plugins": digests} if digests else {}

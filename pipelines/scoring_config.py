@@ -125,7 +125,9 @@ class MismatchConfig(StrictModel):
 class RefilterConfig(StrictModel):
     """Thresholds on scores that are stored or computed; a sample below is rejected by name."""
 
-    min_aesthetic_score: float | None = semantic(None, "in [0, 10], on aesthetic_scale")
+    min_aesthetic_score: float | None = semantic(
+        None, "in [0, 10], on aesthetic_scale", ge=0, le=10
+    )
     aesthetic_scale: Literal["v1", "v2"] = semantic("v2", "the scale of min_aesthetic_score")
     max_watermark_prob: float | None = semantic(None, "in [0, 1]", ge=0, le=1)
     max_unsafe_prob: float | None = semantic(None, "in [0, 1]", ge=0, le=1)

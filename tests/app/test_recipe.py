@@ -77,6 +77,14 @@ def test_a_missing_key_says_what_it_is() -> None:
         ("derived={best: {dataset: captiond, keep: {}}}", "did you mean captioned?"),
         ("name=Tiny Recipe", "expected string should match pattern"),
         ("seed=-1", "expected a value greater than or equal to 0"),
+        ("datasets.captioned.filters.min_aesthetic_score=.nan", "a finite number"),
+        ("datasets.captioned.filters.min_aesthetic_score=99", "less than or equal to 10"),
+        ("datasets.captioned.filters.min_aesthetic_score=-1", "greater than or equal to 0"),
+        ("derived={best: {dataset: captioned, keep: {min_aesthetic_score: 99}}}", "equal to 10"),
+        (
+            "derived={best: {dataset: captioned, preference: {clip: {folder: x}, scale: .nan}}}",
+            "a finite number",
+        ),
         ("services={store_uri: 's3://x', tracking_uri: 'mlflow:5000'}", "should match pattern"),
     ],
 )

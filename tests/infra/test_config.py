@@ -42,6 +42,17 @@ def test_constraints_and_required_fields_hold() -> None:
         Recipe.model_validate({})
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_without_a_json_form_is_refused_at_any_depth(value: float) -> None:
+    class Numbers(StrictModel):
+        number: float | None = semantic(None, "any")
+        named: dict[str, float | str | bool] = semantic(default_factory=dict, description="any")
+
+    for given in ({"number": value}, {"named": {"a": value}}):
+        with pytest.raises(ValidationError, match="finite"):
+            Numbers.model_validate(given)
+
+
 def test_unknown_keys_and_changes_are_refused() -> None:
     with pytest.raises(ValidationError):
         Filter.model_validate({"min_size": 3})

@@ -314,6 +314,34 @@ def test_a_schema_that_does_not_fit_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_column_that_is_there_twice_is_one_line(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays(
+        [pa.array([U]), pa.array(["a"]), pa.array([U])], ["URL", "TEXT", "URL"]
+    )
+    pq.write_table(twice, tmp_path / "part-7.parquet")
+    with pytest.raises(UserError, match=r"part-7\.parquet once; got URL more than once; rename"):
+        find_inputs(CurationConfig(metadata=[str(tmp_path)]))
+
+
+@pytest.mark.parametrize("giant", [False, True])
+def test_categories_are_text(tmp_path: Path, giant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if giant:  # read by Arrow
+        monkeypatch.setattr("pipelines.parquet.GIANT_GROUP_BYTES", 0)
+    plain: Columns = PAIR | {"LANGUAGE": (STR, "De"), "top_caption": (STR, "a long one")}
+    raw = table(plain)
+    coded = pa.table({name: raw[name].dictionary_encode() for name in plain})
+    pq.write_table(coded, tmp_path / "coded.parquet")
+    asked = CurationConfig.model_validate(
+        {"metadata": [str(tmp_path)], "filters": {"languages": ["de"]}}
+    )
+    (unit,) = units_of(find_inputs(asked))
+    ((found, layout),) = metadata_batches(unit, asked, without_rejected=True)
+    rows = canonical_rows(found, layout, "s")
+    assert rows.equals(canonical_rows(raw, layout_of(raw.schema, asked, "f"), "s"))
+    assert rows.select("url", "caption", "language").row(0) == (U, "t", "de")
+    assert own_captions(found, rows["url"], layout, None)["caption"].to_list() == ["a long one"]
+
+
 def test_a_format_can_be_named_and_is_held_to() -> None:
     both = table(PAIR | {"aesthetic": (F32, 7.0), "AESTHETIC_SCORE": (F32, 5.0)})
     for name, score in (("laion-aesthetic-v1", 7.0), ("laion-aesthetics-v2", 5.0)):

@@ -39,6 +39,9 @@ PLUGIN = """
 def redness(pixels, scale=1.0):
     return float(pixels[..., 0].mean()) * scale
 
+def nothing():
+    return 0.0
+
 def broken(pixels):
     return float("nan")
 
@@ -172,10 +175,15 @@ def test_what_is_no_measure_is_one_line() -> None:
         ("no_such_module:measure", "No module named"),
         ("our_measures:absent", "absent"),
         ("our_measures:NUMBER", "int"),
+        ("os:getcwd", "builtin_function"),
+        ("our_measures:nothing", "too many positional arguments"),
     ):
         with pytest.raises(UserError, match="image_checks") as caught:
             checks_part([check(name)])
         assert got in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"its options \(scael\); got .*scael"):
+        checks_part([check("our_measures:redness", options={"scael": 2.0})])
     with pytest.raises(Rejected, match="is nan"):
         measured(np.zeros((8, 8, 3), np.uint8), [check("our_measures:broken")])
     for wrong in ({"measure": "beauty"}, {"measure": "a b:c"}, {"measure": "sharpness",

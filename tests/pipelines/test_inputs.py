@@ -143,6 +143,15 @@ def test_caption_files_are_found_checked_and_read(tmp_path: Path) -> None:
     assert [file.kind for file in files] == ["captions", "metadata"]
     (batch,) = read_captions(units_of(files)[0], config("x"))
     assert batch.rows() == [("u", "c", None)]
+    coded = pa.array(["c"]).dictionary_encode()
+    pq.write_table(pa.table({"url": ["u"], "caption": coded, "model": coded}), captions)
+    files = find_inputs(config(str(metadata), captions=(str(captions),)))
+    (batch,) = read_captions(units_of(files)[0], config("x"))
+    assert batch.rows() == [("u", "c", "c")]
+    twice = pa.Table.from_arrays([coded, coded, coded, coded], ["url", "caption", "model", "model"])
+    pq.write_table(twice, captions)
+    with pytest.raises(UserError, match=r"long\.parquet once; got model more than once"):
+        find_inputs(config(str(metadata), captions=(str(captions),)))
     with pytest.raises(UserError, match="text columns url, caption"):
         find_inputs(config(str(metadata), captions=(str(metadata),)))
 
