@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
+from app.place import Place, place_of
 from app.status import newest_of_each_recipe
-from app.upkeep import dataset_names, reached_store, stored_versions
+from app.upkeep import chosen_datasets, dataset_names, stored_versions
 from app.verb import Output
 from infra import storage
 from infra.config import atelier_home
@@ -35,17 +35,12 @@ def clean_datasets(
     from infra.progress import progress
     from pipelines.clean import clean, take_stock
 
-    store_uri = reached_store(store, out)
-    every = dataset_names(store_uri)
-    for name in names:
-        if name not in every:
-            raise UserError(
-                expected=f"one of the datasets {', '.join(every) or '(none)'}", got=name
-            )
-    needed = _referred_to(store_uri, every, store) if with_versions else None
-    environment = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
+    place = place_of(store, out.say)
+    store_uri = place.store_uri
+    chosen = chosen_datasets(store_uri, names)
+    needed = _referred_to(place, dataset_names(store_uri)) if with_versions else None
     found: list[dict[str, Any]] = []
-    for name in [name for name in every if not names or name in names]:
+    for name in chosen:
         root = storage.join(store_uri, "datasets", name)
         versions = None if needed is None else needed[name]
         try:
@@ -55,7 +50,7 @@ def clean_datasets(
                         root,
                         needed=versions,
                         with_work=with_work,
-                        environment=environment,
+                        environment=place.environment,
                         progress=bar,
                     )
             else:
@@ -119,22 +114,20 @@ def _beside(store_uri: str) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _referred_to(store_uri: str, names: Iterable[str], store: str | None) -> dict[str, set[str]]:
+def _referred_to(place: Place, names: Iterable[str]) -> dict[str, set[str]]:
     """Dataset -> versions that a registered model, a run of this home, a search index or another
     such version refers to. ``UserError`` where the registry cannot be asked."""
-    from app.status import read_latest
-    from infra.tracking_server import TrackingServer
     from training.versions import trained_on
 
-    newest = read_latest(atelier_home())
-    tracking_uri = None if newest is None else newest.mlflow_uri
-    if newest is None or tracking_uri is None or newest.store_uri != store_uri:
+    store_uri = place.store_uri
+    if not place.is_recorded:
         raise UserError(
-            expected="the newest run's store, whose registry is known, for --versions",
-            got=store or store_uri,
+            expected="a store of runs of this home, whose registry is known, for --versions",
+            got=store_uri,
             remedy="leave --versions out, or work from the home that trains on this store",
         )
-    server = TrackingServer(tracking_uri)
+    server = place.server
+    here = storage.join(store_uri, "datasets") + "/"
     manifests: dict[tuple[str, str], DatasetManifest] = {}
     for name in names:
         root = storage.join(store_uri, "datasets", name)
@@ -143,8 +136,9 @@ def _referred_to(store_uri: str, names: Iterable[str], store: str | None) -> dic
     used = {(name, version) for name, version in manifests if trained_on(server, version)}
     for run in newest_of_each_recipe(atelier_home()):
         for step in run.steps:
-            if step.dataset_version is not None and step.manifest_uri is not None:
-                root = step.manifest_uri.rsplit("/", 2)[0]
+            uri = step.manifest_uri or ""
+            if step.dataset_version is not None and uri.startswith(here):
+                root = uri.rsplit("/", 2)[0]
                 used.add((root.rpartition("/")[2], successor_of(root, step.dataset_version)))
     for name in names:
         used.add((name, _searched(storage.join(store_uri, "datasets", name))))

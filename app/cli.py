@@ -292,6 +292,7 @@ def verify(
 @app.command(
     epilog=_examples(
         "atelier diff concepts/3f9a12c0 concepts/77be01d2",
+        "atelier diff concepts/3f9a12c0 concepts/77be01d2 --store s3://atelier",
         "atelier diff <old manifest.json> <new manifest.json> --captions --moves moves.parquet",
     )
 )
@@ -305,6 +306,7 @@ def diff(
     moves: Annotated[
         Path | None, typer.Option("--moves", help="write every row that ends otherwise (parquet)")
     ] = None,
+    store: report_verbs.Store = None,
     json_: Json = False,
 ) -> None:
     """Compare two versions of a dataset.
@@ -315,7 +317,7 @@ def diff(
     from app.diff import show_diff
 
     out = Output(json_)
-    out.result(show_diff(old, new, out, with_texts=captions, moves_path=moves))
+    out.result(show_diff(old, new, store, out, with_texts=captions, moves_path=moves))
 
 
 painting_verbs.register(app)

@@ -18,14 +18,22 @@ TEXTS_SHOWN = 3
 
 
 def show_diff(
-    old: str, new: str, out: Output, *, with_texts: bool = False, moves_path: Path | None = None
+    old: str,
+    new: str,
+    store: str | None,
+    out: Output,
+    *,
+    with_texts: bool = False,
+    moves_path: Path | None = None,
 ) -> dict[str, Any]:
     """Print the difference of two versions and return it as JSON values."""
-    from app.upkeep import find_version
+    from app.upkeep import find_version, place_of_dataset
     from infra.progress import progress
     from pipelines.diff import diff_datasets
 
-    old_uri, new_uri = (find_version(each, None, out) for each in (old, new))
+    old_uri, new_uri = (
+        find_version(each, place_of_dataset(each, store, out).store_uri) for each in (old, new)
+    )
     if moves_path is not None and not moves_path.absolute().parent.is_dir():
         raise UserError(expected=f"a folder for {moves_path}", got="none", remedy="make it first")
     with progress("reading ledgers", None, "rows") as bar:

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.place import Place, connect
-from app.recipe import ServicesConfig
+from app.place import Place, place_of
 from app.status import RunStatus, read_made
 from app.verb import Output
 from infra.config import atelier_home
@@ -25,11 +24,15 @@ SHOWN_FILES = 3
 
 @dataclass(frozen=True)
 class Registry:
-    """The store and the MLflow server of the newest run here."""
+    """A store with its MLflow server, and the newest run here."""
 
     place: Place
-    server: TrackingServer
     run: RunStatus | None
+
+    @property
+    def server(self) -> TrackingServer:
+        """MLflow."""
+        return self.place.server
 
     def model_name(self, name: str) -> str:
         """A registered model by its name, or by its stage in the newest recipe."""
@@ -38,17 +41,9 @@ class Registry:
         return name
 
 
-def open_registry(out: Output) -> Registry:
-    """Connect to where the newest run stored and tracked; without one, to this machine's own."""
-    home = atelier_home()
-    run = read_made(home)
-    services = ServicesConfig()
-    if run is not None:
-        path = home / "runs" / run.run_id / "recipe.json"
-        raw = json.loads(path.read_text(encoding="utf-8")).get("services") or {}
-        services = ServicesConfig.model_validate(raw)
-    place = connect(services, home, out.say)
-    return Registry(place, TrackingServer(place.tracking_uri), run)
+def open_registry(out: Output, address: str | None = None) -> Registry:
+    """Connect to where a checkpoint lies; without ``address``, to the newest run's."""
+    return Registry(place_of(address, out.say), read_made(atelier_home()))
 
 
 # --- promote and rollback ------------------------------------------------------------------------
@@ -136,7 +131,7 @@ def show_lineage(target: str | None, verify: bool, out: Output) -> dict[str, Any
     """Where an image, a checkpoint or a model version comes from; problems are said and kept."""
     from training.lineage import trace
 
-    here = open_registry(out)
+    here = open_registry(out, target if target is not None and "://" in target else None)
     uri, image = _checkpoint_of(target, here)
     for name, value in image.items():
         out.say(f"{name:<20} {value}")

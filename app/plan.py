@@ -20,7 +20,6 @@ from app.verb import Output
 from infra import storage
 from infra.config import atelier_home
 from infra.errors import UserError
-from infra.tracking_server import TrackingServer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -166,8 +165,7 @@ def _plan_stages(recipe: Recipe, place: Place, pins: dict[str, DatasetPin]) -> l
 
     from training.plan import PlanContext, expected_time, plan_chain
 
-    server = TrackingServer(place.tracking_uri)
-    context = PlanContext(server, place.store_uri, pins, evaluation_key(recipe))
+    context = PlanContext(place.server, place.store_uri, pins, evaluation_key(recipe))
     return [
         _planned(recipe, plan, expected_time(plan, context)) for plan in plan_chain(specs, context)
     ]

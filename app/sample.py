@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.place import place_of
 from app.status import RunStatus, StepStatus, read_made
 from infra.config import atelier_home
 from infra.errors import UserError
@@ -283,7 +284,7 @@ def find_source(stage: str | None, model: str | None) -> Source:
     if "://" in model:
         from training.publish import fetch_checkpoint
 
-        with_services()
+        place_of(model)
         return Source(fetch_checkpoint(model), {"model": model})
     from model import model_folder
 
@@ -312,7 +313,7 @@ def _of_stage(stage: str | None) -> Source:
 
     from training.publish import fetch_checkpoint
 
-    with_services()
+    place_of(None)
     folder = fetch_checkpoint(str(step.checkpoint_uri))
     recipe = json.loads((home / "runs" / run.run_id / "recipe.json").read_text(encoding="utf-8"))
     how = recipe.get("evaluation") or {}
@@ -350,10 +351,3 @@ def lineage_of(run: RunStatus, step: StepStatus) -> dict[str, str]:
         "checkpoints": json.dumps({s.name: s.checkpoint_sha256 for s in until}),
         "datasets": json.dumps(datasets),
     }
-
-
-def with_services() -> None:
-    """Have the local store up, with its address and keys in this process's environment."""
-    from infra.local.services import up
-
-    os.environ.update(up(atelier_home()).environment())

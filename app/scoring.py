@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.place import Place, connect
-from app.recipe import Recipe, ServicesConfig
+from app.place import Place, connect, place_of
+from app.recipe import Recipe
 from app.recipe_problems import did_you_mean
 from app.selection import Selection
 from app.verb import Output
@@ -186,7 +186,7 @@ def search_dataset(query: Query, out: Output) -> dict[str, Any]:
     """Find, print and, when asked to, publish; returns what ``--json`` prints."""
     if (query.words is None) == (query.image is None):
         raise UserError('give words or --image, and not both: atelier search "red car"')
-    store_uri = query.store or newest_store(out)
+    store_uri = place_of(query.store, out.say).store_uri
 
     from infra import storage
     from infra.progress import progress
@@ -228,20 +228,6 @@ def _sha256_of(image: Path | None) -> str | None:
     from infra.digests import sha256_file
 
     return None if image is None else sha256_file(image)
-
-
-def newest_store(out: Output) -> str:
-    """The store of the newest run; this machine's own services are started when it is theirs."""
-    from app.status import read_latest
-
-    run = read_latest(atelier_home())
-    place = connect(ServicesConfig(), atelier_home(), out.say)
-    if run is None or run.store_uri is None or run.store_uri == place.store_uri:
-        return place.store_uri
-    raise UserError(
-        expected=f"--store {run.store_uri} (the newest run's), with its keys in the environment",
-        got="no --store",
-    )
 
 
 def _only_dataset(store_uri: str) -> str:

@@ -112,7 +112,7 @@ class Session:
     @cached_property
     def server(self) -> TrackingServer:
         """MLflow."""
-        return TrackingServer(self.place.tracking_uri)
+        return self.place.server
 
     @cached_property
     def tracked_run_id(self) -> str:

@@ -202,21 +202,40 @@ def read_latest(home: Path) -> RunStatus | None:
 def read_made(home: Path) -> RunStatus | None:
     """The newest run with every step as that recipe's runs last ended it.
 
-    A run that failed, or did a part only, takes nothing away from what is there.
+    A run that failed, or did a part only, takes nothing away from what is there. What the recipe
+    made in another store is not there.
     """
     newest = read_latest(home)
     if newest is None:
         return None
     steps = {step.name: step for step in newest.steps}
+    stored_in = _services_of(home / "runs" / newest.run_id).get("store_uri")
     for path in sorted((home / "runs").glob("*/status.json"), reverse=True):
         earlier = None if path.parent.name == "latest" else _read(path)
         if earlier is None or earlier.recipe_name != newest.recipe_name:
+            continue
+        if _services_of(path.parent).get("store_uri") != stored_in:
             continue
         for step in earlier.steps:
             if step.name not in steps or (step.is_made and not steps[step.name].is_made):
                 steps[step.name] = step
     newest.steps = list(steps.values())
     return newest
+
+
+def recorded_services(home: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The recorded recipe of every run and its section `services`, the newest run's first."""
+    newest = home / "runs" / "latest"
+    folders = sorted((path.parent for path in (home / "runs").glob("*/recipe.json")), reverse=True)
+    for folder in [newest, *(each for each in folders if each != newest)]:
+        if (folder / "recipe.json").exists():
+            yield folder / "recipe.json", _services_of(folder)
+
+
+def _services_of(folder: Path) -> dict[str, Any]:
+    """The section `services` of a run's recipe; this machine's own services have an empty one."""
+    found = _json_of(folder / "recipe.json") or {}
+    return {name: value for name, value in (found.get("services") or {}).items() if value}
 
 
 def newest_of_each_recipe(home: Path) -> list[RunStatus]:
@@ -233,13 +252,18 @@ def newest_of_each_recipe(home: Path) -> list[RunStatus]:
 
 
 def _read(path: Path) -> RunStatus | None:
+    raw = _json_of(path)
+    return None if raw is None else RunStatus.from_json(raw)
+
+
+def _json_of(path: Path) -> dict[str, Any] | None:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); remove it, or run again") from error
-    return RunStatus.from_json(raw)
+    return found
 
 
 @contextmanager

@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.place import connect
-from app.recipe import ServicesConfig
-from app.scoring import LazySpark, newest_store
+from app.place import Place, place_of
+from app.scoring import LazySpark
+from app.upkeep import chosen_datasets
 from app.verb import Output
 from infra import storage
 from infra.cluster import ClusterConfig
-from infra.config import atelier_home
 from infra.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,13 +110,14 @@ def take_down_everywhere(
     from pipelines.takedown import look_for, take_down
     from pipelines.tombstones import Tombstones
 
-    place = connect(ServicesConfig(), atelier_home(), out.say)
-    store_uri = store or newest_store(out)
+    place = place_of(store, out.say)
+    store_uri = place.store_uri
+    out.say(f"store {store_uri}" + (", this machine's own" if place.is_local else ""))
     done: list[dict[str, Any]] = []
     withdrawn: list[str] = []
     with ExitStack() as stack:
         spark = LazySpark(ClusterConfig(), place, stack)
-        chosen = _datasets(store_uri, names)
+        chosen = chosen_datasets(store_uri, names)
         roots = {name: storage.join(store_uri, "datasets", name) for name in chosen}
         likeness = None
         if request.like:
@@ -159,8 +159,8 @@ def take_down_everywhere(
             )
             for old, new in made.versions.items():
                 out.say(f"  {old[:12]} is now {new[:12]}")
-    models = _models_of(withdrawn, place.tracking_uri)
-    for model in models:
+    models = _models_of(withdrawn, place, out, dry_run=dry_run)
+    for model in models or ():
         out.say(f"trained on it: {model['model']} version {model['version']} ({model['stage']})")
     return {"datasets": done, "models": models, "dry_run": dry_run}
 
@@ -218,28 +218,35 @@ class _Likeness:
         return found
 
 
-def _datasets(store_uri: str, names: Collection[str]) -> list[str]:
-    root = storage.join(store_uri, "datasets") + "/"
-    found = sorted(
-        {info.uri.removeprefix(root).partition("/")[0] for info in storage.list_objects(root)}
-    )
-    for name in names:
-        if name not in found:
-            raise UserError(
-                expected=f"one of the datasets {', '.join(found) or '(none)'}", got=name
-            )
-    return [name for name in found if not names or name in names]
+def _models_of(
+    versions: Collection[str], place: Place, out: Output, *, dry_run: bool
+) -> list[dict[str, Any]] | None:
+    """The registered models that were trained on one of these dataset versions.
 
+    None, and told, where nobody says which MLflow server knows them. Raises ``UserError`` when it
+    does not answer: what was taken down is gone, and who was trained on it must not go unasked.
+    """
+    from training.versions import TAG_DATASET, TAG_STAGE, trained_on
 
-def _models_of(versions: Collection[str], tracking_uri: str) -> list[dict[str, Any]]:
-    """The registered models that were trained on one of these dataset versions."""
     if not versions:
         return []
-
-    from infra.tracking_server import TrackingServer
-    from training.versions import TAG_STAGE, trained_on
-
-    server = TrackingServer(tracking_uri)
+    named = ", ".join(sorted(versions))
+    if place.tracking_uri is None:
+        out.say(
+            f"which models were trained on it is not known: no run here stored in "
+            f"{place.store_uri}, and MLFLOW_TRACKING_URI is not set; ask its MLflow server for "
+            f"models with the tag {TAG_DATASET}, one of {named}"
+        )
+        return None
+    try:
+        trained = [(each, version) for version in sorted(versions)
+                   for each in trained_on(place.server, version)]  # fmt: skip
+    except UserError as error:
+        done = "nothing was changed" if dry_run else "the takedown is carried out"
+        raise UserError(
+            f"{done}, but which models were trained on dataset versions "
+            f"{named} is not known: {error}"
+        ) from error
     return [
         {
             "model": found.name,
@@ -248,6 +255,5 @@ def _models_of(versions: Collection[str], tracking_uri: str) -> list[dict[str, A
             "dataset_version": version,
             "checkpoint": found.uri,
         }
-        for version in sorted(versions)
-        for found in trained_on(server, version)
+        for found, version in trained
     ]

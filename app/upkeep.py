@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.place import Place
-from app.scoring import LazySpark, newest_store
+from app.place import Place, place_of
+from app.scoring import LazySpark
 from app.status import read_made
 from app.verb import Output
-from app.verify import reach
 from infra import storage
 from infra.cluster import ClusterConfig
 from infra.config import atelier_home
@@ -35,10 +33,12 @@ def make_report(
     from pipelines.card import card
     from pipelines.report import make_page, write_report
 
-    uri = find_version(dataset, store, out)
+    place = place_of_dataset(dataset, store, out)
+    uri = find_version(dataset, place.store_uri)
     manifest = load_manifest(uri)
+    environment = place.environment
     with ExitStack() as stack:
-        spark, environment = lazy_spark(stack)
+        spark = LazySpark(ClusterConfig(), place, stack)
         if output is None:
             page = write_report(uri, manifest, spark, environment)
         else:
@@ -64,10 +64,11 @@ def repair_version(dataset: str, store: str | None, out: Output) -> dict[str, An
     from infra.progress import progress
     from pipelines.repair import repair
 
-    uri = find_version(dataset, store, out)
+    place = place_of_dataset(dataset, store, out)
+    uri = find_version(dataset, place.store_uri)
     with ExitStack() as stack:
-        spark, environment = lazy_spark(stack)
-        result = repair(uri, spark, progress, environment)
+        spark = LazySpark(ClusterConfig(), place, stack)
+        result = repair(uri, spark, progress, place.environment)
     say_repair(result, dataset_version(uri), out)
     return asdict(result)
 
@@ -89,23 +90,20 @@ def say_repair(result: RepairResult, version: str, out: Output) -> None:
     )
 
 
-def lazy_spark(stack: ExitStack) -> tuple[LazySpark, Mapping[str, str]]:
-    """Spark at first use, and the keys to the store that this process was given."""
-    environment = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
-    place = Place(atelier_home(), "", "", False, environment)
-    return LazySpark(ClusterConfig(), place, stack), environment
+def place_of_dataset(dataset: str, store: str | None, out: Output) -> Place:
+    """Where what a person calls a dataset lies; a manifest's address says so itself."""
+    is_address = dataset.endswith(f"/{MANIFEST_NAME}")
+    return place_of(dataset if is_address else store, out.say)
 
 
-def find_version(dataset: str, store: str | None, out: Output) -> str:
+def find_version(dataset: str, store_uri: str) -> str:
     """The manifest's address of what a person calls a dataset.
 
     ``dataset``: a manifest's address, ``name``, or ``name/`` and the beginning of a version. A
     name alone is the version of the newest run that made it, else the only one there is.
     """
     if dataset.endswith(f"/{MANIFEST_NAME}"):
-        reach(dataset)
         return dataset
-    store_uri = reached_store(store, out)
     name, _, wanted = dataset.partition("/")
     root = storage.join(store_uri, "datasets", name)
     versions = stored_versions(root)
@@ -126,20 +124,29 @@ def find_version(dataset: str, store: str | None, out: Output) -> str:
     return storage.join(root, found[0], MANIFEST_NAME)
 
 
-def reached_store(store: str | None, out: Output) -> str:
-    """The store that was named, or the newest run's; it answers."""
-    if store is None:
-        return newest_store(out)
-    reach(store)
-    return store
-
-
 def dataset_names(store_uri: str) -> list[str]:
     """The names of the datasets in a store."""
     root = storage.join(store_uri, "datasets") + "/"
     return sorted(
         {info.uri.removeprefix(root).partition("/")[0] for info in storage.list_objects(root)}
     )
+
+
+def chosen_datasets(store_uri: str, names: Collection[str]) -> list[str]:
+    """These datasets of a store, or all; ``UserError`` for one that is not there, and for none."""
+    every = dataset_names(store_uri)
+    if not every:
+        raise UserError(
+            expected=f"a dataset in {store_uri}",
+            got="none",
+            remedy="name the store with --store, and give its keys in the environment",
+        )
+    for name in names:
+        if name not in every:
+            raise UserError(
+                expected=f"one of the datasets {', '.join(every)} of {store_uri}", got=name
+            )
+    return [name for name in every if not names or name in names]
 
 
 def stored_versions(root: str) -> list[str]:

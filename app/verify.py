@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.sample import with_services
+from app.place import place_of
 from app.status import read_made
 from app.verb import Output
 from infra.config import atelier_home
@@ -16,7 +16,7 @@ def verify_address(manifest_uri: str, out: Output) -> list[str]:
     from infra.progress import progress
 
     root = dataset_root(manifest_uri)
-    reach(manifest_uri)
+    place_of(manifest_uri, out.say)
     with progress("reading", None, "MB") as bar:
         problems = verify_dataset(manifest_uri, bar)
     for problem in problems:
@@ -25,14 +25,6 @@ def verify_address(manifest_uri: str, out: Output) -> list[str]:
         out.say(f"{path}: extra; no version lists it, and no reader looks at it")
     out.say("damaged" if problems else "ok")
     return problems
-
-
-def reach(uri: str) -> None:
-    """Have what reading ``uri`` needs: the local store for s3://, unless the keys are given."""
-    import os
-
-    if uri.startswith("s3://") and "AWS_ACCESS_KEY_ID" not in os.environ:
-        with_services()
 
 
 def verify_run(out: Output) -> list[str]:
@@ -47,7 +39,7 @@ def verify_run(out: Output) -> list[str]:
     from infra.storage import ObjectMissing
     from training.publish import verify_checkpoint
 
-    with_services()
+    place_of(None, out.say)
     problems = []
     for step in made:
         try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from infra.errors import UserError
 
+CREDENTIALS_NAME = "credentials.json"
 LOCK_SECONDS = 300.0
 ACCESS_KEY_LENGTH = 20  # what S3 clients expect, and the S3 server insists on
 SECRET_KEY_LENGTH = 40
@@ -65,7 +66,7 @@ def write_private_json(path: Path, value: Any) -> None:
 
 def load_credentials(folder: Path) -> tuple[str, str]:
     """This home's S3 access key and secret, made at random the first time."""
-    path = folder / "credentials.json"
+    path = folder / CREDENTIALS_NAME
     found = read_private_json(path)
     if found is None:
         alphabet = string.ascii_uppercase + string.digits

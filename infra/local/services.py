@@ -19,6 +19,7 @@ from infra.environment import applied
 from infra.errors import UserError
 from infra.local import processes
 from infra.local.files import (
+    CREDENTIALS_NAME,
     load_credentials,
     locked,
     read_private_json,
@@ -33,6 +34,7 @@ KEEPER = Path(__file__).with_name("keeper.py")
 STOP_GRACE_SECONDS = 7.0  # the keeper gives its service 5
 POLL_SECONDS = 0.05
 REGION = "us-east-1"
+STORE_URI = f"s3://{BUCKET}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Services:
     @property
     def store_uri(self) -> str:
         """The bucket in which datasets and models lie."""
-        return f"s3://{BUCKET}"
+        return STORE_URI
 
     @property
     def s3_endpoint(self) -> str:
@@ -344,6 +346,12 @@ def services_status(home: Path) -> list[ServiceStatus]:
         url = f"http://{HOST}:{record.port}"
         found.append(ServiceStatus(program.name, state, url, record.process.pid, log))
     return found
+
+
+def access_key_id(home: Path) -> str | None:
+    """The public half of this home's S3 keys; None before its first ``up``."""
+    found = read_private_json(Path(home).absolute() / "services" / CREDENTIALS_NAME)
+    return None if found is None else str(found["access_key_id"])
 
 
 def find_services(home: Path) -> Services | None:

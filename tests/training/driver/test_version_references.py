@@ -49,7 +49,8 @@ def test_only_versions_that_nobody_refers_to_are_removed(
         "r1", "recipe", "recipe.yaml", "0" * 64, "atelier run recipe.yaml", 1, "t", "t", DONE,
         store_uri=store, mlflow_uri=mlflow_uri, steps=[step],
     )  # fmt: skip
-    StatusFile.create(home, status, {})
+    services = {"store_uri": store, "tracking_uri": mlflow_uri}
+    StatusFile.create(home, status, {"services": services})
 
     for options in ([], ["--gc"]):
         command = ["clean", "--store", store, "--versions", "--json", *options]
