@@ -1,4 +1,4 @@
-"""Fitting into small memories: parts that work on another device than they rest, tiled decoding.
+"""Fitting into small memories: parts that work on another device than they rest, tiles.
 
 Shape suffixes: B images, 3 colours, H/W pixels or token rows and columns.
 """
@@ -63,24 +63,45 @@ def decode_in_tiles(
     grid no larger than a tile is decoded as a whole; in a larger one each tile has its own norms
     and sees nothing of the others, so colours may drift between them.
     """
-    batch, height, width = tokens_BHW.shape
+    return _in_tiles(decode, tokens_BHW, tile, 1, factor)
+
+
+def encode_in_tiles(
+    encode: Callable[[Tensor], Tensor], images_B3HW: Tensor, tile: int, factor: int
+) -> Tensor:
+    """encode(images_B3HW) as latents_BCHW, with tiles as `decode_in_tiles` has them.
+
+    Latents, unlike tokens, can fade into each other; both sides of the images are multiples of
+    `factor`.
+    """
+    return _in_tiles(encode, images_B3HW, tile, factor, 1)
+
+
+def _in_tiles(
+    work: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale_in: int, scale_out: int
+) -> Tensor:
+    """work(x) in tiles of the last two axes; scales are what a token measures there and in x."""
+    height, width = x.shape[-2] // scale_in, x.shape[-1] // scale_in
     rows, columns = _starts(height, tile), _starts(width, tile)
     if len(rows) == len(columns) == 1:
-        return decode(tokens_BHW)
-    row_fades = _fades(rows, height, tile, factor)
-    column_fades = _fades(columns, width, tile, factor)
-    size_px = height * factor, width * factor
-    sums_B3HW = torch.zeros(batch, 3, *size_px, device=tokens_BHW.device)
-    weights_HW = torch.zeros(size_px, device=tokens_BHW.device)
+        return work(x)
+    row_fades = _fades(rows, height, tile, scale_out)
+    column_fades = _fades(columns, width, tile, scale_out)
+    sums_BCHW, weights_HW = None, torch.zeros(height * scale_out, width * scale_out)
     for top, row_fade in zip(rows, row_fades, strict=True):
-        down = slice(top * factor, top * factor + len(row_fade))
+        down = slice(top * scale_out, top * scale_out + len(row_fade))
+        from_rows = x[..., top * scale_in : (top + tile) * scale_in, :]
         for left, column_fade in zip(columns, column_fades, strict=True):
-            across = slice(left * factor, left * factor + len(column_fade))
+            across = slice(left * scale_out, left * scale_out + len(column_fade))
+            part_BCHW = work(from_rows[..., left * scale_in : (left + tile) * scale_in]).float()
+            if sums_BCHW is None:
+                sums_BCHW = part_BCHW.new_zeros(*part_BCHW.shape[:2], *weights_HW.shape)
+                weights_HW = weights_HW.to(part_BCHW)
             fade_HW = torch.outer(row_fade, column_fade).to(weights_HW)
-            image_B3HW = decode(tokens_BHW[:, top : top + tile, left : left + tile])
-            sums_B3HW[:, :, down, across] += image_B3HW * fade_HW
+            sums_BCHW[:, :, down, across] += part_BCHW * fade_HW
             weights_HW[down, across] += fade_HW
-    return sums_B3HW / weights_HW
+    assert sums_BCHW is not None
+    return sums_BCHW / weights_HW
 
 
 def _starts(size: int, tile: int) -> list[int]:

@@ -1,10 +1,11 @@
 """What a caller may ask of every way of painting, checked once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import torch
+from torch import Tensor
 
 from model.errors import ModelError
 from model.sampler import Progress, SamplingOptions
@@ -90,6 +91,20 @@ class PaintOptions:
         """The images of each batch."""
         size = self.batch_size or max(num_images, 1)
         return [range(start, min(start + size, num_images)) for start in range(0, num_images, size)]
+
+    def part(self, seeds: Sequence[int], num_batches: Sequence[int], number: int) -> "PaintOptions":
+        """These options for part `number` of a call's images, which have `seeds`.
+
+        num_batches: of every part; `progress` counts the steps of all parts together.
+        """
+        report, before, total = self.progress, sum(num_batches[:number]), sum(num_batches)
+
+        def counted(step: int, steps: int, tokens_BHW: Tensor) -> None:
+            each = steps // num_batches[number]
+            assert report is not None
+            report(before * each + step, total * each, tokens_BHW)
+
+        return replace(self, seeds=list(seeds), progress=None if report is None else counted)
 
     def report(self, batch: int, num_batches: int) -> Progress | None:
         """`progress` for one batch, counting the steps of all batches together."""

@@ -17,6 +17,7 @@ from model.errors import ModelError
 
 MAX_SIDE_PX = 8192
 Picture = Image.Image | NDArray[Any] | Tensor
+_FAR = np.int32(1 << 30)  # deeper than any picture
 _MID_GREY = {np.dtype(np.uint8): 127, np.dtype(np.uint16): 32767, np.dtype(np.int32): 32767}
 
 
@@ -28,29 +29,59 @@ def check_sides(height_px: int, width_px: int) -> None:
         )
 
 
-def to_images(pixels_B3HW: Tensor) -> list[Image.Image]:
-    """RGB images of values in [0, 1]."""
-    levels = (pixels_B3HW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:
+    """RGB images of values in [0, 1]; RGBA ones of four channels."""
+    levels = (pixels_BCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
     return [Image.fromarray(image.numpy()) for image in levels]
 
 
 def to_pixels(images: Sequence[Picture]) -> Tensor:
-    """pixels_B3HW in [0, 1] of images of one size; what is transparent becomes white.
+    """pixels_B3HW in [0, 1] of images of one size; what is transparent becomes white."""
+    return on_white(layers_of(images))
 
-    Images are PIL's in any mode, or arrays (H, W) or (H, W, 1 | 3 | 4) of uint8. Raises ModelError
-    when sizes differ.
+
+def layers_of(images: Sequence[Picture]) -> Tensor:
+    """layers_B4HW in [0, 1] of images of one size: three colours and how opaque they are.
+
+    Images are PIL's, or arrays (H, W) or (H, W, 1 | 3 | 4) of uint8. Of 16 bits the upper 8 are
+    taken; "I" holds 0 to 65535 and "F" 0 to 1. Raises ModelError for other values, or when sizes
+    differ.
     """
-    pictures = [_as_rgb(image) for image in images]
+    pictures = [_as_colours(image) for image in images]
     sizes = sorted({picture.size for picture in pictures})
     if len(sizes) != 1:
         raise ModelError(
             f"images have the sizes {sizes} (width, height): expected one size for all"
         )
-    levels = np.stack([np.asarray(picture) for picture in pictures])
+    levels = np.stack([np.asarray(picture.convert("RGBA")) for picture in pictures])
     return torch.from_numpy(levels).permute(0, 3, 1, 2).float() / 255
 
 
-def _as_rgb(image: Picture) -> Image.Image:
+def on_white(layers_B4HW: Tensor) -> Tensor:
+    """pixels_B3HW: what is seen of the layers on white paper; opaque pixels to the bit."""
+    colours_B3HW, opacity_B1HW = layers_B4HW[:, :3], layers_B4HW[:, 3:]
+    return torch.lerp(torch.ones_like(colours_B3HW), colours_B3HW, opacity_B1HW)
+
+
+def laid_over(layers_B4HW: Tensor, paint_B3HW: Tensor, alpha_B1HW: Tensor) -> list[Image.Image]:
+    """Opaque paint with alpha_B1HW over the layers; where that is 0 they are as they were.
+
+    RGBA where anything is transparent in the end, else RGB.
+    """
+    colours_B3HW, opacity_B1HW = layers_B4HW[:, :3], layers_B4HW[:, 3:]
+    covered_B1HW = alpha_B1HW + opacity_B1HW * (1 - alpha_B1HW)
+    share_B1HW = alpha_B1HW / covered_B1HW.clamp(min=1e-6)
+    mixed_B4HW = torch.cat([torch.lerp(colours_B3HW, paint_B3HW, share_B1HW), covered_B1HW], dim=1)
+    images = to_images(torch.where(alpha_B1HW > 0, mixed_B4HW, layers_B4HW))
+    is_opaque = [bool((np.asarray(image)[:, :, 3] == 255).all()) for image in images]
+    return [
+        image.convert("RGB") if opaque else image
+        for image, opaque in zip(images, is_opaque, strict=True)
+    ]
+
+
+def _as_colours(image: Picture) -> Image.Image:
+    """RGB, or RGBA where the image says that something may be transparent."""
     if not isinstance(image, Image.Image):
         levels = np.asarray(image)
         if levels.dtype != np.uint8 or levels.ndim not in (2, 3) or 0 in levels.shape:
@@ -61,12 +92,35 @@ def _as_rgb(image: Picture) -> Image.Image:
         image = _from_levels(levels, "an image")
     if min(image.size) < 1:
         raise ModelError(f"an image has size {image.size}: expected at least 1 x 1 px")
-    if image.has_transparency_data:
-        paper = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    if _is_deep(image):
+        return _from_deep(image)
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Of more than 8 bits, which Pillow's own conversions cut off at white."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _from_deep(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image)
+    low, high = levels.min(), levels.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 1):
+            raise ModelError(f"an image of floats has {low} to {high}: expected values in [0, 1]")
+        grey = (levels * 255).round()
+    else:
+        # 8-bit levels in so wide a type would be black, and so would a very dark image be white.
+        if image.mode == "I" and (low < 0 or high > 65535 or 0 < high <= 255):
+            raise ModelError(
+                f"an image of 32 bits has {low} to {high}: expected 0 to 65535, and some above 255"
+            )
+        grey = levels >> 8
+    out = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info:
+        seen = levels != image.info["transparency"]
+        out.putalpha(Image.fromarray((seen * 255).astype(np.uint8)))
+    return out
 
 
 def _from_levels(levels: NDArray[Any], what: str) -> Image.Image:
@@ -95,11 +149,15 @@ def to_masks(masks: Sequence[Picture], size: tuple[int, int]) -> Tensor:
 
 def _as_mask(mask: Picture) -> NDArray[np.bool_]:
     if isinstance(mask, Image.Image):
-        if mask.has_transparency_data:
+        if _is_deep(mask):
+            levels = np.asarray(mask)
+            if "transparency" in mask.info:
+                levels = np.where(levels == mask.info["transparency"], 0, levels)
+        elif mask.has_transparency_data:
             paper = Image.new("RGBA", mask.size, "black")
-            mask = Image.alpha_composite(paper, mask.convert("RGBA"))
-        deep = mask.mode == "F" or mask.mode.startswith("I")
-        levels = np.asarray(mask if deep or mask.mode == "1" else mask.convert("L"))
+            levels = np.asarray(Image.alpha_composite(paper, mask.convert("RGBA")).convert("L"))
+        else:
+            levels = np.asarray(mask if mask.mode == "1" else mask.convert("L"))
     else:
         levels = np.asarray(mask)
     if levels.ndim == 3 and levels.shape[2] == 1:
@@ -149,14 +207,30 @@ def feathered(mask_BHW: Tensor, feather_px: int) -> Tensor:
     """
     if feather_px < 0:
         raise ModelError(f"feather_px is {feather_px}: expected 0 or more")
-    alpha_BHW = torch.zeros(mask_BHW.shape, device=mask_BHW.device)
-    inside_BHW = mask_BHW
-    for _ in range(feather_px + 1):
-        alpha_BHW += inside_BHW
-        if not inside_BHW.any():
-            break
-        inside_BHW = ~grown(~inside_BHW, 1)
-    return alpha_BHW / (feather_px + 1)
+    depth_BHW = _depth(mask_BHW.cpu().numpy()).clip(max=feather_px + 1)
+    return torch.from_numpy(depth_BHW).float() / (feather_px + 1)
+
+
+def _depth(inside_BHW: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Steps to the nearest place outside, along rows, columns and diagonals; 0 is outside.
+
+    Two passes, down and up: each row is a step further than the nearest of the three places in the
+    row before, or than its own neighbours, which the running minimum of depth - column finds.
+    """
+    depth_BHW = np.where(inside_BHW, _FAR, np.int32(0))
+    columns_W = np.arange(depth_BHW.shape[2], dtype=np.int32)
+    for rows_HBW in (depth_BHW.swapaxes(0, 1), depth_BHW.swapaxes(0, 1)[::-1]):
+        before_BW = np.full_like(rows_HBW[0], _FAR)
+        for row_BW in rows_HBW:
+            near_BW = before_BW + 1
+            np.minimum(near_BW[:, 1:], before_BW[:, :-1] + 1, out=near_BW[:, 1:])
+            np.minimum(near_BW[:, :-1], before_BW[:, 1:] + 1, out=near_BW[:, :-1])
+            np.minimum(row_BW, near_BW, out=row_BW)
+            for way in (1, -1):
+                shifted_BW = (row_BW - way * columns_W)[:, ::way]
+                row_BW[:] = np.minimum.accumulate(shifted_BW, axis=1)[:, ::way] + way * columns_W
+            before_BW = row_BW
+    return depth_BHW
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:

@@ -18,7 +18,7 @@ from model.errors import ModelError
 from model.folder import PainterDefaults, read_defaults, write_index
 from model.hub import model_folder
 from model.lora import LoRA
-from model.memory import at_work_on, decode_in_tiles, tile_tokens
+from model.memory import at_work_on, decode_in_tiles, encode_in_tiles, tile_tokens
 from model.paint_options import PaintKeywords, PaintOptions
 from model.pixels import MAX_SIDE_PX, Picture, to_images
 from model.quantize import quantize
@@ -86,8 +86,8 @@ class TextToImage:
 
         quantize_to: "int8" or "fp8", the type of most weights of the transformer and the text
         encoder. offload: text encoder and tokenizer lie in CPU memory, and are where the
-        transformer is only while they work. tile_px: images of a larger side are decoded in tiles
-        of this side.
+        transformer is only while they work. tile_px: images of a larger side are encoded and
+        decoded in tiles of this side.
         """
         if tile_px is not None:
             tile_tokens(tile_px, self.vq.downsample_factor)
@@ -165,8 +165,11 @@ class TextToImage:
     ) -> list[Image.Image]:
         """Each image with the light part of its mask repainted; every other pixel is as it was.
 
-        Images of any size; masks of the image's size, as `to_masks` reads them. feather_px: width
-        inside the mask over which the painted part fades in. strength as in `edit`.
+        Images of any size and of every kind that `layers_of` reads, RGBA where some of it stays
+        transparent, else RGB; masks of the image's size, as `to_masks` reads them. An image of more
+        pixels than the model's resolution has is painted in a window around its mask, as
+        `window_of` chooses it. feather_px: width inside the mask over which the painted part fades
+        in. strength as in `edit`.
         """
         prompts = as_prompts(prompts)
         check_counts(len(prompts), images=len(images), masks=len(masks))
@@ -206,8 +209,9 @@ class TextToImage:
         sources: what the images show now. With it (or an operation that works in one place) only
         tokens that both texts predict differently are painted; `operation` is a name of
         `OPERATIONS` and gives the defaults. masks: paint there instead. With none of them the whole
-        image is painted anew. strength in (0, 1]: the share of the steps that is run; below 1 a
-        random part of the old tokens stays, as many as the mask schedule leaves at that point.
+        image is painted anew, at its own size. strength in (0, 1]: the share of the steps that is
+        run; below 1 a random part of the old tokens stays, as many as the mask schedule leaves at
+        that point.
         """
         prompts = as_prompts(prompts)
         check_counts(len(prompts), images=len(images))
@@ -314,7 +318,16 @@ class TextToImage:
     def encode_pixels(self, pixels_B3HW: Tensor) -> Tensor:
         """tokens_BHW, on this painter's device, of pixels_B3HW in [0, 1]."""
         with at_work_on(self.device, self.vq):
-            return self.vq.encode(pixels_B3HW.to(self.device))
+            if self.tile_px is None:
+                return self.vq.encode(pixels_B3HW.to(self.device))
+            factor = self.vq.downsample_factor
+            latents_BCHW = encode_in_tiles(
+                lambda part_B3HW: self.vq.encode_latents(part_B3HW.to(self.device)),
+                pixels_B3HW,
+                tile_tokens(self.tile_px, factor),
+                factor,
+            )
+            return self.vq.quantize.nearest(latents_BCHW)
 
     def micro_conditions(self, batch: int, height_px: int, width_px: int, score: float) -> Tensor:
         """micro_conditions_B5 of uncropped images of this size: width, height, 0, 0, score."""

@@ -1,4 +1,4 @@
-"""Parts that rest elsewhere than they work, and decoding in tiles."""
+"""Parts that rest elsewhere than they work, and work in tiles."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.errors import ModelError
 from model.lora import LoRA, LoRAConfig
-from model.memory import at_work_on, decode_in_tiles
+from model.memory import at_work_on, decode_in_tiles, encode_in_tiles
 from model.text_to_image import TextToImage
 
 META = torch.device("meta")
@@ -42,6 +42,47 @@ def test_tiles_put_every_pixel_where_it_belongs(
     assert torch.allclose(decode_in_tiles(decode, tokens, tile, factor), whole, atol=1e-6)
     assert max(max(shape) for shape in seen) <= tile
     assert len(seen) == 1 or max(height, width) > tile
+
+
+@given(
+    height=st.integers(1, 21),
+    width=st.integers(1, 21),
+    tile=st.integers(4, 9),
+    factor=st.sampled_from([1, 4]),
+)
+def test_encoding_in_tiles_puts_every_latent_where_it_belongs(
+    height: int, width: int, tile: int, factor: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, height * factor, width * factor, generator=generator)
+    seen = []
+
+    def encode(part_B3HW: Tensor) -> Tensor:
+        seen.append(max(part_B3HW.shape[2:]))
+        return torch.nn.functional.avg_pool2d(part_B3HW, factor)
+
+    whole = torch.nn.functional.avg_pool2d(images, factor)
+    assert torch.allclose(encode_in_tiles(encode, images, tile, factor), whole, atol=1e-6)
+    assert max(seen) <= tile * factor
+
+
+def test_neither_encoder_nor_decoder_sees_more_than_a_tile(painter: TextToImage) -> None:
+    seen = []
+    for part in (painter.vq.encoder, painter.vq.post_quant_conv):
+        part.register_forward_pre_hook(
+            lambda part, inputs: seen.append(max(inputs[0].shape[2:]))  # px, or tokens of 4 px
+        )
+    pixels = torch.rand(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    whole = painter.encode_pixels(pixels)
+    assert torch.equal(painter.save_memory(tile_px=96).encode_pixels(pixels), whole)
+    seen.clear()
+    tokens = painter.save_memory(tile_px=16).encode_pixels(pixels)
+    assert tokens.shape == (1, 24, 16)
+    assert not torch.equal(tokens, whole)
+    assert set(seen) == {16}
+    seen.clear()
+    painter.decode_pixels(tokens)
+    assert set(seen) == {4}
 
 
 def test_neighbours_fade_into_each_other_evenly() -> None:
