@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def draw_sheet(title: str, prompts: Sequence[str], rows: Sequence[Row]) -> Image
         draw.text((MARGIN_PX, top), row.title, INK, _font(TITLE_PX - 4))
         draw.multiline_text((MARGIN_PX, top + TITLE_PX + 4), row.note, FAINT, text, spacing=4)
         for column, image in enumerate(row.images):
-            sheet.paste(_fitted(image), (_left(column), top))
+            sheet.paste(fitted(image), (_left(column), top))
     return sheet
 
 
@@ -64,7 +65,7 @@ def _left(column: int) -> int:
     return MARGIN_PX + LABEL_PX + column * (CELL_PX + MARGIN_PX)
 
 
-def _fitted(image: Image) -> Image:
+def fitted(image: Image) -> Image:
     """``image`` in a cell: whole multiples keep its pixels, larger images are averaged down."""
     from PIL.Image import Resampling
 
@@ -90,7 +91,7 @@ def _font(size_px: int) -> FreeTypeFont | ImageFont:
     return ImageFont.load_default(size_px)
 
 
-def png_bytes(image: Image, lineage: Mapping[str, str]) -> bytes:
+def png_bytes(image: Image, lineage: Mapping[str, str], icc_profile: bytes | None = None) -> bytes:
     """``image`` as PNG with ``lineage`` in text chunks (``file.text`` in Pillow, or `exiftool`)."""
     from PIL.PngImagePlugin import PngInfo
 
@@ -98,10 +99,30 @@ def png_bytes(image: Image, lineage: Mapping[str, str]) -> bytes:
     for key, value in lineage.items():
         chunks.add_itxt(key, value)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=chunks)
+    image.save(buffer, "PNG", pnginfo=chunks, icc_profile=icc_profile)
     return buffer.getvalue()
 
 
-def save_png(image: Image, path: Path, lineage: Mapping[str, str]) -> None:
+def save_png(
+    image: Image, path: Path, lineage: Mapping[str, str], icc_profile: bytes | None = None
+) -> None:
     """Write the PNG whole: a reader never sees half of one."""
-    write_bytes(path.absolute().as_uri(), png_bytes(image, lineage))
+    write_bytes(path.absolute().as_uri(), png_bytes(image, lineage, icc_profile))
+
+
+def lineage_in(path: Path, size_px: tuple[int, int] | None = None) -> dict[str, str] | None:
+    """What a PNG or a GIF of ours carries; None where there is no sound one (of this size)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            file.load()
+            if size_px is not None and file.size != size_px:
+                return None
+            if "comment" in file.info:
+                return {
+                    str(key): str(value) for key, value in json.loads(file.info["comment"]).items()
+                }
+            return dict(getattr(file, "text", {}))
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
+        return None

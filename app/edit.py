@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from app.easel import Brush, Easel, check_keywords, on_this_machine, set_up
 from app.painting_options import MAX_SIDE_PX, printable
-from app.sample import Brush, Easel, check_keywords, check_png, set_up, within_memory
+from app.sample import check_png
+from app.sources import SOFTWARE
 from infra.digests import sha256_bytes, sha256_file
 from infra.errors import UserError
 
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from model.paint_options import PaintKeywords
+
+ICC_COLOURS = slice(16, 20)  # of a profile's bytes: which kind of colours it is of
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,16 @@ def edit(wish: EditWish, brush: Brush) -> Edited:
     ]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other; give one")
-    image, carried = open_picture(wish.image)
+    from model.pixels import layers_of, to_images, to_pixels
+
+    image, carried, icc_profile = open_picture(wish.image)
+    layers_of([image])  # what no painter reads is said before one is loaded
     mask = _mask_of(wish, image)
     prompt, caption, operation = read_words(wish, carried)
 
     from app.contact_sheet import save_png
 
-    with within_memory():
+    with on_this_machine():
         easel = set_up(brush)
         result, place = _painted(wish, easel, image, mask, prompt, caption, operation)
     lineage = {
@@ -74,23 +82,31 @@ def edit(wish: EditWish, brush: Brush) -> Edited:
         "instruction": printable(wish.words),
         "operation": operation or ("outpaint" if wish.sides else "inpaint" if mask else "edit"),
         "seed": str(wish.seed),
+        "feather_px": str(wish.feather_px),
         "parent": wish.image.name,
         "parent_sha256": sha256_file(wish.image),
         **({"parent_caption": caption} if caption else {}),
         **({"mask_sha256": sha256_bytes(place.tobytes())} if place is not None else {}),
+        **({"outpaint": _listed(wish.sides)} if wish.sides else {}),
         **({} if wish.strength is None else {"strength": str(wish.strength)}),
         **easel.lineage,
     }
-    save_png(result, wish.out, lineage)
+    save_png(result, wish.out, lineage, icc_profile)
     before_after = None
     if wish.side_by_side:
         before_after = wish.out.with_name(f"{wish.out.stem}-before-after.png")
-        pictures = [image, *([] if place is None else [place.convert("RGB")]), result]
         from app.preview import side_by_side
 
-        save_png(side_by_side(pictures), before_after, lineage)
+        before, after = (to_images(to_pixels([picture]))[0] for picture in (image, result))
+        pictures = [before, *([] if place is None else [place.convert("RGB")]), after]
+        save_png(side_by_side(pictures), before_after, lineage, icc_profile)
     shown = None if before_after is None else str(before_after)
     return Edited(str(wish.out), prompt, lineage["operation"], lineage, shown)
+
+
+def _listed(sides: Mapping[str, int]) -> str:
+    """As it is typed after --outpaint."""
+    return ",".join(f"{side}={pixels}" for side, pixels in sides.items())
 
 
 def _painted(
@@ -125,6 +141,12 @@ def _painted(
         everywhere = operation is not None and OPERATIONS[operation].everywhere
         if mask is None and not everywhere and (sources is not None or operation is not None):
             (mask,) = painter.find_change([prompt], [image], sources, operation, **keywords)
+            if mask.getbbox() is None:
+                raise UserError(
+                    expected="something to paint",
+                    got=f"{caption or ''!r} and {prompt!r}, of which this model predicts the same",
+                    remedy="say the change in other words, or the place with --mask or --box",
+                )
         (result,) = painter.edit(
             [prompt],
             [image],
@@ -157,8 +179,19 @@ def read_words(wish: EditWish, carried: str | None) -> tuple[str, str | None, st
     return words, caption, operation
 
 
-def open_picture(path: Path) -> tuple[Image, str | None]:
-    """The picture upright, and the prompt it carries if it is one of ours."""
+class Opened(NamedTuple):
+    """A picture upright; its caption if it is one of ours; a profile of RGB colours, if it has one.
+
+    A profile of grey or of printing inks says nothing of the RGB that is written.
+    """
+
+    image: Image
+    caption: str | None
+    icc_profile: bytes | None
+
+
+def open_picture(path: Path) -> Opened:
+    """Read the first image of a file; one line where that is impossible."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -171,7 +204,11 @@ def open_picture(path: Path) -> tuple[Image, str | None]:
                 )
             file.load()
             text = getattr(file, "text", {})
-            return ImageOps.exif_transpose(file), text.get("prompt")
+            ours = text.get("software") == SOFTWARE  # other programs keep other things there
+            caption = text.get("prompt") if ours else None
+            profile = file.info.get("icc_profile")
+            is_rgb = profile is not None and profile[ICC_COLOURS] == b"RGB "
+            return Opened(ImageOps.exif_transpose(file), caption, profile if is_rgb else None)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         known = not isinstance(error, UnidentifiedImageError) and getattr(error, "strerror", None)
         reason = known or "it cannot be read as one"
@@ -182,11 +219,19 @@ def _mask_of(wish: EditWish, image: Image) -> Image | None:
     from PIL import Image as Images
 
     if wish.mask is not None:
-        mask, _ = open_picture(wish.mask)
+        mask = open_picture(wish.mask).image
         if mask.size != image.size:
             raise UserError(
                 expected=f"a mask of the picture's size, {image.width} x {image.height} px",
                 got=f"{mask.width} x {mask.height} px at {wish.mask}",
+                remedy="white is painted, black and transparent are kept",
+            )
+        from model.pixels import to_masks
+
+        if not to_masks([mask], image.size).any():
+            raise UserError(
+                expected="a mask with something to paint",
+                got=f"one without a light place at {wish.mask}",
                 remedy="white is painted, black and transparent are kept",
             )
         return mask

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
+from app.easel import Adapters
 from infra.errors import UserError
 
 MAX_SIDE_PX = 8192
@@ -73,6 +75,33 @@ def sides_of(texts: list[str]) -> dict[str, int]:
     return sides
 
 
+def interval_of(text: str) -> tuple[float, float]:
+    """The shares of the steps, in [0, 1], between which guidance is on, of `0.1,0.8`."""
+    numbers = [_number(part) for part in text.split(",")]
+    if len(numbers) != 2 or any(n is None or not 0 <= n <= 1 for n in numbers):
+        raise UserError(
+            expected="FROM,TO after --guidance-interval, two shares of the steps in 0 to 1",
+            got=repr(text[:80]),
+            remedy="for example --guidance-interval 0.1,0.8",
+        )
+    return float(numbers[0] or 0), float(numbers[1] or 0)
+
+
+def adapters_of(texts: list[str]) -> tuple[Adapters, ...]:
+    """Adapters and weights of `FOLDER` or `FOLDER:WEIGHT`; a name with a colon is a name first."""
+    found = []
+    for text in texts:
+        path, colon, number = text.rpartition(":")
+        weight = _number(number) if colon and path else None
+        if weight is None or Path(text).exists():
+            found.append(Adapters(text))
+        elif math.isfinite(weight):
+            found.append(Adapters(path, weight))
+        else:
+            raise UserError(expected="a number after the colon of --lora", got=repr(number))
+    return tuple(found)
+
+
 def prompts_of(words: list[str], file: Path | None) -> list[str]:
     """The prompts given, then those of the file: one a line, blank lines left out, - is stdin."""
     prompts = list(words)
@@ -105,3 +134,10 @@ def printable(text: str) -> str:
 def _whole(text: str) -> int | None:
     text = text.strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 20 else None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -25,10 +25,49 @@ Guidance = Annotated[
     typer.Option("--guidance", min=0, max=100, help="1 is off; default: the recipe's"),
 ]
 Negative = Annotated[
-    str, typer.Option("--negative", metavar="PROMPT", help="what the image should not be")
+    str | None,
+    typer.Option(
+        "--negative",
+        metavar="PROMPT",
+        help="what the image should not be; default: the model's own; an empty one is none",
+    ),
+]
+Order = Annotated[
+    str | None,
+    typer.Option("--order", help="confidence, margin, entropy, random or halton: what stays"),
+]
+GuidanceSchedule = Annotated[
+    str | None,
+    typer.Option("--guidance-schedule", help="constant, linear or cosine: how it rises"),
+]
+GuidanceInterval = Annotated[
+    str | None,
+    typer.Option(
+        "--guidance-interval", metavar="FROM,TO", help="0.1,0.8: off in the other steps, and faster"
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature", min=0, help="noise on what stays, falling to 0; default: the recipe's"
+    ),
+]
+TokenTemperature = Annotated[
+    float | None,
+    typer.Option("--token-temperature", min=0, help="of the draw; 0 takes the likeliest"),
+]
+Zigzag = Annotated[
+    float | None, typer.Option("--zigzag", min=0, max=1, help="share of the steps taken twice")
+]
+Score = Annotated[
+    float | None,
+    typer.Option("--score", help="preference score asked for; default: the model's own"),
 ]
 Lora = Annotated[
-    list[str] | None, typer.Option("--lora", metavar="FOLDER", help="adapters on top; several add")
+    list[str] | None,
+    typer.Option(
+        "--lora", metavar="FOLDER[:WEIGHT]", help="adapters on top, such as style:0.5; several add"
+    ),
 ]
 Device = Annotated[
     str,
@@ -49,7 +88,8 @@ Offload = Annotated[
     typer.Option("--offload", help="text encoder and tokenizer on the GPU only while they work"),
 ]
 Tile = Annotated[
-    int | None, typer.Option("--tile", min=1, metavar="PX", help="decode in tiles of this side")
+    int | None,
+    typer.Option("--tile", min=1, metavar="PX", help="see pictures in tiles of this side"),
 ]
 Compile = Annotated[
     bool, typer.Option("--compile", help="slow to begin, then faster: for many images on a GPU")
@@ -108,7 +148,7 @@ def sample(
     ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    negative: Negative = "",
+    negative: Negative = None,
     size: Annotated[
         str | None,
         typer.Option("--size", metavar="PX", help="512 or 768x512, width first; default: its own"),
@@ -117,21 +157,13 @@ def sample(
         Path | None,
         typer.Option("--grid", help="also write one PNG: a column per prompt, a row per seed"),
     ] = None,
-    order: Annotated[
-        str | None,
-        typer.Option("--order", help="confidence, margin, entropy, random or halton: what stays"),
-    ] = None,
-    guidance_schedule: Annotated[
-        str | None,
-        typer.Option("--guidance-schedule", help="constant, linear or cosine: how it rises"),
-    ] = None,
-    token_temperature: Annotated[
-        float | None,
-        typer.Option("--token-temperature", min=0, help="of the draw; 0 takes the likeliest"),
-    ] = None,
-    zigzag: Annotated[
-        float, typer.Option("--zigzag", min=0, max=1, help="share of the steps taken twice")
-    ] = 0.0,
+    order: Order = None,
+    guidance_schedule: GuidanceSchedule = None,
+    guidance_interval: GuidanceInterval = None,
+    temperature: Temperature = None,
+    token_temperature: TokenTemperature = None,
+    zigzag: Zigzag = None,
+    score: Score = None,
     lora: Lora = None,
     steps_preview: Annotated[
         str | None,
@@ -150,12 +182,15 @@ def sample(
 ) -> None:
     """Paint prompts with a trained stage.
 
-    Each PNG carries its lineage in its text chunks. The same seed gives the same image, whatever
-    else is painted with it; without --seeds, image i has seed + i.
+    Each PNG carries its lineage in its text chunks: the model, the words, and every value that it
+    was painted with. The same seed gives the same image, whatever else is painted with it; without
+    --seeds, image i has seed + i. Images are written after each batch; one that is there with the
+    very same lineage is not painted again.
     """
-    from app.painting_options import prompts_of, seeds_of, size_of
+    from app.easel import Brush, Machine
+    from app.painting_options import adapters_of, interval_of, prompts_of, seeds_of, size_of
     from app.preview import KINDS
-    from app.sample import Brush, Machine, Wish, paint
+    from app.sample import Wish, paint
     from infra.errors import UserError
 
     output = Output(json_)
@@ -175,11 +210,14 @@ def sample(
         preview=steps_preview,
     )
     brush = Brush(
-        stage, model, steps, guidance, negative,
-        order, guidance_schedule, token_temperature, tuple(lora or ()),
-        Machine(device, precision, quantize, offload, tile, compile_), zigzag,
+        stage, model, steps, guidance, guidance_schedule,
+        None if guidance_interval is None else interval_of(guidance_interval),
+        negative, temperature, token_temperature, order, zigzag, score, adapters_of(lora or []),
+        Machine(device, precision, quantize, offload, tile, compile_),
     )  # fmt: skip
     images = paint(wish, brush)
+    if there := sum(image.was_there for image in images):
+        output.say(f"{there} of {len(images)} were there already, painted in the very same way")
     for image in images:
         output.say(f"{image.path}  {image.prompt}")
     output.result({"images": [image.to_json() for image in images]})
@@ -218,7 +256,14 @@ def edit(
     seed: Annotated[int, typer.Option("--seed", min=0, help="the same seed, the same result")] = 0,
     steps: Steps = None,
     guidance: Guidance = None,
-    negative: Negative = "",
+    negative: Negative = None,
+    order: Order = None,
+    guidance_schedule: GuidanceSchedule = None,
+    guidance_interval: GuidanceInterval = None,
+    temperature: Temperature = None,
+    token_temperature: TokenTemperature = None,
+    zigzag: Zigzag = None,
+    score: Score = None,
     lora: Lora = None,
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="also write NAME-before-after.png")
@@ -233,14 +278,18 @@ def edit(
 ) -> None:
     """Change a picture by words, in a mask, or beyond its borders.
 
-    Every pixel outside the place that is painted stays as it was, to the bit. Without --mask and
-    --box the place is found: where the caption now and the caption wanted predict different
-    tokens. The PNG carries its lineage: the model, the words, the seed, the parent's sha256.
+    Every pixel outside the place that is painted stays as it was, to the bit, transparent ones and
+    the ICC profile of RGB colours included. The PNG has 8 bits a channel: of 16 bits the upper 8
+    are taken, grey and other colours become RGB, and other metadata is left behind. In a picture
+    of more pixels than the model's own resolution a window around the place is painted. Without
+    --mask and --box the place is found: where the caption now and the caption wanted predict
+    different tokens. The PNG carries its lineage: the model, the words, every value that it was
+    painted with, the parent's sha256.
     """
+    from app.easel import Brush, Machine
     from app.edit import EditWish
     from app.edit import edit as paint_into
-    from app.painting_options import box_of, sides_of
-    from app.sample import Brush, Machine
+    from app.painting_options import adapters_of, box_of, interval_of, sides_of
 
     output = Output(json_)
     wish = EditWish(
@@ -257,8 +306,12 @@ def edit(
         seed,
         side_by_side,
     )
-    machine = Machine(device, precision, quantize, offload, tile, compile_)
-    brush = Brush(stage, model, steps, guidance, negative, loras=tuple(lora or ()), machine=machine)
+    brush = Brush(
+        stage, model, steps, guidance, guidance_schedule,
+        None if guidance_interval is None else interval_of(guidance_interval),
+        negative, temperature, token_temperature, order, zigzag, score, adapters_of(lora or []),
+        Machine(device, precision, quantize, offload, tile, compile_),
+    )  # fmt: skip
     edited = paint_into(wish, brush)
     output.say(f"{edited.path}  {edited.operation}: {edited.prompt}")
     if edited.before_after is not None:

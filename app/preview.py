@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.contact_sheet import save_png
+from infra.digests import canonical_json
 from infra.storage import write_bytes
 
 if TYPE_CHECKING:
@@ -23,58 +25,63 @@ GAP_PX = 4
 
 
 class Recorder:
-    """Keeps the tokens after each step (two bytes each, in memory) until frames are asked for."""
+    """Keeps a batch's tokens after each step (four bytes each) until frames are asked for."""
 
     def __init__(self, painter: TextToImage, batch_size: int) -> None:
         self.painter = painter
-        self.batch_size = batch_size
-        self._steps: dict[int, list[Tensor]] = {}
-        self._open: list[Tensor] = []
-        self._finished = 0
+        self.batch_size = batch_size  # frames decoded at a time
+        self._steps: list[Tensor] = []
 
     def add(self, tokens_BHW: Tensor) -> None:
-        """The tokens of one batch after one more step."""
-        self._open.append(tokens_BHW.int().cpu())
-        if not (tokens_BHW == self.painter.transformer.config.mask_token_id).any():
-            self._steps[self._finished] = self._open
-            self._open, self._finished = [], self._finished + 1
+        """The batch's tokens after one more step."""
+        self._steps.append(tokens_BHW.int().cpu())
 
-    def frames(self, index: int) -> list[Image]:
-        """Image ``index`` after some of its steps; masked places are grey."""
+    def frames(self, row: int) -> list[Image]:
+        """Image ``row`` of the batch after some of its steps; masked places are grey."""
         import torch
 
         from model.pixels import to_images
 
-        batch, row = divmod(index, self.batch_size)
-        steps = self._steps[batch]
-        count = min(len(steps), MAX_FRAMES)
-        shown = [steps[len(steps) * (n + 1) // count - 1][row] for n in range(count)]
-        tokens_NHW = torch.stack(shown).long().to(self.painter.device)
-        masked_NHW = tokens_NHW == self.painter.transformer.config.mask_token_id
-        pixels_N3HW = self.painter.decode_pixels(tokens_NHW.masked_fill(masked_NHW, 0))
+        count = min(len(self._steps), MAX_FRAMES)
+        shown = [
+            self._steps[len(self._steps) * (n + 1) // count - 1][row].long() for n in range(count)
+        ]
         factor = self.painter.vq.downsample_factor
-        veiled_NHW = masked_NHW.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        return to_images(pixels_N3HW.masked_fill(veiled_NHW[:, None], VEIL))
+        frames = []
+        for tokens_NHW in torch.split(torch.stack(shown), self.batch_size):
+            tokens_NHW = tokens_NHW.to(self.painter.device)
+            masked_NHW = tokens_NHW == self.painter.transformer.config.mask_token_id
+            pixels_N3HW = self.painter.decode_pixels(tokens_NHW.masked_fill(masked_NHW, 0))
+            veiled_NHW = masked_NHW.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+            frames += to_images(pixels_N3HW.masked_fill(veiled_NHW[:, None], VEIL))
+        return frames
 
-    def save(self, index: int, path: Path, kind: str, lineage: Mapping[str, str]) -> Path:
-        """Write the frames beside the image at ``path``: NAME-steps.gif or NAME-steps.png."""
-        frames = self.frames(index)
+    def save(self, row: int, path: Path, kind: str, lineage: Mapping[str, str]) -> Path:
+        """Write the frames beside the image at ``path``, with what it carries."""
+        frames, target = self.frames(row), preview_path(path, kind)
         if kind == "gif":
-            target = path.with_name(f"{path.stem}-steps.gif")
-            write_bytes(target.absolute().as_uri(), _gif(frames))
+            write_bytes(target.absolute().as_uri(), _gif(frames, lineage))
         else:
-            from app.contact_sheet import save_png
-
-            target = path.with_name(f"{path.stem}-steps.png")
             save_png(side_by_side(frames), target, lineage)
         return target
 
 
-def _gif(frames: list[Image]) -> bytes:
+def preview_path(path: Path, kind: str) -> Path:
+    """NAME-steps.gif or NAME-steps.png beside the image at ``path``."""
+    return path.with_name(f"{path.stem}-steps.{'gif' if kind == 'gif' else 'png'}")
+
+
+def _gif(frames: list[Image], lineage: Mapping[str, str]) -> bytes:
     buffer = io.BytesIO()
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
     frames[0].save(
-        buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
+        buffer,
+        "GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+        comment=canonical_json(lineage),
     )
     return buffer.getvalue()
 

@@ -4,63 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.place import place_of
-from app.status import RunStatus, StepStatus, read_made
-from infra.config import atelier_home
+from app.contact_sheet import Row, draw_sheet, fitted, lineage_in, save_png
+from app.easel import Brush, Easel, check_keywords, on_this_machine, set_up
+from app.preview import Recorder, preview_path
 from infra.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from model import TextToImage
+    from infra.progress import Progress
     from model.paint_options import PaintKeywords
 
 MAX_GRID_IMAGES = 100
-DEFAULT_STEPS, DEFAULT_GUIDANCE = 48, 9.0  # the paper's
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the model runs on, in which type, and how it is fitted into less memory."""
-
-    device: str = "auto"
-    precision: str = "auto"
-    quantize: str | None = None
-    offload: bool = False
-    tile_px: int | None = None
-    compile: bool = False
-
-    def lineage(self, precision: str) -> dict[str, str]:
-        """What of this changes pixels; ``precision`` is the type that was found."""
-        return {
-            "precision": precision,
-            **({} if self.quantize is None else {"quantize": self.quantize}),
-            **({} if self.tile_px is None else {"tile_px": str(self.tile_px)}),
-        }
-
-
-@dataclass(frozen=True)
-class Brush:
-    """Which model paints, and how; ``None`` leaves it to the recipe, or to the model."""
-
-    stage: str | None = None
-    model: str | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str = ""
-    order: str | None = None
-    guidance_schedule: str | None = None
-    token_temperature: float | None = None
-    loras: tuple[str, ...] = ()
-    machine: Machine = Machine()
-    zigzag: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,113 +46,25 @@ class Wish:
 
 @dataclass(frozen=True)
 class Painted:
-    """A written image."""
+    """A written image; ``was_there`` if an earlier call wrote it, with the same lineage."""
 
     path: str
     prompt: str
     seed: int
     lineage: dict[str, str]
+    was_there: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """For a program."""
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model on this machine, how it is sampled by default, and where it comes from."""
-
-    folder: Path
-    lineage: dict[str, str]
-    steps: int = DEFAULT_STEPS
-    guidance_scale: float = DEFAULT_GUIDANCE
-    temperature: float = 2.0
-
-
-@dataclass(frozen=True)
-class Easel:
-    """A painter that is ready, the keywords of how it paints, and what its images carry."""
-
-    painter: TextToImage
-    keywords: PaintKeywords
-    lineage: dict[str, str]
-
-
-def set_up(brush: Brush) -> Easel:
-    """Fetch and load the model meant."""
-    source = find_source(brush.stage, brush.model)
-    painter, precision = _load(source.folder, brush.machine)
-    for folder in brush.loras:
-        painter.load_lora(folder)
-    scale = source.guidance_scale if brush.guidance_scale is None else brush.guidance_scale
-    keywords: PaintKeywords = {
-        "steps": brush.steps or source.steps,
-        "guidance_scale": scale,
-        "temperature": source.temperature,
-        "negative_prompt": brush.negative_prompt or None,  # the model's own when none is given
-    }
-    lineage = {
-        "steps": str(keywords["steps"]), "guidance_scale": str(scale),
-        **brush.machine.lineage(precision), **source.lineage,
-    }  # fmt: skip
-    if brush.order is not None:
-        keywords["order"] = lineage["order"] = brush.order
-    if brush.guidance_schedule is not None:
-        keywords["guidance_schedule"] = lineage["guidance_schedule"] = brush.guidance_schedule
-    if brush.token_temperature is not None:
-        keywords["token_temperature"] = brush.token_temperature
-        lineage["token_temperature"] = str(brush.token_temperature)
-    if brush.zigzag:
-        keywords["zigzag"] = brush.zigzag
-        lineage["zigzag"] = str(brush.zigzag)
-    if brush.loras:
-        lineage["loras"] = ", ".join(brush.loras)
-    if negative := brush.negative_prompt or painter.defaults.negative_prompt:
-        lineage["negative_prompt"] = negative
-    return Easel(painter, keywords, lineage)
-
-
-def _load(folder: Path, machine: Machine) -> tuple[TextToImage, str]:
-    """The model where and as it shall run, and the name of its type."""
-    from model import TextToImage, compile_network, find_device, find_dtype
-
-    device = find_device(machine.device)
-    dtype = find_dtype(machine.precision, device)
-    painter = TextToImage.from_pretrained(folder, dtype)
-    painter.save_memory(machine.quantize, machine.offload, machine.tile_px).to(device)
-    if machine.compile:
-        compile_network(painter.transformer)
-    return painter, str(dtype).removeprefix("torch.")
-
-
-def check_keywords(keywords: PaintKeywords, num_images: int) -> None:
-    """One line for what no painter can do, before any progress is shown."""
-    from model import PaintOptions
-
-    options = PaintOptions(**keywords)
-    options.sampling("cosine")
-    options.image_seeds(num_images)
-
-
-@contextmanager
-def within_memory() -> Iterator[None]:
-    """One line with what helps, where torch says that memory ran out."""
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-            raise
-        raise UserError(
-            expected="to paint in the memory that is there",
-            got=str(error).partition("\n")[0][:160] or "none was left",
-            remedy="try --quantize int8, --offload, --tile 512 or a smaller batch or picture",
-        ) from None
-
-
 def paint(wish: Wish, brush: Brush) -> list[Painted]:
-    """Paint every prompt with every seed and write the PNGs, prompt by prompt."""
+    """Paint every prompt with every seed and write the PNGs, batch by batch.
+
+    An image that is there already with its very lineage is not painted again, so that a call that
+    was stopped goes on after the last batch that it wrote.
+    """
     for path in (wish.out, wish.grid):
         check_png(path)
     jobs = wish.jobs()
@@ -200,44 +73,83 @@ def paint(wish: Wish, brush: Brush) -> list[Painted]:
             expected=f"at most {MAX_GRID_IMAGES} images in a grid",
             got=f"{len(jobs)}",
         )
-    with within_memory():
+    with on_this_machine():
         easel = set_up(brush)
 
-    from app.contact_sheet import save_png
-    from app.preview import Recorder
-    from infra.progress import progress
-
     width_px, height_px = wish.size_px or (None, None)
-    easel.painter.check_size(height_px, width_px)
-    asked: PaintKeywords = {
-        **easel.keywords,
-        "seeds": [seed for _, seed in jobs],
-        "batch_size": wish.batch_size,
-    }
-    check_keywords(asked, len(jobs))
-    recorder = Recorder(easel.painter, wish.batch_size)
-    with progress("painting", len(jobs), "images") as bar:
-
-        def report(done: int, total: int, tokens: Tensor) -> None:
-            bar.update(len(jobs) * done // total)
-            if wish.preview is not None:
-                recorder.add(tokens)
-
-        prompts = [prompt for prompt, _ in jobs]
-        with within_memory():
-            asked["progress"] = report
-            images = easel.painter.generate(prompts, height_px, width_px, **asked)
-    painted = []
-    for index, ((prompt, seed), image) in enumerate(zip(jobs, images, strict=True)):
+    height_px, width_px = easel.painter.check_size(height_px, width_px)
+    seeds = [seed for _, seed in jobs]
+    check_keywords({**easel.keywords, "seeds": seeds, "batch_size": wish.batch_size}, len(jobs))
+    images = []
+    for index, (prompt, seed) in enumerate(jobs):
         lineage = {"prompt": prompt, "seed": str(seed), **easel.lineage}
-        path = _numbered(wish.out, index, len(images))
-        save_png(image, path, lineage)
-        if wish.preview is not None:
-            recorder.save(index, path, wish.preview, lineage)
-        painted.append(Painted(str(path), prompt, seed, lineage))
+        image = Painted(str(_numbered(wish.out, index, len(jobs))), prompt, seed, lineage)
+        images.append(replace(image, was_there=_is_there(image, wish, (width_px, height_px))))
+    _paint_missing(wish, easel, images, (width_px, height_px))
     if wish.grid is not None:
         _write_grid(wish, wish.grid, images, easel.lineage)
-    return painted
+    return images
+
+
+def _is_there(image: Painted, wish: Wish, size_px: tuple[int, int]) -> bool:
+    path = Path(image.path)
+    if lineage_in(path, size_px) != image.lineage:
+        return False
+    return wish.preview is None or lineage_in(preview_path(path, wish.preview)) == image.lineage
+
+
+def _paint_missing(
+    wish: Wish, easel: Easel, images: Sequence[Painted], size_px: tuple[int, int]
+) -> None:
+    """Paint and write what is not there, a batch at a time; a stop says how far it came."""
+    from infra.progress import progress
+
+    due = [image for image in images if not image.was_there]
+    written = len(images) - len(due)
+    with progress("painting", len(images), "images") as bar:
+        try:
+            for start in range(0, len(due), wish.batch_size):
+                bar.update(written)
+                batch = due[start : start + wish.batch_size]
+                _paint_batch(wish, easel, batch, size_px, bar, written)
+                written += len(batch)
+            bar.update(written)
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"at least {written} of {len(images)} images are written")
+            raise
+
+
+def _paint_batch(
+    wish: Wish,
+    easel: Easel,
+    batch: Sequence[Painted],
+    size_px: tuple[int, int],
+    bar: Progress,
+    written: int,
+) -> None:
+    """Each image is written after its preview, so what is there with its lineage is complete."""
+    recorder = Recorder(easel.painter, wish.batch_size)
+
+    def report(done: int, total: int, tokens: Tensor) -> None:
+        bar.update(written + len(batch) * done // total)
+        if wish.preview is not None:
+            recorder.add(tokens)
+
+    asked: PaintKeywords = {
+        **easel.keywords,
+        "seeds": [image.seed for image in batch],
+        "progress": report,
+    }
+    prompts = [image.prompt for image in batch]
+    width_px, height_px = size_px
+    with on_this_machine():
+        pixels = easel.painter.generate(prompts, height_px, width_px, **asked)
+    for row, (image, picture) in enumerate(zip(batch, pixels, strict=True)):
+        path = Path(image.path)
+        if wish.preview is not None:
+            with on_this_machine():
+                recorder.save(row, path, wish.preview, image.lineage)
+        save_png(picture, path, image.lineage)
 
 
 def check_png(path: Path | None) -> None:
@@ -257,13 +169,12 @@ def check_png(path: Path | None) -> None:
         raise UserError(expected=f"to write {path}", got=f"no permission in {there}")
 
 
-def _write_grid(wish: Wish, path: Path, images: list[Image], lineage: dict[str, str]) -> None:
+def _write_grid(wish: Wish, path: Path, images: Sequence[Painted], lineage: dict[str, str]) -> None:
     """A column per prompt and a row per seed."""
-    from app.contact_sheet import Row, draw_sheet, save_png
-
+    cells = [_cell(Path(image.path)) for image in images]
     seeds = wish.seeds or (None,)
     rows = [
-        Row("" if seed is None else f"seed {seed}", "", images[row :: len(seeds)])
+        Row("" if seed is None else f"seed {seed}", "", cells[row :: len(seeds)])
         for row, seed in enumerate(seeds)
     ]
     title = lineage.get("stage") or Path(lineage["model"]).name
@@ -275,79 +186,9 @@ def _numbered(out: Path, index: int, count: int) -> Path:
     return out if count == 1 else out.with_name(f"{out.stem}-{index + 1}{out.suffix}")
 
 
-def find_source(stage: str | None, model: str | None) -> Source:
-    """The model meant by ``--stage`` or ``--model``, fetched and with its digests checked."""
-    if stage is not None and model is not None:
-        raise UserError("--stage and --model exclude each other; give one")
-    if model is None:
-        return _of_stage(stage)
-    if "://" in model:
-        from training.publish import fetch_checkpoint
+def _cell(path: Path) -> Image:
+    """The image as the grid shows it: of many large ones none is kept whole."""
+    from PIL import Image as Images
 
-        place_of(model)
-        return Source(fetch_checkpoint(model), {"model": model})
-    from model import model_folder
-
-    folder = model_folder(model)
-    if not (folder / "model_index.json").is_file():
-        raise UserError(
-            expected=f"a model folder with model_index.json at {folder}",
-            got="a folder without it" if folder.is_dir() else "no such folder",
-            remedy="give the folder of a published model, or leave --model out",
-        )
-    if folder == Path(model):
-        return Source(folder, {"model": str(folder.resolve())})
-    # The hub's copy lies under the commit it came from.
-    return Source(folder, {"model": f"{model.partition('@')[0]}@{folder.name}"})
-
-
-def _of_stage(stage: str | None) -> Source:
-    home = atelier_home()
-    run = read_made(home)
-    trained = (
-        [] if run is None else [s for s in run.steps if s.kind == "stage" and s.checkpoint_uri]
-    )
-    if run is None or not trained:
-        raise UserError("no stage is trained here yet; try `atelier run recipes/demo.yaml`")
-    step = trained[-1] if stage is None else _named(stage, trained)
-
-    from training.publish import fetch_checkpoint
-
-    place_of(None)
-    folder = fetch_checkpoint(str(step.checkpoint_uri))
-    recipe = json.loads((home / "runs" / run.run_id / "recipe.json").read_text(encoding="utf-8"))
-    how = recipe.get("evaluation") or {}
-    return Source(
-        folder,
-        lineage_of(run, step),
-        how.get("steps", DEFAULT_STEPS),
-        how.get("guidance_scale", DEFAULT_GUIDANCE),
-        how.get("temperature", 2.0),
-    )
-
-
-def _named(stage: str, trained: list[StepStatus]) -> StepStatus:
-    from app.recipe_problems import did_you_mean
-
-    for step in trained:
-        if step.name == stage:
-            return step
-    hint = did_you_mean(stage, [step.name for step in trained])
-    raise UserError(f"no trained stage {stage!r} in this recipe's runs; {hint}")
-
-
-def lineage_of(run: RunStatus, step: StepStatus) -> dict[str, str]:
-    """What an image of ``step`` carries: the run, the checkpoint, and what it was made from."""
-    stages = [s for s in run.steps if s.checkpoint_sha256]
-    until = stages[: stages.index(step) + 1] if step in stages else [step]
-    datasets = {s.label: str(s.dataset_version) for s in run.steps if s.kind == "dataset"}
-    return {
-        "software": "atelier",
-        "recipe": run.recipe_name,
-        "recipe_fingerprint": run.recipe_fingerprint,
-        "run": run.run_id,
-        "stage": step.name,
-        "checkpoint": str(step.checkpoint_uri),
-        "checkpoints": json.dumps({s.name: s.checkpoint_sha256 for s in until}),
-        "datasets": json.dumps(datasets),
-    }
+    with Images.open(path) as image:
+        return fitted(image)

@@ -10,7 +10,7 @@ from typing import Any
 
 from app.contact_sheet import Row, draw_sheet, save_png
 from app.recipe import EvaluationConfig, Recipe
-from app.sample import lineage_of
+from app.sources import lineage_of
 from app.status import RunStatus, StepStatus, write_whole
 from demo.world import WorldConfig
 from infra.digests import canonical_json, code_digest, sha256_bytes, sha256_file

@@ -53,8 +53,12 @@ def verb(run: Callable[Parameters, None]) -> Callable[Parameters, None]:
         stop_on_terminate()
         try:
             run(*arguments, **options)
-        except KeyboardInterrupt:
-            print("\natelier: stopped; the same command goes on where it was", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            said = ["stopped", *getattr(stop, "__notes__", ())]
+            print(
+                f"\natelier: {'; '.join(said)}; the same command goes on where it was",
+                file=sys.stderr,
+            )
             raise typer.Exit(TERMINATED if Terminated.came else STOPPED) from None
         except Exception as error:
             lines = lines_of(error)

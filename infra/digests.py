@@ -58,6 +58,18 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def folder_sha256(folder: Path, *patterns: str) -> str:
+    """The digest of a folder: the names below it of its files and their digests.
+
+    With ``patterns`` (``*.json``, ``part/*``) of these files alone.
+    """
+    found = {path for pattern in patterns or ("**/*",) for path in folder.glob(pattern)}
+    files = sorted(path for path in found if path.is_file())
+    return sha256_bytes(
+        canonical_json({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
+    )
+
+
 def code_digest(*packages: str) -> str:
     """The sha256 over the code of the named packages or modules, as 64 hex digits.
 

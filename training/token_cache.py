@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from infra import storage
-from infra.digests import canonical_json, code_digest, sha256_bytes, sha256_file
+from infra.digests import code_digest, folder_sha256, sha256_bytes
 from infra.errors import UserError
 from infra.manifest import dataset_root, load_whole
 from infra.storage import DigestMismatch, ObjectMissing
@@ -344,14 +344,6 @@ def load_vq(folder: str, device: str) -> VQTokenizer:
 @lru_cache(maxsize=1)
 def _code_sha256() -> str:
     return code_digest(*ENCODING_CODE)
-
-
-def folder_sha256(folder: Path) -> str:
-    """The digest of a part of a model: its files' names and digests."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return sha256_bytes(
-        canonical_json({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
-    )
 
 
 # --- reading -------------------------------------------------------------------------------------

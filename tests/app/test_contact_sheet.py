@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from app.contact_sheet import CELL_PX, PAPER, Row, draw_sheet, save_png
-from app.sample import lineage_of
+from app.sources import lineage_of
 from app.status import DONE, RunStatus, StepStatus
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)

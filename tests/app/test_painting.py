@@ -1,68 +1,39 @@
-"""`sample` and `edit` as a person meets them, on a small model with random weights."""
+"""`sample` as a person meets it, on a small model with random weights."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from app.cli import app
-from app.edit import EditWish, open_picture, read_words
-from app.painting_options import box_of, printable, prompts_of, seeds_of, sides_of, size_of
-from app.sample import within_memory
-from infra.digests import sha256_file
+from app.easel import Adapters, on_this_machine
+from app.painting_options import (
+    adapters_of,
+    box_of,
+    interval_of,
+    printable,
+    prompts_of,
+    seeds_of,
+    sides_of,
+    size_of,
+)
 from infra.errors import UserError
-from model import CLIPTokenizer, LoRA, LoRAConfig, TextToImage
-from tests.model.conftest import CAPTIONS, small_painter
+from model import TextToImage
+from tests.app.conftest import STEPS, atelier, levels, save_style, size_px, text_of
 from tests.model.test_hub import COMMIT, Hub
 
-STEPS = ["--steps", "3"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "small"
-    small_painter(CLIPTokenizer.train(CAPTIONS, 560)).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _progress_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--json` silences progress for the rest of the process, and with it lines too many."""
-    monkeypatch.setenv("ATELIER_QUIET", "")
-
-
-def atelier(*arguments: str | Path) -> tuple[int, str, list[str]]:
-    """(exit code, stdout, lines on stderr)."""
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done.exit_code, done.stdout, done.stderr.splitlines()
-
-
-def text_of(path: Path) -> dict[str, str]:
-    with Image.open(path) as file:
-        return dict(file.text)  # type: ignore[attr-defined]  # PNG files have it
-
-
-def levels(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:
-    with Image.open(path) as file:
-        return np.asarray(file.convert("RGB"))
-
-
-def size_px(path: Path) -> tuple[int, int]:
-    with Image.open(path) as file:
-        return file.size
+pytestmark = pytest.mark.usefixtures("progress_is_shown")
 
 
 def test_prompts_times_seeds_with_grid_and_preview(folder: Path, tmp_path: Path) -> None:
@@ -248,131 +219,139 @@ def test_small_machines_paint_and_say_how(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_memory_that_runs_out_is_one_line(error: Exception) -> None:
-    with pytest.raises(UserError, match="--quantize int8") as told, within_memory():
+    with pytest.raises(UserError, match="--quantize int8") as told, on_this_machine():
         raise error
     assert "\n" not in str(told.value)
-    with pytest.raises(RuntimeError, match="a bug"), within_memory():
-        raise RuntimeError("a bug")
-
-
-def picture(path: Path, width: int = 22, height: int = 18, **options: Any) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, **options)
-    return path
-
-
-def test_editing_in_a_box_keeps_the_rest_and_the_lineage(folder: Path, tmp_path: Path) -> None:
-    parent, out = picture(tmp_path / "p.png"), tmp_path / "e.png"
-    code, answer, _ = atelier(
-        "edit", parent, "a star", "--box", "4,6,8,8", "--model", folder, "--out", out, *STEPS,
-        "--seed", "9", "--side-by-side", "--json",
-    )  # fmt: skip
-    assert code == 0
-    inside = np.zeros((18, 22), dtype=bool)
-    inside[6:14, 4:12] = True
-    assert np.array_equal(levels(out)[~inside], levels(parent)[~inside])
-    assert not np.array_equal(levels(out)[inside], levels(parent)[inside])
-    text = text_of(out)
-    assert (text["parent_sha256"], text["seed"], text["prompt"], text["operation"]) == (
-        sha256_file(parent), "9", "a star", "inpaint",
-    )  # fmt: skip
-    assert text["model"] == str(folder.resolve())
-    assert len(text["mask_sha256"]) == 64
-    sheet = tmp_path / "e-before-after.png"
-    assert json.loads(answer)["before_after"] == str(sheet)
-    assert size_px(sheet) == (3 * 22 + 2 * 4, 18)
-    assert np.array_equal(levels(sheet)[:, -22:], levels(out))
-
-
-def test_a_mask_file_and_a_box_say_the_same(folder: Path, tmp_path: Path) -> None:
-    parent, mask = picture(tmp_path / "p.png"), Image.new("RGBA", (22, 18))
-    mask.paste((255, 255, 255, 255), (4, 6, 12, 14))
-    mask.save(tmp_path / "m.png")
-    how: tuple[str | Path, ...] = ("--model", folder, *STEPS, "--feather", "2")
-    places: dict[str, tuple[str | Path, ...]] = {
-        "a": ("--mask", tmp_path / "m.png"),
-        "b": ("--box", "4,6,8,8"),
-    }
-    for name, where in places.items():
-        assert atelier("edit", parent, "a", *where, *how, "--out", tmp_path / f"{name}.png")[0] == 0
-    assert np.array_equal(levels(tmp_path / "a.png"), levels(tmp_path / "b.png"))
-
-
-def test_outpainting_keeps_the_picture(folder: Path, tmp_path: Path) -> None:
-    parent, out = picture(tmp_path / "p.png"), tmp_path / "o.png"
-    sides = ("--outpaint", "left=3", "--outpaint", "bottom=5")
-    assert atelier("edit", parent, "a", *sides, "--model", folder, "--out", out, *STEPS)[0] == 0
-    assert levels(out).shape == (23, 25, 3)
-    assert np.array_equal(levels(out)[:18, 3:], levels(parent))
-    assert text_of(out)["operation"] == "outpaint"
-
-
-def test_an_image_painted_here_carries_its_caption(folder: Path, tmp_path: Path) -> None:
-    red, out = tmp_path / "red.png", tmp_path / "e.png"
-    how: tuple[str | Path, ...] = ("--model", folder, *STEPS)
-    assert atelier("sample", "a red circle", *how, "--out", red)[0] == 0
-    assert atelier("edit", red, "change the circle to blue", *how, "--out", out)[0] == 0
-    text = text_of(out)
-    assert (text["prompt"], text["parent_caption"], text["operation"]) == (
-        "a blue circle", "a red circle", "local",
-    )  # fmt: skip
-    assert text["instruction"] == "change the circle to blue"
 
 
 @pytest.mark.parametrize(
-    ("words", "arguments", "line"),
+    "error",
     [
-        ("remove the dog", [], "a caption of the picture as it is"),
-        ("remove the dog", ["--caption", "a cat"], "does not name 'dog'"),
-        ("a", ["--operation", "stile"], "did you mean 'style'"),
-        ("a", ["--strength", "0"], "strength is 0"),
-        ("a", ["--strength", "nan"], "strength is nan"),
-        ("a", ["--box", "0,0,30,3"], "a box inside the picture of 22 x 18 px"),
-        ("a", ["--box", "0,0,0,3"], "the last two above 0"),
-        ("a", ["--mask", "{}/small.png"], "a mask of the picture's size, 22 x 18 px"),
-        ("a", ["--mask", "{}/none.png"], "a picture at"),
-        ("a", ["--box", "0,0,1,1", "--outpaint", "left=3"], "exclude each other"),
-        ("a", ["--outpaint", "up=3"], "left, top, right, bottom"),
-        ("a", ["--outpaint", "left=99999"], "1 to 8192 px"),
-        ("a", ["--out", "a.gif"], "ending in .png"),
+        RuntimeError("a bug"),
+        NotImplementedError("a bug"),
+        RecursionError("a bug"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered, a bug", 59),
     ],
 )
-def test_an_edit_that_cannot_be_is_one_line(
-    folder: Path, tmp_path: Path, words: str, arguments: list[str], line: str
+def test_a_bug_is_no_lack_of_memory(error: Exception) -> None:
+    with pytest.raises(type(error), match="a bug"), on_this_machine():
+        raise error
+
+
+@pytest.mark.slow
+def test_compiling_without_a_compiler_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parent = picture(tmp_path / "p.png")
-    Image.new("L", (4, 4)).save(tmp_path / "small.png")
-    out = ["--out", str(tmp_path / "e.png")]
-    given = [argument.format(tmp_path) for argument in arguments]
-    code, stdout, lines = atelier("edit", parent, words, "--model", folder, *out, *given, *STEPS)
-    assert (code, stdout, len(lines)) == (1, "", 1), lines
-    assert line in lines[0]
-    assert not (tmp_path / "e.png").exists()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "no-compiler"),))
+    torch.compiler.reset()
+    out = tmp_path / "a.png"
+    asked: tuple[str | Path, ...] = (
+        "sample",
+        "a",
+        "--model",
+        folder,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        *STEPS,
+    )
+    code, _, lines = atelier(*asked, "--compile")
+    torch.compiler.reset()
+    assert (code, out.exists()) == (1, False)
+    assert "No working C++ compiler" in lines[-1]
+    assert "leave --compile out" in lines[-1]
 
 
-def test_pictures_that_are_none(tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
-    cut = picture(tmp_path / "cut.png")
-    cut.write_bytes(cut.read_bytes()[:200])
-    Image.new("1", (9000, 2)).save(tmp_path / "wide.png")
-    for name in ("text.png", "cut.png", "wide.png", "nowhere.png", "."):
-        with pytest.raises(UserError, match="expected a picture"):
-            open_picture(tmp_path / name)
+def test_frames_are_decoded_a_batch_at_a_time(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, decode = [], TextToImage.decode_pixels
+
+    def counting(painter: TextToImage, tokens_BHW: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(tokens_BHW))
+        if len(sizes) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(painter, tokens_BHW)
+
+    monkeypatch.setattr(TextToImage, "decode_pixels", counting)
+    asked = ("sample", "a", "--model", folder, "--out", tmp_path / "a.png", "--steps", "8")
+    code, _, lines = atelier(*asked, "--steps-preview", "strip", "--batch-size", "2")
+    assert sizes == [1, 2, 2, 2, 2]  # the image, then its frames
+    assert code == 1
+    assert "--quantize int8" in lines[-1]
 
 
-def test_photographs_are_turned_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    path = picture(tmp_path / "p.jpg", 20, 10, exif=exif)
-    assert open_picture(path)[0].size == (10, 20)
+def test_a_stop_keeps_what_is_painted_and_the_same_call_goes_on(
+    folder: Path, tmp_path: Path
+) -> None:
+    number = 400
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a star {n}" for n in range(number)), encoding="utf-8")
+    asked: tuple[str | Path, ...] = (
+        "sample", "--prompts", prompts, "--model", folder, "--out", tmp_path / "s.png", *STEPS,
+        "--batch-size", "2",
+    )  # fmt: skip
+
+    ended = threading.Event()
+
+    def stop_after_a_while() -> None:
+        while not (tmp_path / "s-6.png").exists():
+            if ended.wait(0.01):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_after_a_while)
+    thread.start()
+    try:
+        code, _, lines = atelier(*asked)
+    finally:
+        ended.set()
+        thread.join()
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("s-*.png")}
+    assert code == 143
+    assert 6 <= len(written) < number
+    said = re.search(r"at least (\d+) of 400 images are written; the same command goes", lines[-1])
+    assert said is not None
+    assert 0 <= len(written) - int(said[1]) <= 2
+    prompts.write_text("\n".join(f"a star {n}" for n in range(len(written) + 3)), encoding="utf-8")
+    code, out, _ = atelier(*asked)
+    assert code == 0
+    assert f"{len(written)} of {len(written) + 3} were there already" in out
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    last = tmp_path / f"s-{len(written) + 3}.png"
+    alone = ("sample", text_of(last)["prompt"], "--seed", text_of(last)["seed"], *STEPS)
+    assert atelier(*alone, "--model", folder, "--out", tmp_path / "alone.png")[0] == 0
+    assert np.array_equal(levels(last), levels(tmp_path / "alone.png"))
 
 
-def test_words_are_an_instruction_or_a_caption() -> None:
-    wish = EditWish(Path("p.png"), "a blue car", Path("e.png"))
-    assert read_words(wish, None) == ("a blue car", None, None)
-    assert read_words(wish, "a red car") == ("a blue car", "a red car", None)
-    told = EditWish(Path("p.png"), "make the car blue", Path("e.png"), operation="texture")
-    assert read_words(told, "a red car") == ("a blue car", "a red car", "texture")
+def test_an_image_is_painted_again_where_anything_differs(folder: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    out, other = tmp_path / "a.png", ["--steps", "4"]
+    asked: tuple[str | Path, ...] = ("sample", "a", "--model", model, "--out", out)
+
+    def is_painted(*options: str) -> bool:
+        code, said, _ = atelier(*asked, *options)
+        assert code == 0
+        return "were there already" not in said
+
+    assert is_painted(*STEPS)
+    assert not is_painted(*STEPS)
+    assert is_painted(*other)
+    assert is_painted(*other, "--size", "16")
+    assert is_painted(*other, "--size", "16", "--steps-preview", "gif")
+    assert not is_painted(*other, "--size", "16", "--steps-preview", "gif")
+    out.write_bytes(out.read_bytes()[:-40])
+    assert is_painted(*other, "--size", "16", "--steps-preview", "gif")
+    (tmp_path / "a-steps.gif").unlink()
+    assert is_painted(*other, "--size", "16", "--steps-preview", "gif")
+    assert not is_painted(*other, "--size", "16")
+    (model / "notes.txt").write_text("of no effect", encoding="utf-8")
+    assert not is_painted(*other, "--size", "16")
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+    assert is_painted(*other, "--size", "16")
 
 
 def test_what_is_typed_is_read() -> None:
@@ -380,6 +359,15 @@ def test_what_is_typed_is_read() -> None:
     assert seeds_of("1, 5,10-12") == [1, 5, 10, 11, 12]
     assert box_of("0, 1,2,3") == (0, 1, 2, 3)
     assert sides_of(["left=1,top=2", "right=3"]) == {"left": 1, "top": 2, "right": 3}
+    assert interval_of("0.1, 1") == (0.1, 1.0)
+    assert adapters_of(["a/b", "a:0.5", "a:b", ":1"]) == (
+        Adapters("a/b"), Adapters("a", 0.5), Adapters("a:b"), Adapters(":1"),
+    )  # fmt: skip
+    for texts in ("0.1", "0,2", "nan,1", "a,b"):
+        with pytest.raises(UserError, match="two shares of the steps"):
+            interval_of(texts)
+    with pytest.raises(UserError, match="a number after the colon"):
+        adapters_of(["a:nan"])
     with pytest.raises(UserError, match="at least one prompt"):
         prompts_of([], None)
     for text in ("²", "1e3", "٣", "0x10", "1" * 30):
@@ -403,18 +391,47 @@ def test_order_draw_and_guidance_can_be_chosen(folder: Path, tmp_path: Path) -> 
     assert "halton" in lines[-1]
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--temperature=0",
+        "--score=1",
+        "--guidance-interval=0,0.2",
+        "--negative=a star",
+        "--zigzag=1",
+    ],
+)
+def test_every_knob_turns_pixels(folder: Path, tmp_path: Path, option: str) -> None:
+    asked: tuple[str | Path, ...] = ("sample", "two", "--model", folder, "--steps", "6", "--out")
+    assert atelier(*asked, tmp_path / "a.png")[0] == 0
+    assert atelier(*asked, tmp_path / "b.png", option)[0] == 0
+    assert not np.array_equal(levels(tmp_path / "a.png"), levels(tmp_path / "b.png"))
+
+
+def test_an_empty_negative_prompt_is_one(folder: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
+    index["negative_prompt"] = "two green squares"
+    (model / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    asked: tuple[str | Path, ...] = ("sample", "two", "--model", model, *STEPS, "--out")
+    assert atelier(*asked, tmp_path / "own.png")[0] == 0
+    assert atelier(*asked, tmp_path / "empty.png", "--negative", "")[0] == 0
+    assert text_of(tmp_path / "own.png")["negative_prompt"] == "two green squares"
+    assert text_of(tmp_path / "empty.png")["negative_prompt"] == ""
+    assert not np.array_equal(levels(tmp_path / "own.png"), levels(tmp_path / "empty.png"))
+
+
 def test_adapters_are_put_on_top(folder: Path, tmp_path: Path) -> None:
-    painter = TextToImage.from_pretrained(folder)
-    lora = LoRA.start({"transformer": painter.transformer}, LoRAConfig(rank=2))
-    with torch.no_grad():
-        for parameter in lora.parameters():
-            parameter.normal_(std=0.5)
-    lora.save_pretrained(tmp_path / "style")
+    style = save_style(folder, tmp_path / "style")
     asked: list[str | Path] = ["sample", "a star", "--model", folder, *STEPS, "--out"]
     assert atelier(*asked, tmp_path / "plain.png")[0] == 0
     assert atelier(*asked, tmp_path / "styled.png", "--lora", tmp_path / "style")[0] == 0
     assert not np.array_equal(levels(tmp_path / "plain.png"), levels(tmp_path / "styled.png"))
     assert text_of(tmp_path / "styled.png")["loras"] == str(tmp_path / "style")
+    assert atelier(*asked, tmp_path / "half.png", "--lora", f"{style}:0.5")[0] == 0
+    assert not np.array_equal(levels(tmp_path / "half.png"), levels(tmp_path / "styled.png"))
+    text = text_of(tmp_path / "half.png")
+    assert (text["loras"], len(text["loras_sha256"])) == (f"{style}:0.5", 64)
     code, _, lines = atelier(*asked, tmp_path / "none.png", "--lora", tmp_path / "nothing")
     assert code == 1
     assert len([line for line in lines if line.startswith("atelier: ")]) == 1
