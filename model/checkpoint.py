@@ -263,25 +263,58 @@ def load_module(
 def write_whole(folder: str | Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a fresh neighbour of `folder`, then rename it into place.
 
-    A crash leaves the old folder (or none), never half of a new one.
+    A crash leaves the old folder (or none), never half of a new one. An old folder goes as a whole,
+    so it must hold nothing but what `fill` writes anew: ModelError names what would be lost, also
+    when `folder` is a file or the working folder. A symbolic link stays, and leads to the new one.
     """
-    target = Path(folder).absolute()
+    target = Path(folder).resolve()
+    _check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         fill(staging)
         staging.chmod(0o755)
         _sync_tree(staging)
+        if foreign := sorted(_files(target) - _files(staging)):
+            raise ModelError(
+                f"{target} holds what is not of this model and would be lost ({_some(foreign)}): "
+                "expected a new folder, since an old one is replaced as a whole"
+            )
         if target.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.rename(retired / "old")
-            staging.rename(target)
+            try:
+                staging.rename(target)
+            except BaseException:
+                (retired / "old").rename(target)
+                retired.rmdir()
+                raise
             shutil.rmtree(retired)
         else:
             staging.rename(target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _check_target(target: Path) -> None:
+    """ModelError when there is something at `target` that cannot be replaced by a folder."""
+    if target.exists() and not target.is_dir():
+        raise ModelError(f"{target} is a file: expected a folder, or a name that is not taken")
+    if target.is_dir() and Path.cwd().is_relative_to(target):
+        raise ModelError(
+            f"{target} is the folder that this process works in, and would be replaced as a whole: "
+            "give the model a folder of its own inside it"
+        )
+
+
+def _files(folder: Path) -> set[str]:
+    """All in `folder` that is no plain folder, by its path inside it; none when it is not there."""
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
 
 
 def _sync_tree(folder: Path) -> None:

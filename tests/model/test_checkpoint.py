@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoint import write_whole
 from model.errors import ModelError
+from model.lora import LoRA, LoRAConfig
 from model.text import CLIPTextConfig, CLIPTextEncoder
+from model.text_to_image import TextToImage
 from model.transformer import MaskedImageTransformer
 from model.vq import VQConfig, VQTokenizer
 
@@ -204,11 +207,86 @@ def test_unknown_config_keys_are_told_with_the_nearest(folder: Path) -> None:
 def test_saving_again_replaces_the_whole_folder(
     folder: Path, make_transformer: MakeTransformer
 ) -> None:
-    (folder / "stale.txt").write_text("from before")
     make_transformer(num_layers=2).save_pretrained(folder)
     assert MaskedImageTransformer.from_pretrained(folder).config.num_layers == 2
     assert sorted(p.name for p in folder.parent.iterdir()) == ["transformer"]
-    assert not (folder / "stale.txt").exists()
+
+
+@pytest.mark.parametrize("part", ["painter", "transformer", "vq", "text", "tokenizer", "lora"])
+@pytest.mark.parametrize("other", ["events.log", "samples/1.png", "link"])
+def test_a_folder_that_holds_anything_else_is_left_alone(
+    painter: TextToImage, tmp_path: Path, part: str, other: str
+) -> None:
+    """As it was before, whether a model lies there already or not, and down to the last folder."""
+    parts: dict[str, Any] = {
+        "painter": painter,
+        "transformer": painter.transformer,
+        "vq": painter.vq,
+        "text": painter.text_encoder,
+        "tokenizer": painter.tokenizer,
+        "lora": LoRA.start({"transformer": painter.transformer}, LoRAConfig(rank=1)),
+    }
+    (tmp_path / "runs").mkdir()
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir()
+    for is_saved in (False, True):
+        if is_saved:
+            parts[part].save_pretrained(folder)  # an empty folder is nobody's
+        place = max((p for p in (folder, *folder.rglob("*")) if p.is_dir()), key=str) / other
+        place.parent.mkdir(exist_ok=True)
+        if other == "link":
+            place.symlink_to(tmp_path / "nowhere")
+        else:
+            place.write_bytes(b"kept")
+        before = {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+        with pytest.raises(ModelError) as error:
+            parts[part].save_pretrained(folder)
+        assert f"would be lost ({place.relative_to(folder)})" in one_line(error)
+        assert {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")} == before
+        assert [p.name for p in folder.parent.iterdir()] == ["mine"]
+        place.unlink()
+
+
+def test_what_no_folder_can_replace_is_left_alone(
+    tmp_path: Path, make_transformer: MakeTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keep.bin").write_bytes(b"kept")
+    with pytest.raises(ModelError) as error:
+        make_transformer().save_pretrained(tmp_path / "keep.bin")
+    assert "keep.bin is a file: expected a folder" in one_line(error)
+    assert (tmp_path / "keep.bin").read_bytes() == b"kept"
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for place in (".", "..", tmp_path / "here"):
+        with pytest.raises(ModelError, match="the folder that this process works in"):
+            make_transformer().save_pretrained(place)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "keep.bin"]
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path: Path, make_transformer: MakeTransformer) -> None:
+    make_transformer().save_pretrained(tmp_path / "models" / "v1")
+    (tmp_path / "latest").symlink_to(tmp_path / "models" / "v1")
+    make_transformer(num_layers=2).save_pretrained(tmp_path / "latest")
+    assert (tmp_path / "latest").is_symlink()
+    assert MaskedImageTransformer.from_pretrained(tmp_path / "models" / "v1").config.num_layers == 2
+    assert [p.name for p in (tmp_path / "models").iterdir()] == ["v1"]
+
+
+def test_an_exchange_that_stops_halfway_is_undone(
+    folder: Path, make_transformer: MakeTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, rename = (folder / WEIGHTS).read_bytes(), Path.rename
+
+    def stop(self: Path, target: Path) -> Path:
+        if target == folder and self.name != "old":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make_transformer(num_layers=2).save_pretrained(folder)
+    assert (folder / WEIGHTS).read_bytes() == before
+    assert [p.name for p in folder.parent.iterdir()] == ["transformer"]
 
 
 def test_a_crash_while_saving_keeps_the_old_folder(folder: Path) -> None:
