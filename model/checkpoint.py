@@ -27,6 +27,11 @@ from model.quantize import QuantizedLinear
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
+# What weights may be stored as. Packed types (two values of four bits in a byte) are none of them.
+FLOATS = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
 _MAPPED_BYTES = 64 << 20
 
 ConfigT = TypeVar("ConfigT")
@@ -174,7 +179,7 @@ def read_weights(folder: Path, stem: str, dtype: torch.dtype) -> dict[str, Tenso
     for path in weight_files(folder, stem):
         try:
             for key, tensor in _tensors(path):
-                if tensor.is_floating_point():
+                if tensor.dtype in FLOATS:
                     if not _is_finite(tensor):
                         broken.append(key)
                     tensor = tensor.to(dtype)
@@ -221,9 +226,11 @@ def _some(names: Iterable[str], limit: int = 3) -> str:
 def assign_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Put `weights` into `module` (which may be on the meta device).
 
-    Raises one ModelError that names all missing, unexpected and misshapen tensors.
+    Raises one ModelError that names all missing, unexpected and misshapen tensors, and those whose
+    type is none of `FLOATS`.
     """
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    places = module.state_dict()
+    expected = {key: tuple(place.shape) for key, place in places.items()}
     problems = []
     if missing := sorted(set(expected) - set(weights)):
         problems.append(f"{len(missing)} missing: {', '.join(missing)}")
@@ -236,6 +243,13 @@ def assign_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str
     ]
     if misshapen:
         problems.append(f"{len(misshapen)} misshapen: {'; '.join(misshapen)}")
+    odd = [
+        f"{key} is {str(weights[key].dtype).removeprefix('torch.')}, expected a floating type"
+        for key, place in sorted(places.items())
+        if key in weights and place.is_floating_point() and weights[key].dtype not in FLOATS
+    ]
+    if odd:
+        problems.append(f"{len(odd)} of another type: {'; '.join(odd)}")
     if problems:
         raise ModelError(f"{source} does not fit its config.json: " + " | ".join(problems))
     module.load_state_dict(dict(weights), strict=True, assign=True)

@@ -164,6 +164,26 @@ def test_weights_that_are_no_numbers_are_refused(folder: Path, value: float) -> 
     assert "NaN or infinite values in 1 tensors (context_embedder.bias)" in one_line(error)
 
 
+@pytest.mark.parametrize(
+    "dtype", ["int8", "int64", "bool", "uint8", "complex64", "float4_e2m1fn_x2"]
+)
+def test_weights_of_another_kind_are_refused(folder: Path, dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    bias = load_file(folder / WEIGHTS)["context_embedder.bias"]
+    packed = torch.zeros(len(bias), dtype=torch.uint8).view(kind) if "x2" in dtype else None
+    change_weights(folder, context_embedder__bias=bias.to(kind) if packed is None else packed)
+    with pytest.raises(ModelError) as error:
+        MaskedImageTransformer.from_pretrained(folder)
+    assert f"context_embedder.bias is {dtype}, expected a floating type" in one_line(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_eight_bits_are_read(folder: Path, dtype: torch.dtype) -> None:
+    change_weights(folder, context_embedder__bias=torch.ones(16).to(dtype))
+    loaded = MaskedImageTransformer.from_pretrained(folder)
+    assert torch.equal(loaded.context_embedder.bias.detach(), torch.ones(16))
+
+
 def test_pickles_are_refused(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     torch.save({}, folder / "diffusion_pytorch_model.bin")
