@@ -40,6 +40,7 @@ def certainty(probs_NV: Tensor, drawn_prob_N: Tensor, order: str) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept must serve anybody
 def halton_ranks(height: int, width: int) -> Tensor:
     """ranks_HW (int64, on the CPU): when the Halton sequence first meets each cell of the grid.
 

@@ -294,9 +294,10 @@ class MaskedImageTransformer(nn.Module):
         if key not in self._rotary:
             if len(self._rotary) >= _MAX_CACHED_GRIDS:
                 self._rotary.clear()
-            self._rotary[key] = rotary_tables(
-                num_text, height, width, self.config.axes_dims_rope, device
-            )
+            with torch.inference_mode(False):  # what is kept must serve training as well
+                self._rotary[key] = rotary_tables(
+                    num_text, height, width, self.config.axes_dims_rope, device
+                )
         return self._rotary[key]
 
     def _check_grid(self, tokens_BHW: Tensor) -> None:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model import blocks
 from model import loss as loss_module
 from model.errors import ModelError
 from model.loss import masked_token_loss
+from model.order import halton_ranks
 from model.positions import rotary_tables, rotate_complex, rotate_real
 from model.schedule import STEP_INDEX, sample_mask
 from model.transformer import MaskedImageTransformer, TransformerConfig
@@ -298,6 +300,20 @@ def test_position_tables_are_made_once(make_transformer: MakeTransformer) -> Non
     first = transformer._rotary_tables(5, 4, 6, torch.device("cpu"))
     assert transformer._rotary_tables(5, 4, 6, torch.device("cpu")) is first
     assert transformer._rotary_tables(5, 6, 4, torch.device("cpu")) is not first
+
+
+def test_tables_of_an_inference_serve_training(
+    make_transformer: MakeTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "rotate", rotate_real)  # as on a GPU, where the tables are kept
+    transformer, inputs = make_transformer(downsample=True, upsample=True), some_inputs()
+    with torch.inference_mode():
+        forward(transformer, inputs)
+        ranks_HW = halton_ranks(5, 7)
+    torch.autograd.backward(masked_token_loss(transformer, **inputs))
+    kept = [table for tables in transformer._rotary.values() for table in tables]
+    assert len(kept) == 2
+    assert not any(table.is_inference() for table in (*kept, ranks_HW))
 
 
 def test_both_ways_of_turning_agree() -> None:
