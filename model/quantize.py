@@ -56,8 +56,9 @@ class QuantizedLinear(nn.Module):
         device_type = x.device.type
         is_autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if is_autocast else x.dtype
-        out = F.linear(x.to(dtype), self.weight.to(dtype)) * self.weight_scale.to(dtype)
-        return out if self.bias is None else out + self.bias.to(dtype)
+        # Scaled before the product: sums of codes of up to 448 would leave float16's range.
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x.to(dtype), self.dequantized().to(dtype), bias)
 
 
 @torch.no_grad()

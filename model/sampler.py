@@ -181,7 +181,7 @@ def unmask(
     products of other sizes round alike; where they do not, a tie may fall otherwise. Returns
     tokens_BHW without mask tokens. Steps before `first_step` are skipped: the share masked counts
     as the schedule's at that point. Raises ModelError when guidance is asked for without a null
-    text.
+    text, and when the network's predictions are not finite.
     """
     for state in unmask_steps(transformer, tokens_BHW, condition, seeds, options, first_step):
         tokens_BHW = state.tokens_BHW
@@ -211,6 +211,8 @@ def unmask_steps(
         guess_BHW, tokens_BHW = walk.step(tokens_BHW, mask_BHW, step)
         if step - first_step < options.zigzag * (options.steps - first_step):
             guess_BHW, tokens_BHW = walk.step(*walk.back(guess_BHW, mask_BHW), step)
+        if step == options.steps - 1:
+            walk.check(int(walk.num_odd))
         yield Unmasked(step + 1 - first_step, options.steps - first_step, tokens_BHW, guess_BHW)
 
 
@@ -238,11 +240,15 @@ class _Walk:
         self.free_BHW = tokens_BHW == self.mask_token_id
         self.num_start_B = self.free_BHW.flatten(1).sum(dim=1) / begun
         self.temperatures = torch.linspace(*options.temperature, options.steps).tolist()
+        # Tokens that were drawn from what is no distribution, so far.
+        self.num_odd = torch.zeros((), dtype=torch.long, device=tokens_BHW.device)
 
     def step(self, tokens_BHW: Tensor, mask_BHW: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """(guess_BHW, tokens_BHW) after predicting what mask_BHW says is masked."""
         num_masked_B = mask_BHW.flatten(1).sum(dim=1)
-        counts = num_masked_B.tolist()
+        # One wait for the device tells how many are masked and whether the last step went wrong.
+        *counts, num_odd = torch.cat((num_masked_B, self.num_odd[None])).tolist()
+        self.check(num_odd)
         if not any(counts):
             return tokens_BHW, tokens_BHW
         steps, is_plain = self.options.steps, self.scales[step] == 1.0
@@ -256,6 +262,7 @@ class _Walk:
             self.scales[step],
             self.options,
         )
+        self.num_odd = self.num_odd + certainty_N.isfinite().logical_not().sum()
         guess_BHW = tokens_BHW.masked_scatter(mask_BHW, drawn_N)
         confidence_N = self.order.confidence(mask_BHW)
         if confidence_N is None:
@@ -267,6 +274,16 @@ class _Walk:
         return guess_BHW, mask_least(
             guess_BHW, mask_BHW, confidence_N, num_left_B, self.mask_token_id
         )
+
+    def check(self, num_odd: int) -> None:
+        """ModelError when `num_odd` tokens, more than none, were drawn from what is no number."""
+        if num_odd:
+            dtype = self.options.autocast_dtype or self.transformer.context_embedder.weight.dtype
+            raise ModelError(
+                f"the network predicted NaN for {num_odd} tokens in "
+                f"{str(dtype).removeprefix('torch.')}: expected finite numbers; paint in bfloat16 "
+                "or float32, or with weaker adapters"
+            )
 
     def back(self, guess_BHW: Tensor, mask_BHW: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens_BHW, mask_BHW): the guess with as many masks as before it, at random places.

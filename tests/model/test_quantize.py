@@ -9,7 +9,7 @@ from torch import nn
 
 from model.errors import ModelError
 from model.lora import LoRA, LoRAConfig
-from model.quantize import QuantizedLinear, quantize, weight_bytes
+from model.quantize import KINDS, QuantizedLinear, quantize, weight_bytes
 from model.text_to_image import TextToImage
 from model.transformer import MaskedImageTransformer
 
@@ -76,6 +76,30 @@ def test_a_painter_paints_with_them_and_adapters(painter: TextToImage, tmp_path:
     after = painter.generate_tokens(["a star"], steps=3)
     assert before.shape == after.shape
     assert any(isinstance(part, QuantizedLinear) for part in painter.text_encoder.modules())
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_half_precision_does_not_overflow(kind: str) -> None:
+    """Sums of codes of up to 448 leave float16's range; sums of the weights do not."""
+    torch.manual_seed(0)
+    linear = nn.Linear(5120, 64)
+    with torch.no_grad():
+        linear.weight.normal_(std=0.02)
+        x = 8 * torch.randn(16, 5120)
+        exact, near = linear(x), QuantizedLinear(linear, KINDS[kind])(x.half())
+    assert near.dtype == torch.float16
+    assert float((near.float() - exact).norm() / exact.norm()) < 0.04
+
+
+def test_a_scale_that_float16_hardly_knows_is_exact() -> None:
+    """Weights of 4e-5 are float16's with three digits; a 127th of them is a multiple of 6e-8."""
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 8, bias=False)
+    with torch.no_grad():
+        linear.weight.uniform_(-4e-5, 4e-5)
+        x = 100 * torch.randn(64, 256)
+        exact, near = linear(x), QuantizedLinear(linear, torch.int8)(x.half())
+    assert float((near.float() - exact).norm() / exact.norm()) < 0.02
 
 
 def test_they_are_not_saved(painter: TextToImage, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.drawing import draw_tokens
 from model.errors import ModelError
+from model.order import ORDERS
 from model.sampler import (
     Condition,
     SamplingOptions,
@@ -17,6 +18,7 @@ from model.sampler import (
     num_left_masked,
     remask,
     unmask,
+    unmask_steps,
 )
 from model.schedule import cosine_schedule, linear_schedule
 from model.text import TextFeatures
@@ -299,6 +301,36 @@ def test_progress_counts_every_step(transformer: MaskedImageTransformer) -> None
 def test_bf16_compute_fills_all(transformer: MaskedImageTransformer) -> None:
     options = SamplingOptions(4, 2.0, autocast_dtype=torch.bfloat16)
     assert int(unmask(transformer, blank(2), condition(2), [0, 1], options).max()) < 32
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("when", ["first", "last"])
+def test_predictions_that_are_no_numbers_are_one_line(
+    transformer: MaskedImageTransformer, order: str, when: str
+) -> None:
+    """A token drawn from NaN looks like any other, so every step is checked, the last as well."""
+
+    seen = []
+
+    def overflow(done: int, steps: int, tokens_BHW: Tensor) -> None:
+        seen.append(done)
+        if when == "last" and done == steps - 1:
+            transformer.mlm_layer.conv2.weight.data[3] = torch.nan
+
+    if when == "first":
+        transformer.mlm_layer.conv2.weight.data[3] = torch.inf
+    options = SamplingOptions(4, 3.0, order=order)
+    with pytest.raises(ModelError, match=r"predicted NaN for \d+ tokens in float32") as caught:
+        unmask(transformer, blank(2), condition(2), [0, 1], options, overflow)
+    assert "\n" not in str(caught.value)
+    assert len(seen) == (1 if when == "first" else 3)  # found when the next step begins, or ends
+
+
+def test_no_preview_of_what_is_no_number(transformer: MaskedImageTransformer) -> None:
+    transformer.mlm_layer.conv2.weight.data[3] = torch.nan
+    steps = unmask_steps(transformer, blank(1), condition(1), [0], SamplingOptions(1, 3.0))
+    with pytest.raises(ModelError, match="paint in bfloat16 or float32"):
+        next(steps)
 
 
 def test_strength_is_a_share_of_the_steps() -> None:
