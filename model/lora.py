@@ -4,10 +4,8 @@ A layer y = W x becomes y = W x + weight · alpha / rank · B A x: A is (rank, i
 W is not touched, so adapters can be trained on frozen (also quantised) weights, stacked with a
 weight each, and merged for speed.
 
-A folder holds `adapter_config.json` and `pytorch_lora_weights.safetensors` with the keys that
-diffusers and PEFT write: `transformer.<layer>.lora_A.weight` and `….lora_B.weight`, or
-`text_encoder.…`. kohya's spelling (`lora_transformer_<layer>.lora_down.weight`, `….lora_up.weight`,
-`….alpha`, with underscores for dots) is read as well.
+Folders are written as diffusers writes them; PEFT's and kohya's are read as well
+(`model.lora_files`).
 """
 
 import math
@@ -19,30 +17,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from model.checkpoint import read_json, write_json, write_whole
+from model.checkpoint import write_whole
 from model.errors import ModelError
+from model.lora_files import StoredAdapter, read_adapters, write_adapters
 from model.quantize import QuantizedLinear
 
-WEIGHTS_NAME, CONFIG_NAME = "pytorch_lora_weights.safetensors", "adapter_config.json"
 DEFAULT_TARGETS = (
     r"(single_)?transformer_blocks\..*"
     r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|proj_mlp|proj_out|net\.0\.proj|net\.2)"
 )
-_SPELLINGS = {  # suffix -> which half
-    ".lora_A.weight": "down", ".lora_B.weight": "up",
-    ".lora_down.weight": "down", ".lora_up.weight": "up",
-    ".lora.down.weight": "down", ".lora.up.weight": "up",
-    ".alpha": "alpha",
-}  # fmt: skip
-_KOHYA_PREFIXES = {
-    "transformer": ("lora_transformer_", "lora_unet_"),
-    "text_encoder": ("lora_te_",),
-}
 
 
 @dataclass(frozen=True)
@@ -101,7 +87,6 @@ class LoRA(nn.Module):
         self.adapters = nn.ModuleList(adapters)
         self.weight = weight
         self._parts = dict(parts)
-        self._layers = {a.name: _layers_of(self._parts)[a.name] for a in adapters}
         self._hooks: list[RemovableHandle] = []
         self.attach()
 
@@ -134,7 +119,7 @@ class LoRA(nn.Module):
         """Let the adapters add to their layers' outputs; again is as once."""
         if not self._hooks:
             self._hooks = [
-                self._layers[adapter.name].register_forward_hook(self._hook(adapter))
+                self.layer_of(adapter).register_forward_hook(self._hook(adapter))
                 for adapter in self._each()
             ]
 
@@ -143,6 +128,13 @@ class LoRA(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def layer_of(self, adapter: Adapter) -> nn.Linear | QuantizedLinear:
+        """The adapter's layer as it is now: quantising puts another in its place."""
+        part, _, own_name = adapter.name.partition(".")
+        layer = self._parts[part].get_submodule(own_name)
+        assert isinstance(layer, nn.Linear | QuantizedLinear)  # no other has adapters
+        return layer
 
     def _each(self) -> list[Adapter]:
         return [adapter for adapter in self.adapters if isinstance(adapter, Adapter)]
@@ -156,42 +148,23 @@ class LoRA(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder whole."""
-        tensors = {}
-        for adapter in self._each():
-            tensors[f"{adapter.name}.lora_A.weight"] = adapter.lora_A.detach().cpu().contiguous()
-            tensors[f"{adapter.name}.lora_B.weight"] = adapter.lora_B.detach().cpu().contiguous()
-        first = self._each()[0]
-        config = {
-            "peft_type": "LORA",
-            "r": len(first.lora_A),
-            "lora_alpha": first.alpha,
-            "lora_dropout": first.dropout,
-            "target_modules": sorted(adapter.name for adapter in self._each()),
-        }
-
-        def fill(staging: Path) -> None:
-            write_json(staging / CONFIG_NAME, config)
-            save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
-
-        write_whole(folder, fill)
+        stored = [
+            StoredAdapter(a.name, a.lora_A, a.lora_B, a.alpha, a.dropout) for a in self._each()
+        ]
+        write_whole(folder, lambda staging: write_adapters(staging, stored))
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, parts: Mapping[str, nn.Module], weight: float = 1.0
     ) -> "LoRA":
         """Read a folder, or a single .safetensors file; ModelError names what does not fit."""
-        folder = Path(folder)
-        file = folder if folder.suffix == ".safetensors" else folder / WEIGHTS_NAME
-        config_file = file.with_name(CONFIG_NAME)
-        config = read_json(config_file) if config_file.is_file() else {}
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} does not read as adapters ({error})") from None
-        alpha = config.get("lora_alpha")
-        if alpha is not None and not isinstance(alpha, int | float):
-            raise ModelError(f"{config_file}: lora_alpha is {alpha!r}: expected a number")
-        adapters = _adapters_of(tensors, _layers_of(parts), alpha, str(file))
+        layers = _layers_of(parts)
+        sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+        adapters = []
+        for stored in read_adapters(folder, sizes):
+            device = layers[stored.name].weight.device
+            down, up = stored.down.to(device), stored.up.to(device)
+            adapters.append(Adapter(stored.name, down, up, stored.alpha, stored.dropout))
         return cls(parts, adapters, weight).eval().requires_grad_(False)
 
 
@@ -205,54 +178,6 @@ def _layers_of(parts: Mapping[str, nn.Module]) -> dict[str, nn.Linear | Quantize
     }
 
 
-def _adapters_of(
-    tensors: Mapping[str, Tensor],
-    layers: Mapping[str, nn.Linear | QuantizedLinear],
-    alpha: float | None,
-    source: str,
-) -> list[Adapter]:
-    spelt = {name: name for name in layers}
-    for name in layers:
-        part, _, own_name = name.partition(".")
-        for prefix in _KOHYA_PREFIXES.get(part, ()):
-            spelt[prefix + own_name.replace(".", "_")] = name
-    halves: dict[str, dict[str, Tensor]] = {}
-    problems = []
-    for key, tensor in tensors.items():
-        suffix = next((s for s in _SPELLINGS if key.endswith(s)), None)
-        found = spelt.get(key.removesuffix(suffix)) if suffix else None
-        if suffix is None or found is None:
-            problems.append(f"{key} is of no linear layer here")
-        elif not torch.isfinite(tensor).all():
-            problems.append(f"{key} has NaN or infinite values")
-        else:
-            halves.setdefault(found, {})[_SPELLINGS[suffix]] = tensor.float().clone()
-    adapters = []
-    for name, half in sorted(halves.items()):
-        layer, down, up = layers[name], half.get("down"), half.get("up")
-        if down is None or up is None:
-            problems.append(f"{name} has one half only")
-        elif (
-            down.ndim != 2
-            or down.shape[1] != layer.in_features
-            or not len(down)
-            or up.shape != (layer.out_features, len(down))
-        ):
-            problems.append(
-                f"{name} has A {tuple(down.shape)} and B {tuple(up.shape)}: expected (rank, "
-                f"{layer.in_features}) and ({layer.out_features}, rank)"
-            )
-        else:
-            own = float(half["alpha"]) if "alpha" in half else float(alpha or len(down))
-            device = layer.weight.device
-            adapters.append(Adapter(name, down.to(device), up.to(device), own, 0.0))
-    if problems or not adapters:
-        said = "; ".join(problems[:3]) or "it holds none"
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ModelError(f"{source} does not fit this model's layers: {said}{more}")
-    return adapters
-
-
 class Merged:
     """Adapters added into their layers' weights, with what these were kept on the CPU."""
 
@@ -263,16 +188,18 @@ class Merged:
         """
         self._loras = list(loras)
         self._kept: dict[int, tuple[nn.Linear, Tensor]] = {}
+        self._places: list[tuple[LoRA, Adapter, nn.Linear]] = []
         deltas: dict[int, Tensor] = {}
         layers: dict[int, nn.Linear] = {}
         for lora in self._loras:
             for adapter in lora._each():
-                layer = lora._layers[adapter.name]
+                layer = lora.layer_of(adapter)
                 if not isinstance(layer, nn.Linear):
                     raise ModelError(f"{adapter.name} is quantised: attach adapters, do not merge")
                 delta = adapter.delta().detach() * lora.weight
                 deltas[id(layer)] = deltas[id(layer)] + delta if id(layer) in deltas else delta
                 layers[id(layer)] = layer
+                self._places.append((lora, adapter, layer))
         with torch.no_grad():
             for key, layer in layers.items():
                 self._kept[key] = (layer, layer.weight.detach().cpu().clone())
@@ -282,10 +209,19 @@ class Merged:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put the weights back to the bit and attach the adapters again."""
+        """Put the weights back to the bit and attach the adapters again.
+
+        Raises ModelError when a layer has been replaced meanwhile, as quantising does.
+        """
+        for lora, adapter, layer in self._places:
+            if lora.layer_of(adapter) is not layer:
+                raise ModelError(
+                    f"{adapter.name} was replaced after merging: its adapters cannot be taken out "
+                    "again; undo before quantising"
+                )
         for layer, weight in self._kept.values():
             layer.weight.copy_(weight)
-        self._kept = {}
+        self._kept, self._places = {}, []
         for lora in self._loras:
             lora.attach()
         self._loras = []

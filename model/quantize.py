@@ -93,11 +93,15 @@ def quantize(module: nn.Module, kind: str, targets: str = DEFAULT_TARGETS) -> Qu
 def _replaced(
     module: nn.Module, name: str, dtype: torch.dtype
 ) -> tuple[nn.Linear, QuantizedLinear]:
-    """Put a small layer in the place called `name`; returns the old layer and the new one."""
+    """Put a small layer in the place called `name`; returns the old layer and the new one.
+
+    Hooks move to the new one with their handles, so adapters stay at work and can be detached.
+    """
     parent, _, own = name.rpartition(".")
     linear = module.get_submodule(name)
     assert isinstance(linear, nn.Linear)  # the caller's choice
     small = QuantizedLinear(linear, dtype)
+    vars(small).update({key: hooks for key, hooks in vars(linear).items() if "_hooks" in key})
     setattr(module.get_submodule(parent), own, small)
     return linear, small
 

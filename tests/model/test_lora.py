@@ -1,5 +1,6 @@
 """Adapters: nothing at the start, gradients in them alone, merged as stacked, every spelling."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.errors import ModelError
-from model.lora import WEIGHTS_NAME, LoRA, LoRAConfig, Merged
-from model.quantize import quantize
+from model.lora import Adapter, LoRA, LoRAConfig, Merged
+from model.lora_files import WEIGHTS_NAME
+from model.quantize import QuantizedLinear, quantize
 from model.text_to_image import TextToImage
 from model.transformer import MaskedImageTransformer
 from tests.model.conftest import MakeTransformer
@@ -140,6 +142,36 @@ def test_adapters_lie_on_quantised_layers_but_do_not_merge(
         Merged([lora])
 
 
+def test_adapters_stay_when_their_layers_are_quantised(make_transformer: MakeTransformer) -> None:
+    first, last = make_transformer(), make_transformer()
+    plain = run(first)
+    adapters = trained(first)
+    wide = [weakref.ref(adapters.layer_of(a)) for a in adapters.adapters if isinstance(a, Adapter)]
+    quantize(first, "int8")
+    assert all(isinstance(adapters.layer_of(a), QuantizedLinear) for a in adapters._each())
+    assert not any(layer() for layer in wide)  # no handle holds the memory that was to be saved
+    quantize(last, "int8")
+    small = run(last)
+    trained(last)
+    assert torch.equal(run(first), run(last))
+    assert (run(first) - small).abs().max() > 0.01
+    adapters.detach()
+    assert torch.equal(run(first), small)
+    assert not torch.equal(small, plain)
+
+
+def test_what_was_merged_before_quantising_is_not_taken_out(
+    make_transformer: MakeTransformer,
+) -> None:
+    transformer = make_transformer()
+    merged = Merged([trained(transformer)])
+    quantize(transformer, "int8")
+    before = run(transformer)
+    with pytest.raises(ModelError, match="was replaced after merging"):
+        merged.undo()
+    assert torch.equal(run(transformer), before)
+
+
 def test_a_painter_paints_with_adapters(painter: TextToImage, tmp_path: Path) -> None:
     plain = painter.generate_tokens(["a"], steps=3)
     parts = {"transformer": painter.transformer, "text_encoder": painter.text_encoder}
@@ -194,5 +226,8 @@ def test_requests_that_cannot_be(make_transformer: MakeTransformer, tmp_path: Pa
     ):
         with pytest.raises(ModelError, match=line):
             LoRA.start(parts, LoRAConfig(**options))
+    with pytest.raises(ModelError, match="has no adapters: expected pytorch_lora_weights"):
+        LoRA.from_pretrained(tmp_path, parts)
+    (tmp_path / WEIGHTS_NAME).write_bytes(b"{}")
     with pytest.raises(ModelError, match="does not read as adapters"):
         LoRA.from_pretrained(tmp_path, parts)
