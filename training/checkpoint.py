@@ -162,8 +162,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         shapes_fit = all(_fits(moment, value, parameter) for moment, value in state.items())
         if not state or not shapes_fit:
             raise CheckpointDamaged(f"the run's checkpoint has no fitting moments of {name}")
+        # Counts of steps lie beside the weights, where AdamW's kernels look for them; that of 8-bit
+        # moments is read by Python, which would wait for a GPU at every parameter.
+        counts_on = "cpu" if SCALES & state.keys() else parameter.device
         optimizer.state[parameter] = {
-            moment: like(value, parameter) if value.ndim else value.to(parameter.device, copy=True)
+            moment: like(value, parameter) if value.ndim else value.to(counts_on, copy=True)
             for moment, value in state.items()
         }
     if left:

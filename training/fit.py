@@ -72,17 +72,10 @@ class StageRun(Protocol):
 
     @property
     def network(self) -> nn.Module:
-        """What Lightning moves to a device and, with several workers, keeps equal."""
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer that steps are made with."""
+        """What Lightning, with several workers, keeps equal. It lies where it is trained."""
 
     def prepare(self, number: int) -> Any:
         """Global batch ``number``, made on another thread from what no step changes."""
-
-    def to(self, device: torch.device) -> None:
-        """Move what is not in ``network``."""
 
     def train(
         self,
@@ -116,7 +109,8 @@ class Stopped(UserError):
 
 
 class StageModule(pl.LightningModule):
-    """Lightning's view of a run: it owns devices and workers, the run owns the step."""
+    """Lightning's view of a run: it owns the workers, the run its step, its optimizer and where
+    all of it lies (``training.devices``)."""
 
     automatic_optimization: bool = False
 
@@ -129,11 +123,15 @@ class StageModule(pl.LightningModule):
         self._stepped_at = self._begun_at = 0.0
         self._stopwatch = _Stopwatch()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self._run.optimizer
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """None that Lightning sees: it would move moments, without the count of steps."""
+        return []
+
+    def cpu(self) -> StageModule:
+        """Lightning's last word to a module; this one stays, for its checkpoint is yet to come."""
+        return self
 
     def on_fit_start(self) -> None:
-        self._run.to(self.device)
         self._stepped_at = time.monotonic()
 
     def transfer_batch_to_device(

@@ -203,8 +203,7 @@ class Keeper:
         """The first worker's answer, where a save is everybody's work."""
         if not self._run.is_sharded:
             return answer
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        told = torch.tensor([answer], dtype=torch.uint8, device=device)
+        told = torch.tensor([answer], dtype=torch.uint8, device=self._run.device)
         torch.distributed.broadcast(told, src=0)
         return bool(told.item())
 

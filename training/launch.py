@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import ray
@@ -57,6 +59,9 @@ TRANSIENT_ERRORS = (StorageUnavailable, TrackingUnavailable)
 # A worker that does not even say so is frozen, and is killed after this long; Ray's ten minutes of
 # a GPU that waits are too many. Training itself leaves the thread that answers alone.
 FROZEN_SECONDS = 120
+# NCCL's ten minutes would end all who wait for one that stores a checkpoint, and come before
+# ``max_step_minutes``, which says where a worker hangs. This is for what that clock does not watch.
+COLLECTIVE_PATIENCE = timedelta(hours=2)
 LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -168,11 +173,32 @@ class TorchGroupConfig(BackendConfig):
         """The backend's class."""
         return TorchGroupBackend
 
+    @property
+    def train_func_context(self) -> Callable[[], AbstractContextManager[None]]:
+        """What training is wrapped in, in its own thread."""
+        return on_own_gpu
+
+
+@contextmanager
+def on_own_gpu() -> Iterator[None]:
+    """Make the GPU that Ray gave this worker this thread's current one.
+
+    CUDA's current device is each thread's own, and Ray trains on another thread than the one that
+    joined the group: there every worker of a machine would begin on the first GPU.
+    """
+    import torch
+
+    cuda: Any = torch.cuda
+    if cuda.is_available():
+        import ray.train.torch
+
+        cuda.set_device(ray.train.torch.get_device())
+    yield
+
 
 def _join_group(address: str, port: int, rank: int, world_size: int, backend: str) -> None:
     """Runs in a worker."""
     import ray.train
-    import torch
     import torch.distributed
 
     context = ray.train.get_context()
@@ -187,10 +213,16 @@ def _join_group(address: str, port: int, rank: int, world_size: int, backend: st
     }
     if backend == "nccl":
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-        torch.cuda.set_device(context.get_local_rank())
-    torch.distributed.init_process_group(
-        backend, init_method="env://", rank=rank, world_size=world_size
-    )
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves in sight what it did not give
+    with on_own_gpu():
+        torch.distributed.init_process_group(
+            backend,
+            init_method="env://",
+            timeout=COLLECTIVE_PATIENCE,
+            rank=rank,
+            world_size=world_size,
+        )
 
 
 def _leave_group() -> None:

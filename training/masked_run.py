@@ -24,6 +24,7 @@ from training.compiled import compile_blocks
 from training.config import NetworkConfig, StageConfig
 from training.coverage import Coverage, Tally, signed, unsigned
 from training.data import TokenDataset
+from training.devices import own_device
 from training.fit import Measured
 from training.guard import Guard, WentBack
 from training.initial import Networks, initial_networks
@@ -74,6 +75,9 @@ class MaskedRun:
             check_shardable(config.global_batch_size, session.world_size)
             text_encoder = networks.text_encoder if config.train_text_encoder else None
             shard_networks(networks.transformer, text_encoder, session.world_size)
+        self.device = own_device()
+        for part in (networks.transformer, networks.text_encoder):
+            part.to(self.device)
         self.stage = start_stage(
             config, networks.transformer, networks.text_encoder, networks.tokenizer
         )
@@ -128,11 +132,6 @@ class MaskedRun:
         """This worker's part of a global batch."""
         batch = self.dataset.batch_at(number, self._rows)
         return step_inputs(batch, self.config, self.stage.tokenizer, number, self._rows)
-
-    def to(self, device: torch.device) -> None:
-        """Move the averaged weights; the network itself is moved by Lightning."""
-        if self.stage.ema is not None:
-            self.stage.ema.to(device)
 
     def train(
         self,
@@ -314,8 +313,7 @@ class MaskedRun:
         grid = self.config.sample_grid
         if not grid.prompts:
             return []
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        painter = TextToImage.from_pretrained(folder, device=device)
+        painter = TextToImage.from_pretrained(folder, device=self.device)
         return paint_grid(painter, grid, range(len(grid.prompts)), in_bf16=False)
 
     def samples_now(self) -> list[Image.Image]:

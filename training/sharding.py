@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from infra.errors import UserError
 from model import CLIPTextEncoder, MaskedImageTransformer
+from training.devices import own_device
 
 ENTRY = "features"  # what the loss calls of a transformer, before its head
 
@@ -30,8 +30,7 @@ def shard_networks(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(device, (world_size,))
+    mesh = init_device_mesh(own_device().type, (world_size,))
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     for block in blocks:
         fully_shard(block, mesh=mesh)

@@ -20,6 +20,7 @@ from model import CLIPTextEncoder, CLIPTokenizer, VQTokenizer
 from training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from training.checkpoint_store import CheckpointDamaged
 from training.config import TextEncoderConfig, TokenizerConfig
+from training.devices import own_device
 from training.fit import Measured
 from training.images import Pixels, decode_image, shrink, square_crop
 from training.initial import part_folder
@@ -77,7 +78,8 @@ class TokenizerRun:
         self.config = config
         self._text_config = text_config
         self._bpe = bpe or train_bpe(samples.captions, config)
-        self.stage = start_tokenizer(config)
+        self.device = own_device()
+        self.stage = start_tokenizer(config, self.device)
         self._is_trained = pretrained is None
         if pretrained is not None:
             self.stage.vq = pretrained
@@ -140,11 +142,6 @@ class TokenizerRun:
         steps = range(number, number + num_batches)
         return ImageBatches([tokenizer_batch(self._images, self.config, s) for s in steps])
 
-    def to(self, device: torch.device) -> None:
-        """Move the codes' statistics."""
-        self.stage.code_uses_K = self.stage.code_uses_K.to(device)
-        self.stage.code_sums_KC = self.stage.code_sums_KC.to(device)
-
     def train(
         self,
         inputs: ImageBatches,
@@ -194,8 +191,8 @@ class TokenizerRun:
             n.removeprefix(VQ_PREFIX): v for n, v in weights.items() if n.startswith(VQ_PREFIX)
         }
         self.stage.vq.load_state_dict(named, strict=True)
-        self.stage.code_uses_K = weights[CODE_USES].clone()
-        self.stage.code_sums_KC = weights[CODE_SUMS].clone()
+        self.stage.code_uses_K = weights[CODE_USES].to(self.device, copy=True)
+        self.stage.code_sums_KC = weights[CODE_SUMS].to(self.device, copy=True)
         if checkpoint.state.step:
             restore_optimizer(self.optimizer, checkpoint.optimizer)
         self.stage.step = checkpoint.state.step

@@ -69,15 +69,16 @@ class TokenizerResult:
     grad_norm: float
 
 
-def start_tokenizer(config: TokenizerConfig) -> TokenizerStage:
-    """A fresh tokenizer with its optimizer."""
-    vq = new_vq(config).train()
+def start_tokenizer(config: TokenizerConfig, device: torch.device | str = "cpu") -> TokenizerStage:
+    """A fresh tokenizer on ``device``, with its optimizer."""
+    vq = new_vq(config).train().to(device)
     weight = vq.quantize.embedding.weight.requires_grad_(False)  # it follows the latents instead
     training = config.training
     chosen = OptimizerConfig(name=training.optimizer, learning_rate=training.learning_rate)
     groups = parameter_groups(vq, "", training.learning_rate, weight_decay=0.0)
     optimizer = build_optimizer(groups, chosen)
-    return TokenizerStage(config, vq, optimizer, torch.ones(len(weight)), weight.detach().clone())
+    uses_K = torch.ones(len(weight), device=weight.device)
+    return TokenizerStage(config, vq, optimizer, uses_K, weight.detach().clone())
 
 
 def tokenizer_batch(images: Sequence[Pixels], config: TokenizerConfig, step: int) -> Tensor:
