@@ -11,9 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +20,12 @@ from urllib.parse import unquote, urlsplit
 from infra import storage
 from infra.errors import UserError
 from infra.storage import ObjectMissing
+from training.node_copies import NodeCopies
 from training.publish import LISTING_NAME, CheckpointFile, describe_folder
 
 if TYPE_CHECKING:
     from training.checkpoint import Checkpoint
+    from training.session import Session
 
 CHECKPOINTS_FOLDER = "checkpoints"
 RESULT_NAME = "result.json"  # only in a run's last checkpoint
@@ -53,6 +53,7 @@ class CheckpointStore:
     def __init__(self, run_uri: str) -> None:
         self.uri = storage.join(run_uri, CHECKPOINTS_FOLDER)
         self._damaged: set[str] = set()
+        self._copies = NodeCopies(self.uri)
 
     def complete(self) -> list[StoredCheckpoint]:
         """Every complete checkpoint, newest first; nothing is read of them."""
@@ -80,6 +81,7 @@ class CheckpointStore:
         ``CheckpointDamaged`` when nothing that was is right, ``UserError`` for another recipe's.
         """
         problems: list[str] = []
+        self.let_go()
         for stored in self.complete():
             if step is not None and stored.step != step:
                 continue
@@ -101,9 +103,9 @@ class CheckpointStore:
         """One checkpoint, every digest checked."""
         from training.checkpoint import load_checkpoint  # with torch, which a plan does without
 
-        with self.as_folder(stored) as folder:
-            is_finished = (folder / RESULT_NAME).is_file()
-            return Loaded(stored, load_checkpoint(folder, config_sha256), is_finished)
+        folder = self._folder_of(stored)
+        is_finished = (folder / RESULT_NAME).is_file()
+        return Loaded(stored, load_checkpoint(folder, config_sha256), is_finished)
 
     def result(self) -> tuple[str, dict[str, Any]] | None:
         """The address of the run's last checkpoint and what was measured; None before its end."""
@@ -115,16 +117,16 @@ class CheckpointStore:
             return stored.uri, dict(found)
         return None
 
-    @contextmanager
-    def as_folder(self, stored: StoredCheckpoint) -> Iterator[Path]:
+    def _folder_of(self, stored: StoredCheckpoint) -> Path:
         """The checkpoint as a local folder, not yet verified; in place where it lies here."""
         parts = urlsplit(stored.uri)
         if parts.scheme == "file":
-            yield Path(unquote(parts.path))
-            return
-        with tempfile.TemporaryDirectory(prefix="atelier-checkpoint-") as scratch:
-            storage.download_folder(stored.uri, scratch)
-            yield Path(scratch)
+            return Path(unquote(parts.path))
+        return self._copies.folder(stored.uri)
+
+    def let_go(self) -> None:
+        """Remove what was fetched to this machine."""
+        self._copies.let_go()
 
     def prune(self, num_kept: int, is_kept: Callable[[StoredCheckpoint], bool]) -> None:
         """Remove what ``num_kept`` newer checkpoints have replaced, unless ``is_kept``.
@@ -170,6 +172,30 @@ class Loaded:
     checkpoint: Checkpoint
     is_finished: bool = False
     passed_by: tuple[str, ...] = ()
+
+
+def load_together(
+    store: CheckpointStore, session: Session, config_sha256: str, *, step: int | None = None
+) -> Loaded | None:
+    """What ``CheckpointStore.load`` finds, the same one for every worker; all call it together.
+
+    A machine fetches it once and reads it for all its workers; what they have in memory of it is
+    theirs to drop.
+    """
+    store.let_go()  # of a start that was cut off
+    session.barrier()
+    found = store.load(config_sha256, step=step) if session.rank == 0 else None
+    uri = session.from_first(None if found is None else found.stored.uri)
+    if uri is None:
+        return None
+    if found is None:
+        stored = next((each for each in store.complete() if each.uri == uri), None)
+        if stored is None:
+            raise CheckpointDamaged(f"the checkpoint {uri} is gone")
+        found = store.load_one(stored, config_sha256)
+    session.barrier()
+    store.let_go()
+    return found
 
 
 def newest_step(run_uri: str) -> int | None:

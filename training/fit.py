@@ -1,6 +1,6 @@
 """Running a stage's steps under Lightning, on one worker or several.
 
-A ``StageRun`` knows its networks and what a step does; ``fit`` gives it devices, gradient
+A ``StageRun`` knows its networks and what a step does; ``fit`` gives it gradient
 averaging over workers, a thread that prepares the next step, and somebody who watches. Steps are
 counted by the run itself, so that going on from a checkpoint is the same as never having stopped.
 """

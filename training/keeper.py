@@ -20,6 +20,7 @@ from training.checkpoint_store import (
     CheckpointStore,
     Loaded,
     StoredCheckpoint,
+    load_together,
 )
 from training.fit import Measured, Stopped
 from training.guard import WentBack
@@ -280,7 +281,7 @@ class Keeper:
         self._stall.pause()
         self._saver.wait()
         self._session.barrier()
-        found = self._store.load(self._job.stage_key, step=why.to_step)
+        found = load_together(self._store, self._session, self._job.stage_key, step=why.to_step)
         if found is None:
             raise CheckpointDamaged(f"there is no checkpoint of step {why.to_step} to go back to")
         event = run.guard.events[-1]

@@ -14,7 +14,7 @@ import torch
 from infra.errors import UserError
 from infra.tracking import RestTracker
 from model import ModelError
-from training.checkpoint_store import CheckpointDamaged, CheckpointStore, Loaded
+from training.checkpoint_store import CheckpointStore, Loaded, load_together
 from training.fit import fit
 from training.guard import WentBack
 from training.job import Job
@@ -68,6 +68,7 @@ def train(job: Job, session: Session, tracker: Tracker | None = None) -> None:
                 journal.note("started", f"attempt {start.attempt}: {start.how}")
             if found is not None:
                 keeper.restored(found)
+            del found  # as large as all weights, their average and their moments
             _train(run, keeper, session)
         finally:
             keeper.close()
@@ -125,21 +126,13 @@ def find_checkpoint(job: Job, session: Session, store: CheckpointStore) -> Loade
     Raises ``UserError`` when the plan saw one and none is there: a run that is to go on never
     begins anew without a word.
     """
-    found = store.load(job.stage_key) if session.rank == 0 else None
-    uri = session.from_first(None if found is None else found.stored.uri)
-    if uri is None:
-        if job.resume_step is not None:
-            raise UserError(
-                expected=f"the checkpoint of step {job.resume_step} under {store.uri}",
-                got="none",
-                remedy="restore it, or run the same command again to train the stage anew",
-            )
-        return None
-    if found is None:
-        stored = next((each for each in store.complete() if each.uri == uri), None)
-        if stored is None:
-            raise CheckpointDamaged(f"the checkpoint {uri} is gone")
-        found = store.load_one(stored, job.stage_key)
+    found = load_together(store, session, job.stage_key)
+    if found is None and job.resume_step is not None:
+        raise UserError(
+            expected=f"the checkpoint of step {job.resume_step} under {store.uri}",
+            got="none",
+            remedy="restore it, or run the same command again to train the stage anew",
+        )
     return found
 
 
