@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.sources import SOFTWARE, find_source
+from app.verb import Output
 from infra.digests import code_digest, folder_sha256, sha256_file
 from infra.errors import UserError
 
@@ -91,11 +92,11 @@ class Easel:
     lineage: dict[str, str]
 
 
-def set_up(brush: Brush) -> Easel:
-    """Fetch and load the model meant."""
+def set_up(brush: Brush, out: Output) -> Easel:
+    """Fetch and load the model meant; which version of a stage it is, is said."""
     from model import PaintOptions
 
-    source = find_source(brush.stage, brush.model)
+    source = find_source(brush.stage, brush.model, out)
     painter, precision = _load(source.folder, brush.machine)
     for adapters in brush.loras:
         painter.load_lora(adapters.path, adapters.weight)

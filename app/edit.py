@@ -11,6 +11,7 @@ from app.easel import Brush, Easel, check_keywords, on_this_machine, set_up
 from app.painting_options import MAX_SIDE_PX, printable
 from app.sample import check_png
 from app.sources import SOFTWARE
+from app.verb import Output
 from infra.digests import sha256_bytes, sha256_file
 from infra.errors import UserError
 
@@ -55,7 +56,7 @@ class Edited:
         return asdict(self)
 
 
-def edit(wish: EditWish, brush: Brush) -> Edited:
+def edit(wish: EditWish, brush: Brush, out: Output) -> Edited:
     """Paint into the image and write the result."""
     check_png(wish.out)
     given = [
@@ -75,7 +76,7 @@ def edit(wish: EditWish, brush: Brush) -> Edited:
     from app.contact_sheet import save_png
 
     with on_this_machine():
-        easel = set_up(brush)
+        easel = set_up(brush, out)
         result, place = _painted(wish, easel, image, mask, prompt, caption, operation)
     lineage = {
         "prompt": prompt,

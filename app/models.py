@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.place import Place, place_of
-from app.status import RunStatus, read_made
+from app.status import RunStatus, StepStatus, read_made
 from app.verb import Output
 from infra.config import atelier_home
 from infra.errors import UserError
@@ -33,6 +33,11 @@ class Registry:
     def server(self) -> TrackingServer:
         """MLflow."""
         return self.place.server
+
+    @property
+    def steps(self) -> list[StepStatus]:
+        """The newest run's; none before the first."""
+        return [] if self.run is None else self.run.steps
 
     def model_name(self, name: str) -> str:
         """A registered model by its name, or by its stage in the newest recipe."""
@@ -91,6 +96,15 @@ def promote_version(model: str, number: int, why: str, out: Output) -> dict[str,
         if move is None
         else f"{name}: version {number} is ready, before it was {move.old or 'none'}"
     )
+    stage, key = version.tags.get(versions.TAG_STAGE), version.tags.get(versions.TAG_STAGE_KEY)
+    made = next((s for s in here.steps if s.name == stage and s.model_version), None)
+    if made is not None and str(made.model_version).startswith(f"{name}/") and made.key != key:
+        number_made = str(made.model_version).rpartition("/")[2]
+        out.say(
+            f"`sample` and `edit` paint with it; the newest run's recipe has the key of version "
+            f"{number_made}, and `plan`, `run` and `train` go on from that one: to go on from "
+            f"version {number}, give the recipe that made it"
+        )
     return {"model": name, "ready": number, "move": None if move is None else asdict(move)}
 
 
@@ -105,7 +119,10 @@ def roll_back(model: str, why: str, out: Output) -> dict[str, Any]:
         raise _unknown_model(here, name)
     stage = _stage_of(found[-1])
     move = registry.rollback(here.server, here.place.store_uri, name, stage, why=why)
-    out.say(f"{name}: back from version {move.old} to version {move.new}")
+    out.say(
+        f"{name}: back from version {move.old} to version {move.new}; `plan`, `run` and `train` "
+        f"refuse version {move.old} until it is promoted, and nothing starts from it"
+    )
     return {"model": name, "ready": move.new, "move": asdict(move)}
 
 
@@ -116,7 +133,7 @@ def _stage_of(version: RegisteredVersion) -> str:
 
 
 def _unknown_model(here: Registry, name: str) -> UserError:
-    trained = [] if here.run is None else [s.name for s in here.run.steps if s.model_version]
+    trained = [s.name for s in here.steps if s.model_version]
     return UserError(
         expected="a registered model, or a stage of the newest recipe",
         got=repr(name),
@@ -151,7 +168,7 @@ def _checkpoint_of(target: str | None, here: Registry) -> tuple[str, dict[str, s
     from training import registry, versions
 
     if target is None:
-        trained = [] if here.run is None else [s for s in here.run.steps if s.checkpoint_uri]
+        trained = [s for s in here.steps if s.checkpoint_uri]
         if not trained:
             raise UserError("no stage is trained here yet; try `atelier run recipes/demo.yaml`")
         return str(trained[-1].checkpoint_uri), {}

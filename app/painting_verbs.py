@@ -11,7 +11,8 @@ from app.verb import Output, verb
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, no progress")]
 Stage = Annotated[
-    str | None, typer.Option("--stage", help="a stage of the newest recipe; default: its last")
+    str | None,
+    typer.Option("--stage", help="a stage of the newest recipe, as it is ready; default: its last"),
 ]
 Model = Annotated[
     str | None, typer.Option("--model", help="a model folder or address instead of a stage")
@@ -215,7 +216,7 @@ def sample(
         negative, temperature, token_temperature, order, zigzag, score, adapters_of(lora or []),
         Machine(device, precision, quantize, offload, tile, compile_),
     )  # fmt: skip
-    images = paint(wish, brush)
+    images = paint(wish, brush, output)
     if there := sum(image.was_there for image in images):
         output.say(f"{there} of {len(images)} were there already, painted in the very same way")
     for image in images:
@@ -312,7 +313,7 @@ def edit(
         negative, temperature, token_temperature, order, zigzag, score, adapters_of(lora or []),
         Machine(device, precision, quantize, offload, tile, compile_),
     )  # fmt: skip
-    edited = paint_into(wish, brush)
+    edited = paint_into(wish, brush, output)
     output.say(f"{edited.path}  {edited.operation}: {edited.prompt}")
     if edited.before_after is not None:
         output.say(edited.before_after)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from app.contact_sheet import Row, draw_sheet, fitted, lineage_in, save_png
 from app.easel import Brush, Easel, check_keywords, on_this_machine, set_up
 from app.preview import Recorder, preview_path
+from app.verb import Output
 from infra.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Painted:
         return asdict(self)
 
 
-def paint(wish: Wish, brush: Brush) -> list[Painted]:
+def paint(wish: Wish, brush: Brush, out: Output) -> list[Painted]:
     """Paint every prompt with every seed and write the PNGs, batch by batch.
 
     An image that is there already with its very lineage is not painted again, so that a call that
@@ -74,7 +75,7 @@ def paint(wish: Wish, brush: Brush) -> list[Painted]:
             got=f"{len(jobs)}",
         )
     with on_this_machine():
-        easel = set_up(brush)
+        easel = set_up(brush, out)
 
     width_px, height_px = wish.size_px or (None, None)
     height_px, width_px = easel.painter.check_size(height_px, width_px)

@@ -1,16 +1,21 @@
-"""Where a model that paints comes from: a trained stage, a folder, or a hub; and what says so."""
+"""Which model paints: a stage's version that is `ready`, a folder or a hub; and what says so."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app.place import place_of
 from app.status import RunStatus, StepStatus, read_made
+from app.verb import Output
 from infra.config import atelier_home
 from infra.digests import folder_sha256
 from infra.errors import UserError
+
+if TYPE_CHECKING:
+    from training.versions import RegisteredVersion
 
 SOFTWARE = "atelier"  # in the text chunks of every image of ours
 DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_TEMPERATURE = 48, 9.0, 2.0  # the paper's
@@ -32,12 +37,12 @@ class Source:
     temperature: float = DEFAULT_TEMPERATURE
 
 
-def find_source(stage: str | None, model: str | None) -> Source:
+def find_source(stage: str | None, model: str | None, out: Output) -> Source:
     """The model meant by ``--stage`` or ``--model``, fetched and with its digests checked."""
     if stage is not None and model is not None:
         raise UserError("--stage and --model exclude each other; give one")
     if model is None:
-        return _of_stage(stage)
+        return _of_stage(stage, out)
     if "://" in model:
         from training.publish import fetch_checkpoint
 
@@ -59,7 +64,8 @@ def find_source(stage: str | None, model: str | None) -> Source:
     return Source(folder, {"model": f"{model.partition('@')[0]}@{folder.name}"})
 
 
-def _of_stage(stage: str | None) -> Source:
+def _of_stage(stage: str | None, out: Output) -> Source:
+    """The version that is `ready` of a stage of the newest run, its last when none is named."""
     home = atelier_home()
     run = read_made(home)
     trained = (
@@ -69,15 +75,31 @@ def _of_stage(stage: str | None) -> Source:
         raise UserError("no stage is trained here yet; try `atelier run recipes/demo.yaml`")
     step = trained[-1] if stage is None else _named(stage, trained)
 
+    from app.models import open_registry
+    from training import registry
+    from training.keys import model_name
     from training.publish import fetch_checkpoint
 
-    place_of(None)
-    folder = fetch_checkpoint(str(step.checkpoint_uri))
+    here = open_registry(out)
+    store_uri, name = here.place.store_uri, model_name(run.recipe_name, step.name)
+    ready = registry.version_by_alias(here.server, name)
+    uri, lineage = str(step.checkpoint_uri), lineage_of(run, step)
+    made = (step.model_version or "").rpartition("/")[2]
+    if ready is None:
+        out.say(f"no version of {name} is ready; painting with version {made}, the newest run's")
+    else:
+        registry.check_place(store_uri, ready)
+        other = ""
+        if ready.sha256 != step.checkpoint_sha256:
+            uri, lineage = ready.uri, _lineage_of_version(ready, run.recipe_name, store_uri)
+            other = f"; the newest run has version {made}"
+        out.say(f"painting with version {ready.version} of {name}, which is ready{other}")
+        lineage["version"] = f"{name}/{ready.version}"
     recipe = json.loads((home / "runs" / run.run_id / "recipe.json").read_text(encoding="utf-8"))
     how = recipe.get("evaluation") or {}
     return Source(
-        folder,
-        lineage_of(run, step),
+        fetch_checkpoint(uri),
+        lineage,
         how.get("steps", DEFAULT_STEPS),
         how.get("guidance_scale", DEFAULT_GUIDANCE),
         how.get("temperature", DEFAULT_TEMPERATURE),
@@ -108,4 +130,22 @@ def lineage_of(run: RunStatus, step: StepStatus) -> dict[str, str]:
         "checkpoint": str(step.checkpoint_uri),
         "checkpoints": json.dumps({s.name: s.checkpoint_sha256 for s in until}),
         "datasets": json.dumps(datasets),
+    }
+
+
+def _lineage_of_version(
+    version: RegisteredVersion, recipe_name: str, store_uri: str
+) -> dict[str, str]:
+    """What an image of a version carries that the newest run did not make, from its provenance."""
+    from training.lineage import trace
+
+    stages = trace(version.uri, store_uri).stages[::-1]
+    read = [link for stage in stages for link in (stage.dataset, *stage.mixed_in) if link]
+    return {
+        "software": SOFTWARE,
+        "recipe": recipe_name,
+        "stage": stages[-1].stage,
+        "checkpoint": version.uri,
+        "checkpoints": json.dumps({stage.stage: stage.sha256 for stage in stages}),
+        "datasets": json.dumps({link.name: link.version for link in read}),
     }

@@ -168,10 +168,14 @@ def hand_over(
     passed: bool,
     why: str,
 ) -> RegisteredVersion:
-    """Move the aliases; only a version that passed becomes `ready` and ends its run well."""
+    """Move the aliases; only a version that passed becomes `ready` and ends its run well.
+
+    Raises ``UserError`` for one that a rollback took back: only a person makes it ready again.
+    """
     registry.promote(server, store_uri, version, registry.CANDIDATE, why=why)
     if not passed:
         return version
+    registry.newest_in_use(store_uri, [version])
     registry.promote(server, store_uri, version, registry.READY, why=why)
     server.update_run(run.run_id, "FINISHED")
     versions.set_version_tags(server, version, **{versions.TAG_HANDOFF: versions.COMPLETE})

@@ -1,8 +1,9 @@
 """What a stage needs done, and why: SKIP, RESUME, INIT or RUN. Reads, never writes.
 
 A stage is looked up by its key. SKIP means that a version with this key passed its gate, was handed
-over, and that every byte of it has just been verified. The inputs are pinned here, once: a stage
-starts from the version that its plan names, whatever happens to aliases meanwhile.
+over and not rolled back, and that every byte of it has just been verified; `ready` may be a version
+of another key, which is said. The inputs are pinned here, once: a stage starts from the version
+that its plan names, whatever happens to aliases meanwhile.
 """
 
 from __future__ import annotations
@@ -218,7 +219,8 @@ def _ready_parent(spec: StageSpec, context: PlanContext) -> Pin:
 
 def _decide(plan: StagePlan, context: PlanContext, key: str, run_name: str) -> StagePlan:
     model = keys.model_name(plan.spec.recipe, plan.spec.stage)
-    existing = versions.find_version(context.server, model, key)
+    of_key = versions.find_versions(context.server, model, key)
+    existing = registry.newest_in_use(context.store_uri, of_key)
     if existing is not None:
         found = _decide_existing(plan, context, existing)
         if found is not None:
@@ -240,7 +242,10 @@ def _decide(plan: StagePlan, context: PlanContext, key: str, run_name: str) -> S
 def _decide_existing(
     plan: StagePlan, context: PlanContext, existing: RegisteredVersion
 ) -> StagePlan | None:
-    """SKIP or RESUME on account of a version with this key; None when its files are all gone."""
+    """SKIP or RESUME on account of a version with this key; None when its files are all gone.
+
+    Raises ``UserError`` when it is damaged or lies elsewhere.
+    """
     label = f"version {existing.version} of {existing.name}"
     registry.check_place(context.store_uri, existing)
     damage = _damage(existing.uri) if context.verify else []
@@ -254,7 +259,9 @@ def _decide_existing(
     if left:
         return replace(found, decision="RESUME", reason=f"{label} is trained; {left}")
     checked = "every digest verified" if context.verify else "not verified"
-    return replace(found, decision="SKIP", reason=f"{label} has this key; {checked}")
+    elsewhere = registry.ready_elsewhere(context.server, context.store_uri, existing)
+    other = "" if elsewhere is None else f", but {elsewhere}"
+    return replace(found, decision="SKIP", reason=f"{label} has this key; {checked}{other}")
 
 
 def published_uri(store_uri: str, run_name: str) -> str | None:

@@ -8,8 +8,8 @@ against the version its mover saw, re-read afterwards, and written down in
 from __future__ import annotations
 
 import getpass
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from training.versions import (
     PASSED,
     TAG_GATE,
     TAG_STAGE,
+    TAG_STAGE_KEY,
     RegisteredVersion,
     get_version,
     version_from_json,
@@ -37,7 +38,9 @@ Kind = Literal["promote", "rollback"]
 
 @dataclass(frozen=True)
 class AliasMove:
-    """One line of the history; ``at`` is ISO time in UTC, ``old`` None at first."""
+    """One line of the history; ``at`` is ISO time in UTC, ``old`` None at first. An
+    identity, ``<stage key>/<sha256>``, says what was moved also when MLflow was made again and
+    counts versions anew; a history older than they are has none."""
 
     model: str
     alias: str
@@ -47,6 +50,8 @@ class AliasMove:
     who: str
     why: str
     at: str
+    old_identity: str = ""
+    new_identity: str = ""
 
 
 def version_by_alias(
@@ -103,11 +108,16 @@ def promote(
             _set_alias(server, version, alias)
         log_uri = _log_uri(store_uri, stage)
         moves = _read_log(log_uri)
-        logged = _latest([move for move in moves if move.model == version.name], alias)
-        if logged == version.version:
+        last = _latest([move for move in moves if move.model == version.name], alias)
+        if last is not None and last.new == version.version:
             return None
-        before = logged if old == version.version else old
-        move = AliasMove(version.name, alias, before, version.version, kind, owner, why, _now())
+        before, was = old, "" if current is None else _identity(current)
+        if old == version.version:  # moved by one who was killed before writing it down
+            before, was = (None, "") if last is None else (last.new, last.new_identity)
+        move = AliasMove(
+            version.name, alias, before, version.version, kind, owner, why, _now(),
+            was, _identity(version),
+        )  # fmt: skip
         storage.write_json(log_uri, [asdict(each) for each in (*moves, move)])
         return move
 
@@ -195,15 +205,78 @@ def _ready_before(moves: Iterable[AliasMove], current: RegisteredVersion | None)
     return stack[-1] if stack else None
 
 
+def withdrawn(moves: Iterable[AliasMove], version: RegisteredVersion) -> AliasMove | None:
+    """The rollback that took ``ready`` from this version; None when there was none, or it was
+    promoted since."""
+    found = None
+
+    def is_meant(number: int | None, identity: str) -> bool:
+        return identity == _identity(version) if identity else number == version.version
+
+    for move in moves:
+        if move.alias == READY and is_meant(move.new, move.new_identity):
+            found = None
+        elif move.alias == READY and move.kind == "rollback":
+            found = move if is_meant(move.old, move.old_identity) else found
+    return found
+
+
+def newest_in_use(
+    store_uri: str, versions: Sequence[RegisteredVersion]
+) -> RegisteredVersion | None:
+    """The newest of the versions of a key that no rollback took back; None when there are none.
+
+    Raises ``UserError`` when all were: such a version counts for nothing until it is promoted.
+    """
+    if not versions:
+        return None
+    newest = versions[-1]
+    name, stage = newest.name, newest.tags.get(TAG_STAGE, "")
+    moves = history(store_uri, stage, name)
+    for version in reversed(versions):
+        if withdrawn(moves, version) is None:
+            return version
+    move = withdrawn(moves, newest)
+    told = "" if move is None else f" by {move.who}: {_one_line(move.why)}"
+    raise UserError(
+        f"stage {stage}: version {newest.version} of {name}, which has this key, was rolled "
+        f"back{told}; promote it (`atelier promote {name} {newest.version}`), or change the recipe"
+    )
+
+
+def ready_elsewhere(
+    server: TrackingServer, store_uri: str, version: RegisteredVersion
+) -> str | None:
+    """In words which other version of the model is `ready`, and why; None when this one is."""
+    ready = version_by_alias(server, version.name)
+    if ready is not None and ready.version == version.version:
+        return None
+    if ready is None:
+        return "no version is ready"
+    last = _latest(history(store_uri, version.tags.get(TAG_STAGE, ""), version.name), READY)
+    why = "moved in MLflow itself"
+    if last is not None and last.new == ready.version:
+        why = f"{last.kind} by {last.who}: {_one_line(last.why)}"
+    return f"ready is version {ready.version} ({why})"
+
+
 def history(store_uri: str, stage: str, model: str | None = None) -> list[AliasMove]:
     """Every move of the aliases of a stage, oldest first; of one registered model when given."""
     moves = _read_log(_log_uri(store_uri, stage))
     return [move for move in moves if model is None or move.model == model]
 
 
-def _latest(moves: Iterable[AliasMove], alias: str) -> int | None:
-    versions = [move.new for move in moves if move.alias == alias]
-    return versions[-1] if versions else None
+def _latest(moves: Iterable[AliasMove], alias: str) -> AliasMove | None:
+    of_alias = [move for move in moves if move.alias == alias]
+    return of_alias[-1] if of_alias else None
+
+
+def _identity(version: RegisteredVersion) -> str:
+    return f"{version.tags.get(TAG_STAGE_KEY, '')}/{version.sha256}"
+
+
+def _one_line(why: str) -> str:
+    return " ".join(why.split())
 
 
 def _log_uri(store_uri: str, stage: str) -> str:
@@ -216,7 +289,8 @@ def _read_log(uri: str) -> list[AliasMove]:
     except ObjectMissing:
         return []
     names = {one.name for one in fields(AliasMove)}
-    if not isinstance(raw, list) or any(set(move) != names for move in raw):
+    needed = {one.name for one in fields(AliasMove) if one.default is MISSING}
+    if not isinstance(raw, list) or any(not needed <= set(move) <= names for move in raw):
         raise UserError(
             expected=f"an alias history at {uri}", got="something else", remedy="restore it"
         )

@@ -66,12 +66,6 @@ def find_versions(server: TrackingServer, name: str, stage_key: str) -> list[Reg
     return sorted(found, key=lambda version: version.version)
 
 
-def find_version(server: TrackingServer, name: str, stage_key: str) -> RegisteredVersion | None:
-    """The newest version of a stage key, or None."""
-    found = find_versions(server, name, stage_key)
-    return found[-1] if found else None
-
-
 def all_versions(server: TrackingServer, name: str) -> list[RegisteredVersion]:
     """Every version of a registered model, oldest first; none when it is not registered."""
     found = _search(server, f"name = '{_plain(name)}'")

@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from training.config import (
     TextEncoderConfig,
     TokenizerConfig,
 )
+from training.driver import DriverContext, run_stage
 from training.networks import new_text_encoder, new_transformer, transformer_config
-from training.plan import PUBLISHED_NAME, PlanContext, StagePlan
+from training.plan import PUBLISHED_NAME, PlanContext, StagePlan, plan_stage
 from training.stages import DatasetPin, StageSpec, stage_specs
 
 CODEBOOK_SIZE = 32
@@ -117,6 +118,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("model") / "export")
 
 
+@pytest.fixture(scope="session")
+def other_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with other weights."""
+    return build_model(tmp_path_factory.mktemp("other-model") / "export", seed=3)
+
+
 @dataclass
 class House:
     """A recipe of its own with two stages, an empty store, and the session's MLflow server."""
@@ -187,6 +194,8 @@ def finish_training() -> Callable[[House, StagePlan, Path], str]:
 
     def finish(house: House, plan: StagePlan, exported: Path) -> str:
         provenance = {
+            "stage": plan.spec.stage,
+            "parent": None if plan.parent is None else asdict(plan.parent),
             "stage_key": plan.key,
             "key_parts": plan.key_parts,
             "step": plan.spec.steps,
@@ -198,3 +207,21 @@ def finish_training() -> Callable[[House, StagePlan, Path], str]:
         return folder.uri
 
     return finish
+
+
+@pytest.fixture
+def finish(exported: Path, finish_training: Callable[..., str]) -> Callable[..., StagePlan]:
+    """Plan a stage, put a finished training in place, hand it over; returns its SKIP plan."""
+
+    def run(
+        house: House, stage: str = "tokenizer", model: Path = exported, **changes: Any
+    ) -> StagePlan:
+        specs = {spec.stage: spec for spec in house.specs(**changes)}
+        plan = plan_stage(specs[stage], house.context())
+        finish_training(house, plan, model)
+        plan = plan_stage(specs[stage], house.context())
+        assert (plan.decision, plan.needs_training) == ("RESUME", False)
+        run_stage(plan, DriverContext(house.context(), house.cluster, "plan tests"))
+        return plan_stage(specs[stage], house.context())
+
+    return run

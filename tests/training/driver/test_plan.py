@@ -12,28 +12,11 @@ import pytest
 from infra import storage
 from infra.errors import UserError
 from training import registry
-from training.driver import DriverContext, run_stage
-from training.plan import PUBLISHED_NAME, StagePlan, expected_time, plan_chain, plan_stage
+from training.plan import PUBLISHED_NAME, expected_time, plan_chain, plan_stage
 
 pytestmark = pytest.mark.slow
 
 House = Any  # of conftest.py, which tests cannot import
-
-
-@pytest.fixture
-def finish(exported: Path, finish_training: Callable[..., str]) -> Callable[..., StagePlan]:
-    """Plan a stage, put a finished training in place, hand it over; returns its SKIP plan."""
-
-    def run(house: House, stage: str = "tokenizer", **changes: Any) -> StagePlan:
-        specs = {spec.stage: spec for spec in house.specs(**changes)}
-        plan = plan_stage(specs[stage], house.context())
-        finish_training(house, plan, exported)
-        plan = plan_stage(specs[stage], house.context())
-        assert (plan.decision, plan.needs_training) == ("RESUME", False)
-        run_stage(plan, DriverContext(house.context(), house.cluster, "plan tests"))
-        return plan_stage(specs[stage], house.context())
-
-    return run
 
 
 def _names(house: House) -> set[str]:

@@ -51,8 +51,8 @@ def test_a_version_is_made_once_per_key_and_content(
     )
     assert other.version == first.version + 1
     key = first.tags[versions.TAG_STAGE_KEY]
-    assert versions.find_version(server, name, key) == other
-    assert versions.find_version(server, name, "f" * 64) is None
+    assert versions.find_versions(server, name, key) == [first, other]
+    assert versions.find_versions(server, name, "f" * 64) == []
     assert versions.all_versions(server, "nobody registered this") == []
     with pytest.raises(UserError, match="there are 1, 2"):
         versions.get_version(server, name, 9)
