@@ -230,6 +230,8 @@ def _stage_lines(stage: StageLink) -> list[str]:
         if init.get("num_inherited"):
             began += f": {init.get('num_inherited', 0)} parameters inherited, {len(new)} new"
         lines.append(f"{began}{' (' + ', '.join(new[:SHOWN_FILES]) + ')' if new else ''}")
+    for part in stage.parts:
+        lines.append(f"  published {part.get('address')}  {str(part.get('sha256'))[:SHORT]}")
     for start in stage.starts:
         lines.append(f"  attempt {start.get('attempt')}: {start.get('how')}")
     lines.append(f"  key {stage.stage_key[:SHORT]}  MLflow run {stage.mlflow_run_id}")

@@ -175,6 +175,7 @@ def _planned(recipe: Recipe, plan: StagePlan, expected: Expected | None) -> Plan
     inputs = {f"dataset {pin.name}": pin.version for pin in plan.datasets}
     if plan.parent is not None:
         inputs[f"{plan.parent.model} version {plan.parent.version}"] = plan.parent.sha256
+    inputs |= {f"folder {part.address}": part.sha256 for part in plan.parts}
     work = {"steps": plan.spec.steps, "steps_done": plan.step}
     stage = recipe.stages.get(plan.spec.stage)
     if stage is not None:

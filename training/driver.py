@@ -27,6 +27,7 @@ from infra.storage import ObjectMissing
 from infra.tracking_server import TrackedRun, TrackingServer
 from training import handoff, publish, stage_run, waste
 from training.handoff import Outcome
+from training.parts import with_whole_paths
 from training.plan import PUBLISHED_NAME, Pin, PlanContext, StagePlan, published_uri
 from training.progress import OnProgress, following_progress, read_progress_json
 from training.publish import PublishedCheckpoint
@@ -40,7 +41,6 @@ Evaluate = Callable[[str], Mapping[str, float]]  # of the published folder at an
 WorkerFunction = Callable[[dict[str, Any]], object]
 
 EXPORT_FOLDER = "export"
-FOLDER_FIELDS = ("pretrained", "pretrained_bpe")  # of the tokenizer, the text encoder, and `init`
 
 
 class GateFailed(UserError):
@@ -362,24 +362,11 @@ def worker_job(
         "mixed_in": [asdict(pin) for pin in plan.mixed_in],
         "init_uri": None if parent is None else parent.uri,
         "init_sha256": None if parent is None else parent.sha256,
+        "parts": {part.whole_address: part.sha256 for part in plan.parts},
         "progress_uri": progress_uri,
         "tracking_uri": context.server.uri,
         "mlflow_run_id": run.run_id,
     }
-
-
-def with_whole_paths(configs: Mapping[str, Any]) -> dict[str, Any]:
-    """The configurations with folders of published parts as a worker finds them, wherever it
-    stands: Ray puts each into a folder of its own. Keys are made of what was written."""
-
-    def whole(name: str, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return with_whole_paths(value)
-        if name in FOLDER_FIELDS and isinstance(value, str) and "://" not in value:
-            return str(Path(value).expanduser().absolute())
-        return value
-
-    return {name: whole(name, value) for name, value in configs.items()}
 
 
 __all__ = [

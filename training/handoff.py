@@ -64,6 +64,7 @@ def provenance(plan: StagePlan, run: TrackedRun, step: int, metrics: Mapping[str
         "parent": None if parent is None else asdict(parent),
         "dataset": None if dataset is None else asdict(dataset),
         "mixed_in": [asdict(pin) for pin in plan.mixed_in],
+        "parts": [asdict(part) for part in plan.parts],
         "step": step,
         "metrics": {name: value for name, value in sorted(metrics.items())},
         "libraries": _library_versions(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from model import (
 )
 from training.config import NetworkConfig, StageConfig
 from training.networks import new_transformer, transformer_config
+from training.parts import check_part
 
 # Published keys that change nothing.
 WITHOUT_EFFECT = ("in_channels", "patch_size")
@@ -50,8 +52,13 @@ class Networks:
         }
 
 
-def initial_networks(folder: Path, network: NetworkConfig, config: StageConfig) -> Networks:
-    """All parts for a stage from its parent's folder.
+def initial_networks(
+    folder: Path,
+    network: NetworkConfig,
+    config: StageConfig,
+    sha256s: Mapping[str, str] | None = None,
+) -> Networks:
+    """All parts for a stage from its parent's folder; ``sha256s`` are published folders' digests.
 
     The tokenizer stage's folder has no transformer, so the first masked stage starts a fresh one.
     Raises ``UserError`` when the parent's transformer does not fit under ``config.init``.
@@ -74,7 +81,7 @@ def initial_networks(folder: Path, network: NetworkConfig, config: StageConfig) 
         return Networks(transformer, text_encoder, tokenizer, vq, "fresh", [])
     start = folder / "transformer"
     if config.init.pretrained is not None:
-        start = part_folder(config.init.pretrained)
+        start = part_folder(config.init.pretrained, sha256s)
     parent = MaskedImageTransformer.from_pretrained(start)
     transformer, new_keys = fit_parent(parent, wanted, config.init.new_parameters)
     return Networks(transformer, text_encoder, tokenizer, vq, config.init.source, new_keys)
@@ -120,8 +127,14 @@ def check_grid(config: StageConfig, vq: VQTokenizer, wanted: TransformerConfig) 
         )
 
 
-def part_folder(address: str) -> Path:
-    """A local folder for a path or an address; what is fetched lies in a temporary place."""
+def part_folder(address: str, sha256s: Mapping[str, str] | None = None) -> Path:
+    """A local folder for a path or an address; what is fetched lies in a temporary place.
+
+    Raises ``UserError`` when it is not what ``sha256s`` says of this address.
+    """
+    expected = (sha256s or {}).get(address)
+    if expected is not None:
+        check_part(address, expected)
     if "://" not in address:
         return Path(address)
     folder = Path(tempfile.mkdtemp(prefix="atelier-part-"))

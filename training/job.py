@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 
@@ -13,7 +13,8 @@ class Job:
     ``tokenizer`` and ``text_encoder``, or ``stage`` and ``network``.
 
     ``manifest_*`` pin the dataset, ``mixed_in`` those beside it (``DatasetPin`` as JSON), and
-    ``init_*`` the published checkpoint to start from. ``run_uri`` is where the run keeps its
+    ``init_*`` the published checkpoint to start from; ``parts`` are the digests of the folders that
+    the configurations name. ``run_uri`` is where the run keeps its
     checkpoints, ``attempt`` which try of a driver this is and ``resume_step`` the step of the
     checkpoint that the plan saw (None: none). ``cpus`` is how many threads to use (None: as many as
     the environment gives) and ``local_dir`` where temporary files lie (None: the system's place).
@@ -31,6 +32,7 @@ class Job:
     mixed_in: Sequence[Mapping[str, str]] = ()
     init_uri: str | None = None
     init_sha256: str | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
     progress_uri: str | None = None
     tracking_uri: str | None = None
     mlflow_run_id: str | None = None

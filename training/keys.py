@@ -32,6 +32,7 @@ DRIVER_MODULES = frozenset(
         "keys",
         "launch",
         "lineage",
+        "parts",
         "plan",
         "progress",
         "publish",

@@ -35,7 +35,8 @@ class DatasetLink:
 @dataclass(frozen=True)
 class StageLink:
     """A published checkpoint. ``init`` says what its weights began with: ``source``,
-    ``num_inherited`` and ``new_keys``; ``starts`` how often it began and from which step."""
+    ``num_inherited`` and ``new_keys``; ``starts`` how often it began and from which step; ``parts``
+    are the published folders that went in (``training.parts.PublishedPart``)."""
 
     stage: str
     sha256: str
@@ -48,6 +49,7 @@ class StageLink:
     metrics: Mapping[str, float]
     dataset: DatasetLink | None
     mixed_in: tuple[DatasetLink, ...] = ()
+    parts: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass
@@ -110,6 +112,7 @@ def _stage(
         metrics=dict(facts.get("metrics") or {}),
         dataset=link_of(dataset) if dataset else None,
         mixed_in=tuple(link for link in mixed_in if link is not None),
+        parts=tuple(facts.get("parts") or ()),
     )
 
 

@@ -105,7 +105,7 @@ class MaskedRun:
         folder = fetch_checkpoint(job.init_uri)
         if job.init_sha256 is not None and folder.name != job.init_sha256:
             raise UserError(expected=f"checkpoint {job.init_sha256}", got=folder.name)
-        networks = initial_networks(folder, network, config)
+        networks = initial_networks(folder, network, config, job.parts)
         return cls(config, networks, _open_dataset(job, config, folder, session), session)
 
     @property

@@ -19,6 +19,7 @@ from infra.storage import ObjectMissing
 from infra.tracking_server import TrackingServer
 from training import keys, publish, registry, versions
 from training.checkpoint_store import newest_step
+from training.parts import PublishedPart, find_parts, with_digests
 from training.progress import read_progress_json
 from training.stages import TOKENIZER_STAGE, DatasetPin, StageSpec
 from training.versions import RegisteredVersion
@@ -87,6 +88,7 @@ class StagePlan:
     published: str | None = None
     step: int = 0
     mixed_in: tuple[DatasetPin, ...] = ()
+    parts: tuple[PublishedPart, ...] = ()
 
     @property
     def datasets(self) -> tuple[DatasetPin, ...]:
@@ -164,7 +166,8 @@ def _plan_after(spec: StageSpec, context: PlanContext, parent: StagePlan) -> Sta
     before = parent.run_name or f"stage {parent.spec.stage}"
     reason = f"starts from the result of {before}, which comes first"
     dataset, mixed_in = _pins(spec, context)
-    return StagePlan(spec, "INIT", reason, dataset=dataset, mixed_in=mixed_in)
+    parts = find_parts(spec.configs)
+    return StagePlan(spec, "INIT", reason, dataset=dataset, mixed_in=mixed_in, parts=parts)
 
 
 def _pins(
@@ -180,11 +183,14 @@ def plan_stage(spec: StageSpec, context: PlanContext, *, parent: Pin | None = No
     """The decision for one stage whose inputs exist.
 
     ``parent`` is the finished stage it starts from; left out, the parent's `ready` version is
-    resolved now. Raises ``UserError`` when there is none, or when a finished result is damaged.
+    resolved now. Raises ``UserError`` when there is none, when a finished result is damaged or was
+    rolled back, or when a folder of published parts is not there.
     """
     if spec.parent is not None and parent is None:
         parent = _ready_parent(spec, context)
-    base = StagePlan(spec, "RUN" if parent is None else "INIT", "", parent=parent)
+    published = find_parts(spec.configs)
+    decision: Decision = "RUN" if parent is None else "INIT"
+    base = StagePlan(spec, decision, "", parent=parent, parts=published)
     for name in spec.dataset_names:
         if name not in context.datasets:
             return replace(base, reason=f"dataset {name} is not curated yet")
@@ -192,7 +198,7 @@ def plan_stage(spec: StageSpec, context: PlanContext, *, parent: Pin | None = No
     base = replace(base, dataset=dataset, mixed_in=mixed_in)
     parts = keys.key_parts(
         stage=spec.stage,
-        semantic=spec.semantic,
+        semantic=with_digests(spec.semantic, published),
         dataset_sha256s=[pin.version for pin in base.datasets],
         parent_sha256=None if parent is None else parent.sha256,
         tokenizer_sha256=None if parent is None else parent.tokenizer_sha256,
@@ -297,9 +303,10 @@ def _left_to_do(spec: StageSpec, existing: RegisteredVersion, evaluation_key: st
 
 
 def _why_anew(plan: StagePlan, context: PlanContext, model: str) -> str:
-    start = "from fresh weights"
+    starts = [part.address for part in plan.parts]
     if plan.parent is not None:
-        start = f"from version {plan.parent.version} of {plan.parent.model}"
+        starts.append(f"version {plan.parent.version} of {plan.parent.model}")
+    start = f"from {' and '.join(starts) or 'fresh weights'}"
     known = versions.all_versions(context.server, model)
     if not known:
         return f"never trained; starts {start}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +74,10 @@ class TokenizerRun:
         samples: CuratedSamples,
         pretrained: VQTokenizer | None = None,
         bpe: CLIPTokenizer | None = None,
+        sha256s: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
-        self._text_config = text_config
+        self._text_config, self._sha256s = text_config, sha256s
         self._bpe = bpe or train_bpe(samples.captions, config)
         self.device = own_device()
         self.stage = start_tokenizer(config, self.device)
@@ -101,16 +102,16 @@ class TokenizerRun:
             samples = read_curated(job.manifest_uri, job.manifest_sha256, config)
         vq, bpe = None, None
         if config.pretrained is not None:
-            vq = VQTokenizer.from_pretrained(part_folder(config.pretrained))
+            vq = VQTokenizer.from_pretrained(part_folder(config.pretrained, job.parts))
         if config.pretrained_bpe is not None:
-            bpe = CLIPTokenizer.from_pretrained(part_folder(config.pretrained_bpe))
+            bpe = CLIPTokenizer.from_pretrained(part_folder(config.pretrained_bpe, job.parts))
         if (vq is None and not samples.images) or (bpe is None and not samples.captions):
             raise UserError(
                 expected="curated images and captions to train the tokenizer on",
                 got="none",
                 remedy="name a dataset in tokenizer.dataset, or pretrained folders",
             )
-        return cls(config, text_config, samples, vq, bpe)
+        return cls(config, text_config, samples, vq, bpe, job.parts)
 
     @property
     def step(self) -> int:
@@ -219,7 +220,9 @@ class TokenizerRun:
     def _text_encoder(self) -> CLIPTextEncoder:
         if self._text_config.pretrained is None:
             return new_text_encoder(self._text_config, self._bpe, self.config.seed)
-        encoder = CLIPTextEncoder.from_pretrained(part_folder(self._text_config.pretrained))
+        encoder = CLIPTextEncoder.from_pretrained(
+            part_folder(self._text_config.pretrained, self._sha256s)
+        )
         if encoder.config.vocab_size < self._bpe.vocab_size:
             raise UserError(
                 expected=f"a vocabulary of at most {encoder.config.vocab_size} tokens for the "

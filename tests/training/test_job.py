@@ -7,8 +7,8 @@ import pytest
 from pydantic import BaseModel
 
 from training.config import NetworkConfig, StageConfig, TextEncoderConfig, TokenizerConfig
-from training.driver import FOLDER_FIELDS, with_whole_paths
 from training.job import Job
+from training.parts import FOLDER_FIELDS, with_whole_paths
 
 
 def test_the_drivers_dictionary_is_understood() -> None:

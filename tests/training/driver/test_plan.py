@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 
 from infra import storage
 from infra.errors import UserError
-from training import registry
-from training.plan import PUBLISHED_NAME, expected_time, plan_chain, plan_stage
+from training import publish, registry
+from training.plan import PUBLISHED_NAME, StagePlan, expected_time, plan_chain, plan_stage
 
 pytestmark = pytest.mark.slow
 
@@ -187,3 +188,30 @@ def test_a_finished_chain_is_planned_in_a_moment(local_house: House, finish: Any
     plans = plan_chain(local_house.specs(), local_house.context())
     assert time.monotonic() - started_at < 3.0
     assert [plan.decision for plan in plans] == ["SKIP"] * 3
+
+
+def test_published_weights_are_known_by_their_bytes(
+    local_house: House, finish: Any, exported: Path, other_export: Path, tmp_path: Path
+) -> None:
+    house, folder = local_house, tmp_path / "published"
+    finish(house)
+    shutil.copytree(exported / "transformer", folder)
+    init = {"source": "pretrained", "pretrained": str(folder)}
+
+    def plan(**other: Any) -> StagePlan:
+        return plan_chain(house.specs(init={**init, **other}), house.context())[1]
+
+    begun = plan()
+    assert begun.reason.endswith(f"starts from {folder} and version 1 of {house.recipe}-tokenizer")
+    assert finish(house, "concepts", init=init).decision == "SKIP"
+    provenance = publish.read_provenance(plan().published or "")
+    assert provenance["key_parts"]["config"]["stage"]["init"]["pretrained"] == begun.parts[0].sha256
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert plan(pretrained=str(moved)).decision == "SKIP"
+    shutil.copytree(other_export / "transformer", folder, dirs_exist_ok=True)
+    changed = plan()
+    assert changed.decision == "INIT"
+    assert changed.reason.startswith("config.stage.init.pretrained changed since version 1")
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="a published model in"):
+        plan()
