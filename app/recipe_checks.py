@@ -12,11 +12,13 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from app.recipe_problems import Problem, did_you_mean, problem
 
 if TYPE_CHECKING:
+    from infra.cluster import ClusterConfig
     from pipelines.config import CurationConfig
     from pipelines.scoring_config import DerivedConfig
     from training.config import StageConfig, TextEncoderConfig, TokenizerConfig
 
 WORLD_MARK = "{world}"  # stands for the painted world's folder in a dataset's paths
+DEFAULTED = ("text_encoder", "cluster")  # sections that are there when they are not written
 PUBLISHED_DOWNSAMPLING = 16  # of the published VQ, for recipes that take one by path
 
 
@@ -38,6 +40,7 @@ class Parts:
     stages: dict[str, StageConfig] = field(default_factory=dict)
     has_evaluation: bool = False
     evaluation: Any = None  # an EvaluationConfig, whose module imports this one
+    cluster: ClusterConfig | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any], recipe: type[BaseModel]) -> Parts:
@@ -45,7 +48,7 @@ class Parts:
 
         def section(name: str) -> Any:
             annotation = recipe.model_fields[name].annotation
-            return _valid(annotation, values.get(name, {} if name == "text_encoder" else None))
+            return _valid(annotation, values.get(name, {} if name in DEFAULTED else None))
 
         def entries(name: str) -> dict[str, Any]:
             written = values.get(name)
@@ -73,6 +76,7 @@ class Parts:
             stages=entries("stages"),
             has_evaluation=values.get("evaluation") is not None,
             evaluation=section("evaluation"),
+            cluster=section("cluster"),
         )
 
     def dataset_of(self, name: str) -> CurationConfig | None:
@@ -184,6 +188,7 @@ def _stage_problems(parts: Parts) -> Iterator[Problem]:
         if dataset is not None and (derived is None or not derived.caption):
             yield from _captions_there(at, stage, dataset)
         yield from _divisible(parts, at, stage)
+        yield from _worker_problems(parts, at, stage)
         if longest is not None and stage.text_tokens > longest:
             yield problem(
                 (*at, "text_tokens"),
@@ -191,6 +196,30 @@ def _stage_problems(parts: Parts) -> Iterator[Problem]:
                 f"{stage.text_tokens}; lower it, or raise that",
             )
     yield from _order_problems(parts)
+
+
+def _worker_problems(parts: Parts, at: tuple[str, ...], stage: StageConfig) -> Iterator[Problem]:
+    """What would end after the start of all workers, or wait for workers that never come."""
+    workers, batch = stage.num_workers, stage.global_batch_size
+    if batch < workers:
+        yield problem(
+            (*at, "num_workers"),
+            f"expected at most {batch}, a sample of global_batch_size for each; got {workers}; "
+            "lower it, or raise that",
+        )
+    elif stage.strategy == "fsdp" and batch % workers:
+        yield problem(
+            (*at, "global_batch_size"),
+            f"expected a multiple of num_workers, {workers}, as strategy: fsdp shares it equally; "
+            f"got {batch}; take {batch // workers * workers}, or other workers",
+        )
+    cluster = parts.cluster
+    if cluster is not None and cluster.ray_address is None and workers > cluster.num_workers:
+        yield problem(
+            (*at, "num_workers"),
+            f"expected at most cluster.num_workers, {cluster.num_workers}, for which the Ray of "
+            f"this machine is made; got {workers}; lower it, raise that, or name a ray_address",
+        )
 
 
 def _order_problems(parts: Parts) -> Iterator[Problem]:

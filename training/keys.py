@@ -38,6 +38,7 @@ DRIVER_MODULES = frozenset(
         "publish",
         "registry",
         "replicas",
+        "room",
         "saver",
         "stages",
         "stall",

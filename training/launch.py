@@ -49,6 +49,7 @@ from infra.run_filesystem import run_filesystem
 from infra.storage import StorageUnavailable
 from infra.tracking_server import TrackingUnavailable
 from training.checkpoint_store import CheckpointStore
+from training.room import NO_ROOM_ERRORS, check_room, why_none_came
 from training.suspects import suspect_of
 
 MAX_FAILURES = 3
@@ -282,6 +283,7 @@ def train(
     ``on_start`` is given a function that stops everything at once. Raises ``TrainingFailed`` with
     the cause in one line.
     """
+    check_room(launch)
     runs_uri = storage.join(launch.store_uri, "runs")
     filesystem, path = run_filesystem(runs_uri)
     settings = {
@@ -353,12 +355,9 @@ def explain(error: BaseException, launch: Launch) -> TrainingFailed:
         )
     cause = error.controller_failure if isinstance(error, ControllerError) else error
     text = _last_words(cause)
-    if type(cause).__name__ == "InsufficientClusterResourcesError":
+    if type(cause).__name__ in NO_ROOM_ERRORS:
         return TrainingFailed(
-            f"Ray has too few resources for {launch.num_workers} workers of "
-            f"{launch.cpus_per_worker} CPUs{' and a GPU' if launch.use_gpu else ''}; "
-            "lower cluster.cpus_per_worker or the stage's num_workers",
-            str(error),
+            f"training {launch.name} could not begin: {why_none_came(launch)}", str(error)
         )
     return TrainingFailed(
         f"training {launch.name} failed outside its workers: {type(cause).__name__}: "

@@ -76,6 +76,8 @@ def test_a_missing_key_says_what_it_is() -> None:
         ("derived={captioned: {dataset: captioned, keep: {}}}", "has this name already"),
         ("derived={best: {dataset: captiond, keep: {}}}", "did you mean captioned?"),
         ("name=Tiny Recipe", "expected string should match pattern"),
+        ("stages.concepts.num_workers=2", "cluster.num_workers, 1, for which the Ray of this"),
+        ("stages.concepts.num_workers=40", "expected at most 16, a sample of global_batch_size"),
         ("seed=-1", "expected a value greater than or equal to 0"),
         ("datasets.captioned.filters.min_aesthetic_score=.nan", "a finite number"),
         ("datasets.captioned.filters.min_aesthetic_score=99", "less than or equal to 10"),
@@ -254,3 +256,13 @@ def test_sizes_that_cannot_be_are_told_once(written: str, expected: str) -> None
         recipe_from_text(SIZES.replace("[128, 512]", written), "sized.yaml")
     assert len(caught.value.lines) == 1
     assert expected in caught.value.lines[0]
+
+
+def test_workers_fit_the_batch_and_the_ray_they_run_on() -> None:
+    three = ["stages.concepts.num_workers=3", "cluster.num_workers=3"]
+    assert load_recipe(TINY, three).stages["concepts"].num_workers == 3
+    (line,) = lines_of(*three, "stages.concepts.strategy=fsdp")
+    assert "stages.concepts.global_batch_size: expected a multiple of num_workers, 3" in line
+    assert "take 15" in line
+    elsewhere = ["stages.concepts.num_workers=16", "cluster.ray_address=head:6379"]
+    assert load_recipe(TINY, elsewhere).stages["concepts"].num_workers == 16

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from training.launch import Launch, explain, is_final
+from infra.cluster import ClusterConfig
+from infra.errors import UserError
+from infra.sessions import ray_session
+from training.launch import Launch, explain, is_final, train
 from training.replicas import ReplicasDiffer
+from training.room import Room, why_none_came
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:ray.data.context")
 
@@ -32,3 +38,59 @@ def test_out_of_memory_has_a_remedy(failure: Exception) -> None:
 
 def test_unequal_workers_start_again() -> None:
     assert not is_final(ReplicasDiffer("weights are no longer equal"))
+
+
+def _machine(cpus: float, gpus: float = 0.0, is_alive: bool = True) -> dict[str, object]:
+    return {"Alive": is_alive, "Resources": {"CPU": cpus, "GPU": gpus}}
+
+
+@pytest.mark.parametrize(
+    ("machines", "use_gpu", "num_workers"),
+    [
+        ([_machine(5)], False, 2),
+        ([_machine(3), _machine(3)], False, 2),  # 6 CPUs, and no third worker fits on a machine
+        ([_machine(8), _machine(8, is_alive=False)], False, 4),
+        ([_machine(8, 1), _machine(2, 8)], True, 2),
+        ([_machine(8)], True, 0),
+        ([{"Alive": True}], False, 0),
+    ],
+)
+def test_workers_fit_on_whole_machines(
+    machines: list[dict[str, object]], use_gpu: bool, num_workers: int
+) -> None:
+    launch = Launch("concepts-0", "file:///s", 3, cpus_per_worker=2, use_gpu=use_gpu)
+    room = Room.of(machines, launch)
+    assert room.num_workers == num_workers
+    problem = room.problem(launch)
+    assert (problem is None) == (num_workers >= 3)
+    if problem is not None:
+        assert f"room for 3 workers of 2 CPUs{' and a GPU' if use_gpu else ''}, got" in problem
+        assert ("cluster.use_gpu: false" in problem) == use_gpu
+
+
+@pytest.mark.slow
+def test_workers_that_can_never_come_are_not_waited_for(tmp_path: Path) -> None:
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2.api.exceptions import ControllerError
+
+    def never(job: dict[str, object]) -> None:
+        raise AssertionError("it began")
+
+    cluster = ClusterConfig(cpus_per_worker=1, use_gpu=False)
+    launch = Launch("concepts-0", tmp_path.as_uri(), 1, cpus_per_worker=1, use_gpu=True)
+    many = Launch("concepts-0", tmp_path.as_uri(), 5, cpus_per_worker=1)
+    with ray_session(cluster, {}):
+        # Ray itself gives up after four minutes, with "could not begin".
+        with pytest.raises(
+            UserError, match=r"cannot begin: .* room for 0: 2 CPUs and 0 GPUs on 1 m"
+        ):
+            train({}, launch, never)
+        with pytest.raises(
+            UserError,
+            match="cannot begin: expected room for 5 workers of 1",
+        ):
+            train({}, many, never)
+        late = ControllerError(WorkerGroupStartupTimeoutError(num_workers=5))
+        assert "could not begin: expected room for 5 workers" in str(explain(late, many))
+        assert "\n" not in str(explain(late, many))
+        assert "though there is room" in why_none_came(Launch("c", "file:///s", cpus_per_worker=1))
