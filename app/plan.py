@@ -24,7 +24,8 @@ from infra.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from training.plan import Expected, StagePlan
+    from training.expected import Expected
+    from training.plan import StagePlan
     from training.stages import DatasetPin
 
 
@@ -163,7 +164,8 @@ def _plan_stages(recipe: Recipe, place: Place, pins: dict[str, DatasetPin]) -> l
     if not specs:
         return []
 
-    from training.plan import PlanContext, expected_time, plan_chain
+    from training.expected import expected_time
+    from training.plan import PlanContext, plan_chain
 
     context = PlanContext(place.server, place.store_uri, pins, evaluation_key(recipe))
     return [
@@ -193,15 +195,23 @@ def _planned(recipe: Recipe, plan: StagePlan, expected: Expected | None) -> Plan
 
 def _expected(recipe: Recipe, plan: StagePlan, expected: Expected) -> dict[str, Any]:
     price = recipe.cluster.price_per_worker_hour
-    cost = None if price is None else expected.hours * plan.spec.num_workers * price
+    cost = None if price is None else expected.hours * expected.num_workers * price
     return {**asdict(expected), "cost": cost}
 
 
 def expected_line(expected: dict[str, Any]) -> str:
-    """``0.42 hours, cost 1.70 (35.1 images/s, known from version 2 of demo-concepts)``."""
+    """``0.42 hours on 8 workers, cost 1.70 (35.1 images/s; known from version 2 of demo-concepts,
+    measured on 1 worker)``."""
+
+    def workers(number: int) -> str:
+        return f"{number} worker{'s' * (number != 1)}"
+
     cost = "" if expected["cost"] is None else f", cost {expected['cost']:,.2f}"
-    rate = f"{expected['images_per_second']:,.1f} images/s"
-    return f"{expected['hours']:,.2f} hours{cost} ({rate}, known from {expected['known_from']})"
+    source = f"{expected['known_from']}, measured on {workers(expected['measured_workers'])}"
+    return (
+        f"{expected['hours']:,.2f} hours on {workers(expected['num_workers'])}{cost} "
+        f"({expected['images_per_second']:,.1f} images/s; known from {source})"
+    )
 
 
 def show_plan(steps: list[PlannedStep], out: Output) -> None:

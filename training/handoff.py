@@ -17,12 +17,12 @@ from typing import Any
 from infra.digests import canonical_json
 from infra.tracking_server import TrackedRun, TrackingServer, json_number, now_ms
 from training import keys, registry, versions
+from training.expected import TAG_WORK, work_digest
 from training.plan import (
     TAG_EVALUATION,
     TAG_METRICS,
     TAG_MODEL_ID,
     TAG_PARENT,
-    TAG_RESOLUTION,
     TAG_SCORES,
     TAG_STEP,
     TAG_TOKENIZER,
@@ -96,7 +96,7 @@ def register(
         TAG_METRICS: _numbers(outcome.metrics),
         "init_policy": plan.spec.init_policy,
         "run_name": plan.run_name or "",
-        TAG_RESOLUTION: str(plan.spec.configs.get("stage", {}).get("resolution_px", UNKNOWN)),
+        TAG_WORK: work_digest(plan.spec),
     }
     model_id = versions.logged_model(
         server,

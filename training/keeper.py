@@ -326,6 +326,7 @@ class Keeper:
         result: dict[str, Any] = {
             "step": float(self._run.step),
             "images_per_second": self._journal.images_per_second,
+            "num_workers": float(self._session.world_size),
             "train_seconds": time.monotonic() - self._started_at,
         }
         if self._journal.final_loss is not None:

@@ -26,6 +26,7 @@ DRIVER_MODULES = frozenset(
     {
         "checkpoint_store",
         "driver",
+        "expected",
         "gate",
         "handoff",
         "image_data",

@@ -20,7 +20,6 @@ from infra.tracking_server import TrackingServer
 from training import keys, publish, registry, versions
 from training.checkpoint_store import newest_step
 from training.parts import PublishedPart, find_parts, with_digests
-from training.progress import read_progress_json
 from training.stages import TOKENIZER_STAGE, DatasetPin, StageSpec
 from training.versions import RegisteredVersion
 
@@ -34,8 +33,6 @@ TAG_EVALUATION = "evaluation"
 TAG_TOKENIZER = "tokenizer_sha256"
 TAG_PARENT = "parent_version"
 TAG_MODEL_ID = "logged_model_id"
-TAG_RESOLUTION = "resolution_px"
-PROGRESS_NAME = "progress.json"
 SHOWN_CHANGES = 3
 
 
@@ -118,35 +115,6 @@ class PlanContext:
     datasets: Mapping[str, DatasetPin]
     evaluation_key: str = ""
     verify: bool = True
-
-
-@dataclass(frozen=True)
-class Expected:
-    """How long what is left of a stage will take at the speed that it was last trained at."""
-
-    hours: float
-    images_per_second: float
-    known_from: str
-
-
-def expected_time(plan: StagePlan, context: PlanContext) -> Expected | None:
-    """From the newest version of the same stage with the same image size, or from the run's own
-    progress; None when neither is known."""
-    stage = plan.spec.configs.get("stage")
-    if stage is None or not plan.needs_training:
-        return None
-    left = (plan.spec.steps - plan.step) * int(stage["global_batch_size"])
-    if plan.step and plan.run_name:
-        uri = storage.join(context.store_uri, "runs", plan.run_name, PROGRESS_NAME)
-        rate = read_progress_json(uri).get("images_per_second")
-        if isinstance(rate, int | float) and rate > 0:
-            return Expected(left / rate / 3600, float(rate), "its own last steps")
-    model = keys.model_name(plan.spec.recipe, plan.spec.stage)
-    for version in reversed(versions.all_versions(context.server, model)):
-        rate = json_tag(version, TAG_METRICS).get("images_per_second", 0.0)
-        if rate > 0 and version.tags.get(TAG_RESOLUTION) == str(stage["resolution_px"]):
-            return Expected(left / rate / 3600, rate, f"version {version.version} of {model}")
-    return None
 
 
 def plan_chain(specs: Sequence[StageSpec], context: PlanContext) -> list[StagePlan]:

@@ -145,6 +145,7 @@ def _journal(
     if tracker is None and job.tracking_uri is not None and job.mlflow_run_id is not None:
         tracker = RestTracker(job.tracking_uri, job.mlflow_run_id)
     progress = ProgressFile(job.progress_uri, run.num_steps, job.attempt)
+    progress.update(num_workers=session.world_size)
     peak = peak_teraflops()
     return Journal(
         run.num_steps,

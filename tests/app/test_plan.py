@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from app.plan import PlannedStep, show_plan
+from app.plan import PlannedStep, expected_line, show_plan
 from app.verb import Output
 from pipelines.config import CurationConfig
 from pipelines.estimate import estimate_curation
@@ -53,3 +53,14 @@ def test_what_is_not_known_is_said(tmp_path: Path, capsys: Any) -> None:
     assert "copies 0 known from all rows" in " ".join(printed.split())
     assert "cost" not in printed
     assert "(60 fetches a second each, not measured yet)" in printed
+
+
+def test_hours_say_on_how_many_workers_they_were_measured() -> None:
+    expected = {
+        "hours": 0.25, "images_per_second": 80.0, "num_workers": 8, "measured_workers": 1,
+        "known_from": "version 2 of tiny-concepts", "cost": 4.0,
+    }  # fmt: skip
+    assert expected_line(expected) == (
+        "0.25 hours on 8 workers, cost 4.00 (80.0 images/s; known from version 2 of "
+        "tiny-concepts, measured on 1 worker)"
+    )

@@ -373,6 +373,7 @@ def test_progress_is_written(
     assert (progress["step"], progress["steps"], progress["eta_seconds"]) == (6, 6, 0.0)
     assert progress["loss"] > 0
     assert progress["images_per_second"] > 0
+    assert progress["num_workers"] == 1
 
 
 def test_a_parent_of_another_width_is_one_line(

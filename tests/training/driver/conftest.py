@@ -199,7 +199,7 @@ def finish_training() -> Callable[[House, StagePlan, Path], str]:
             "stage_key": plan.key,
             "key_parts": plan.key_parts,
             "step": plan.spec.steps,
-            "metrics": {"final_loss": 2.0},
+            "metrics": {"final_loss": 2.0, "images_per_second": 8.0, "num_workers": 2.0},
         }
         folder = publish.publish_folder(exported, house.store_uri, plan.spec.stage, provenance)
         run_uri = storage.join(house.store_uri, "runs", plan.run_name or "")

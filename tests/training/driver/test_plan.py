@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from infra import storage
 from infra.errors import UserError
 from training import publish, registry
-from training.plan import PUBLISHED_NAME, StagePlan, expected_time, plan_chain, plan_stage
+from training.expected import expected_time
+from training.plan import PUBLISHED_NAME, StagePlan, plan_chain, plan_stage
 
 pytestmark = pytest.mark.slow
 
@@ -95,12 +97,53 @@ def test_hours_come_from_the_speed_it_had(local_house: House, finish: Any) -> No
     run_uri = storage.join(house.store_uri, "runs", plan.run_name or "")
     listing = storage.join(run_uri, "checkpoints", "000-00000600-12345678", "CHECKPOINT.json")
     storage.write_json(listing, {})
-    progress = {"step": 610, "steps": 1800, "images_per_second": 2.0}
+    for on_workers in (1, 4):  # as they were; the plan has one
+        progress = {"step": 610, "images_per_second": 2.0 * on_workers, "num_workers": on_workers}
+        storage.write_json(storage.join(run_uri, "progress.json"), progress)
+        plan = plan_chain(house.specs(steps=1800), house.context())[1]
+        expected = expected_time(plan, house.context())
+        assert expected is not None
+        assert expected.hours == pytest.approx(1200 * 2 / 2.0 / 3600)
+        assert (expected.num_workers, expected.measured_workers) == (1, on_workers)
+    del progress["num_workers"]  # of a run that did not say so
     storage.write_json(storage.join(run_uri, "progress.json"), progress)
-    plan = plan_chain(house.specs(steps=1800), house.context())[1]
-    expected = expected_time(plan, house.context())
-    assert expected is not None
-    assert expected.hours == pytest.approx(1200 * 2 / 2.0 / 3600)
+    assert expected_time(plan, house.context()) is None
+
+
+def test_more_workers_take_fewer_hours_and_cost_the_same(local_house: House, finish: Any) -> None:
+    house = local_house
+    finish(house)
+    finish(house, "concepts")  # at 8 images a second on two workers
+    hours = []
+    for num_workers in (1, 8):
+        plan = plan_chain(house.specs(steps=1800, num_workers=num_workers), house.context())[1]
+        expected = expected_time(plan, house.context())
+        assert expected is not None
+        assert expected.images_per_second == 4.0 * num_workers
+        hours.append(expected.hours * expected.num_workers)
+        assert expected.measured_workers == 2
+        assert expected.known_from == f"version 1 of {house.recipe}-concepts"
+    assert hours == [pytest.approx(1800 * 2 / 4.0 / 3600)] * 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"compress": True}, {"resolution_px": 64}, {"precision": "fp32"}, {"network": 3}]
+)
+def test_the_speed_of_other_work_is_not_taken(
+    local_house: House, finish: Any, change: dict[str, Any]
+) -> None:
+    house = local_house
+    finish(house)
+    finish(house, "concepts")
+    if "network" in change:
+        specs = house.specs(steps=1800)
+        network = {**specs[1].configs["network"], "num_layers": change["network"]}
+        spec = replace(specs[1], configs={**specs[1].configs, "network": network})
+    else:
+        spec = house.specs(steps=1800, **change)[1]
+    plan = plan_chain([house.specs()[0], spec], house.context())[1]
+    assert plan.decision == "INIT"
+    assert expected_time(plan, house.context()) is None
 
 
 def test_a_dataset_that_is_not_there_yet(local_house: House) -> None:
