@@ -90,7 +90,8 @@ def clean(
         bool, typer.Option("--dry-run", help="say what would go, whatever else is given")
     ] = False,
     work: Annotated[
-        bool, typer.Option("--work", help="working files may go: a retry would fetch all again")
+        bool,
+        typer.Option("--work", help="working files may go: a retry then reads the inputs"),
     ] = False,
     versions: Annotated[
         bool,

@@ -229,7 +229,7 @@ def _curate(
             retry_failed=selection.retry_failed,
             others={
                 other: placed(session.recipe.datasets[other], session.world_folder)
-                for other in selection.datasets
+                for other in selection.datasets[selection.datasets.index(name) + 1 :]
             },
         ).manifest_uri
 

@@ -161,6 +161,13 @@ class Build(Workspace):
             found = dict(zip(indices, markers, strict=True))
         return {index: marker for index, marker in found.items() if marker is not None}
 
+    def forget_markers(self) -> None:
+        """Nothing counts as done any more; the files stay for ``clean``."""
+        starts = tuple(storage.join(self.folder, f"{name}-") for name in _NAMES.values())
+        for info in list(storage.list_objects(self.folder)):
+            if info.uri.startswith(starts):
+                storage.delete(info.uri)
+
     def stage(self, path: Path, kind: str, num_rows: int) -> FileEntry:
         """Upload a working file under its digest."""
         sha256 = sha256_file(path)

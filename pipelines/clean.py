@@ -85,7 +85,7 @@ def take_stock(
     """Look at every file's name, and into manifests and markers; changes nothing.
 
     ``needed``: the versions that somebody refers to; the others may go. None: all are needed.
-    ``with_work``: working files may go, too. A finished build then fetches everything again for a
+    ``with_work``: working files may go, too. A finished build then reads its inputs again for a
     retry, one under way begins again.
     """
     stock = Stock(dataset_root, sizes_under(dataset_root))

@@ -33,7 +33,7 @@ from pipelines.build import KEY_CHARS
 from pipelines.config import ShardConfig
 from pipelines.embed import publish_file
 from pipelines.exclusive import refuse_while_removing
-from pipelines.ledger import COMMITTED, FAILED, LEDGER_SCHEMA, REJECTED, LedgerFile, count
+from pipelines.ledger import COMMITTED, FAILED, LEDGER_SCHEMA, REJECTED, LedgerFile, count, part_of
 from pipelines.rejected import (
     Tray,
     offer_sample,
@@ -289,7 +289,7 @@ def _derive_ledger(job: Derivation, ledger: FileEntry, folder: Path) -> DerivedL
     counts = count(updated)
     entry = ledger
     if not updated.equals(rows):
-        with LedgerFile(folder, f"{job.kind} {ledger.path}") as file:
+        with LedgerFile(folder, part_of(data)) as file:
             file.add(updated)
             entry = file.publish(job.dataset_root) or ledger
     if entry.num_rows != ledger.num_rows or counts.num_rows != ledger.num_rows:

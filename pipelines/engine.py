@@ -16,11 +16,16 @@ from typing import TYPE_CHECKING
 
 from pipelines.build import Build, StagedMarker
 from pipelines.inputs import Unit
+from pipelines.units import run_units
 from pipelines.workspace import one_line_errors
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
+
+    from infra.manifest import DatasetManifest
+    from pipelines.read_rows import Slots
+    from pipelines.retry_images import Rounds
 
 Batches = Iterator["pa.RecordBatch"]
 
@@ -41,7 +46,26 @@ def fetch_images(
     from pipelines.stage_images import stage_images
 
     slots = task.Slots(tuple(partitions), build.num_partitions)
+
+    def fetch(partition: int, batches: Batches) -> None:
+        stage_images(build, partition, batches, companions)
+
+    _spread(spark, build, units, slots, fetch, companions)
+
+
+def _spread(
+    spark: SparkSession,
+    build: Build,
+    units: Sequence[Unit],
+    slots: Slots,
+    run: Callable[[int, Batches], None],
+    companions: Sequence[Build] = (),
+) -> None:
+    """Read ``units`` and ``run`` each of the partitions of ``slots`` with its rows."""
+    from pipelines import read_rows as task
+
     pending = list(units)
+    partitions = slots.partitions
     one_thread_per_task(spark)
 
     def read(batches: Batches) -> Batches:
@@ -52,35 +76,54 @@ def fetch_images(
                 yield from task.read_rows(build, pending[index], slots, companions)
         keep_imports_out_of_gc()
 
-    def fetch(slot: int, batches: Batches) -> int:
-        partition = slots.partitions[slot]
-        stage_images(build, partition, batches, companions)
-        return partition
+    def at_slot(slot: int, batches: Batches) -> int:
+        run(partitions[slot], batches)
+        return partitions[slot]
 
     with one_line_errors(build):
         numbers = spark.range(0, len(pending), 1, numPartitions=len(pending))
         rows = numbers.mapInArrow(read, _ddl(task.TRAVEL_SCHEMA))
         if partitions:
-            run_by_slot(rows, len(partitions), fetch)
+            run_by_slot(rows, len(partitions), at_slot)
         else:
             rows.write.format("noop").mode("overwrite").save()
 
 
-def retry_images(spark: SparkSession, build: Build, partitions: Sequence[int], round: int) -> None:
+def restore(
+    spark: SparkSession, build: Build, units: Sequence[Unit], manifest: DatasetManifest
+) -> None:
+    """Make the working files of a finished build again, those of its version ``manifest``."""
+    from pipelines import restore as task
+    from pipelines.read_rows import Slots
+
+    build.forget_markers()
+    every = list(units)
+
+    def ends(index: int) -> None:
+        task.restore_ends(build, manifest, every, index)
+
+    run_units(spark, build, len(manifest.ledger), ends)
+    task.restore_empty(build, manifest, every)
+    slots = Slots(tuple(range(build.num_partitions)), build.num_partitions)
+
+    def rows(partition: int, batches: Batches) -> None:
+        task.restore_rows(build, partition, batches)
+
+    _spread(spark, build, every, slots, rows)
+
+
+def retry_images(
+    spark: SparkSession,
+    build: Build,
+    partitions: Sequence[int],
+    round: int,
+    companions: Rounds = (),
+) -> None:
     """Fetch again what failed in passing in ``partitions``, each in a task of its own."""
-    from pipelines.stage_images import retry_images as retry
+    from pipelines.retry_images import retry_images as retry
 
     pending = list(partitions)
-
-    def again(batches: Batches) -> Batches:
-        for batch in batches:
-            for index in batch.column(0).to_pylist():
-                retry(build, pending[index], round)
-            yield batch
-
-    with one_line_errors(build):
-        numbers = spark.range(0, len(pending), 1, numPartitions=len(pending))
-        numbers.mapInArrow(again, "id long").write.format("noop").mode("overwrite").save()
+    run_units(spark, build, len(pending), lambda n: retry(build, pending[n], round, companions))
 
 
 def write_shards(spark: SparkSession, build: Build, partitions: Sequence[int]) -> None:

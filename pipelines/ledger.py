@@ -160,6 +160,12 @@ def ledger_batches(
     path.unlink()
 
 
+def part_of(data: bytes) -> str:
+    """The work whose rows a ledger file has, from its bytes; empty when it does not say."""
+    metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
+    return bytes(metadata.get(PART.encode(), b"")).decode()
+
+
 class LedgerFile:
     """A ledger file in the making, on local disk: add frames, then publish it under its digest.
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from infra import storage
 from infra.config import semantic_part
 from infra.digests import canonical_json, code_digest, sha256_bytes
 from infra.errors import UserError
-from infra.manifest import FileEntry, ShardEntry, load_manifest, verify_dataset
+from infra.manifest import (
+    MANIFEST_NAME,
+    DatasetManifest,
+    FileEntry,
+    ShardEntry,
+    listed_files,
+    load_manifest,
+    verify_dataset,
+)
 from pipelines.build import Build, PartMarker, ReadMarker, StagedMarker
 from pipelines.caption_tokens import tokenizer_part
 from pipelines.clip_model import as_uri
@@ -33,7 +42,8 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 class CurationPlan:
     """SKIP: a verified version is there. RESUME: some work is. RUN: none is.
 
-    ``units`` are read, ``partitions`` fetched and ``parts`` written by a run.
+    ``units`` are read, ``partitions`` fetched and ``parts`` written by a run. ``retried``: the
+    version that a retry goes on from, when one is under way.
     """
 
     decision: Literal["SKIP", "RESUME", "RUN"]
@@ -44,6 +54,7 @@ class CurationPlan:
     partitions: tuple[int, ...]
     parts: tuple[int, ...]
     version: str | None = None
+    retried: str | None = None
 
     @property
     def build_key(self) -> str:
@@ -80,10 +91,12 @@ def plan_curation(name: str, config: CurationConfig, store_uri: str) -> Curation
     root = storage.join(store_uri, "datasets", name)
     inputs = find_inputs(config, storage.join(root, "work", "inputs"))
     build = _build(name, config, store_uri, inputs)
-    version = _finished_version(build)
+    version = noted_version(build.result_uri)
     problems: list[str] = []
     if version is not None:
         problems = verify_unless_unchanged(build.dataset_root, version)
+        if not problems and build.open_round() is not None:
+            return replace(_unfinished(build, inputs, []), retried=version)
         if not problems:
             return CurationPlan(
                 "SKIP",
@@ -95,7 +108,39 @@ def plan_curation(name: str, config: CurationConfig, store_uri: str) -> Curation
                 (),
                 version,
             )
-    return _unfinished(build, inputs, problems)
+    return _unfinished(build, inputs, problems, version)
+
+
+def plan_again(plan: CurationPlan) -> CurationPlan:
+    """What is left to do of a plan for inputs that have not changed since; nothing is verified."""
+    return replace(_unfinished(plan.build, list(plan.inputs), []), retried=plan.retried)
+
+
+def follows(build: Build, manifest: DatasetManifest, units: Sequence[Unit]) -> bool:
+    """Whether the build's markers, before the retry under way if one is, come to ``manifest``."""
+    round = build.open_round()
+    reads = build.read_all(ReadMarker, len(units))
+    staged = build.read_all(StagedMarker, build.num_partitions)
+    parts = build.read_all(PartMarker, build.num_partitions)
+    if len(staged) < build.num_partitions or not metadata_units(units) <= reads.keys():
+        return False
+    before = [
+        each.carried if round is not None and each.round == round else parts.get(index)
+        for index, each in sorted(staged.items())
+    ]
+    shards = [entry for part in before if part is not None for entry in part.shards]
+    files = [marker.ledger for marker in (*reads.values(), *before) if marker is not None]
+    ledger = {entry.path for entry in files if entry is not None}
+    return (
+        None not in before
+        and shards == manifest.shards
+        and ledger == {entry.path for entry in manifest.ledger}
+    )
+
+
+def metadata_units(units: Sequence[Unit]) -> set[int]:
+    """The numbers of the units that have rows of their own, and so a marker."""
+    return {unit.index for unit in units if unit.file.kind == "metadata"}
 
 
 def refuse_changed_inputs(plan: CurationPlan) -> None:
@@ -178,14 +223,23 @@ def build_key(base_key: str, tombstones: Tombstones) -> str:
     return sha256_bytes(canonical_json({"build": base_key, "tombstones": tombstones.digest}))
 
 
-def _finished_version(build: Build) -> str | None:
-    if build.open_round() is not None:
+def _listed(build: Build, version: str) -> set[str] | None:
+    """The files that a version lists; None when its manifest is not whole."""
+    try:
+        manifest = load_manifest(storage.join(build.dataset_root, version, MANIFEST_NAME))
+    except (storage.ObjectMissing, storage.DigestMismatch):
         return None
-    return noted_version(build.result_uri)
+    return {entry.path for entry in listed_files(manifest)}
 
 
-def _unfinished(build: Build, inputs: list[InputFile], problems: list[str]) -> CurationPlan:
-    """Which units, partitions and parts lack a marker with all its files in full size."""
+def _unfinished(
+    build: Build, inputs: list[InputFile], problems: list[str], version: str | None = None
+) -> CurationPlan:
+    """Which units, partitions and parts lack a marker with all its files in full size.
+
+    Of a finished ``version`` with ``problems``, what it does not list does not count: nobody has
+    looked into it. After a repair, markers name what was damaged before.
+    """
     units = units_of(inputs)
     folders = [
         storage.join(build.dataset_root, "shards"),
@@ -198,6 +252,13 @@ def _unfinished(build: Build, inputs: list[InputFile], problems: list[str]) -> C
         for folder in folders
         for info in storage.list_objects(folder)
     }
+    listed = _listed(build, version) if version is not None else None
+    if listed is not None:
+        sizes = {
+            path: size
+            for path, size in sizes.items()
+            if path in listed or not path.startswith(("shards/", "ledger/"))
+        }
     for problem in problems:  # verify_dataset's lines begin with the file's path
         sizes.pop(problem.partition(":")[0], None)
 

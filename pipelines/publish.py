@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
+from infra import storage
 from infra.config import semantic_part
 from infra.digests import canonical_json, sha256_bytes
-from infra.manifest import SHARD_SIZES, DatasetManifest
+from infra.manifest import MANIFEST_NAME, SHARD_SIZES, DatasetManifest, load_manifest
 from pipelines.build import PartMarker, ReadMarker
 from pipelines.caption_tokens import tokenizer_part
 from pipelines.decontaminate import decontamination_part
@@ -16,11 +18,15 @@ from pipelines.ledger import COMMITTED, FAILED, REASONS, REJECTED
 from pipelines.plan import CurationPlan
 from pipelines.references import references_part
 
+# Attributes that a retry does not change, and that a derived version cannot be asked for again.
+_KEPT = ("captions", "derivations")
+
 
 def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
     """List every shard and ledger file and account for every input row.
 
-    The counts come from what was written. Raises ``RuntimeError`` when a row is missing or
+    After a retry the manifest is that of the version it went on from, with what came. The counts
+    come from what was written. Raises ``RuntimeError`` when a row is missing or
     counted twice: that is a bug, and nothing is published.
     """
     build = plan.build
@@ -62,7 +68,7 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
         for column, found in part.recorded.items():
             recorded.setdefault(column, Counter()).update(found)
     sizes = {path: size for part in parts for path, size in part.shard_sizes.items()}
-    return DatasetManifest(
+    made = DatasetManifest(
         name=name,
         recipe_fingerprint=sha256_bytes(canonical_json(recipe)),
         shards=[shard for part in parts for shard in part.shards],
@@ -90,6 +96,24 @@ def assemble_manifest(name: str, plan: CurationPlan) -> DatasetManifest:
             **{column: dict(found) for column, found in sorted(recorded.items())},
             **({SHARD_SIZES: sizes} if build.config.resize.crop == "bucket" else {}),
         },
+    )
+    if plan.retried is None:
+        return made
+    uri = storage.join(build.dataset_root, plan.retried, MANIFEST_NAME)
+    return _continued(load_manifest(uri), made)
+
+
+def _continued(before: DatasetManifest, made: DatasetManifest) -> DatasetManifest:
+    """What a retry ``made``, as a successor of the version ``before``: of its recipe, its parents
+    and whatever was derived; that version itself when no file is another one."""
+    if (made.shards, made.ledger) == (before.shards, before.ledger):
+        return before
+    kept = {name: before.attributes[name] for name in _KEPT if name in before.attributes}
+    return replace(
+        made,
+        recipe_fingerprint=before.recipe_fingerprint,
+        parents=before.parents,
+        attributes={**made.attributes, **kept},
     )
 
 

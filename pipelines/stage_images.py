@@ -30,7 +30,7 @@ from pipelines.decoder import Decoder, shared_decoder
 from pipelines.duplicates import row_duplicates
 from pipelines.images import Bounds, Looks, StoredImage
 from pipelines.img2dataset_engine import outcomes_by_img2dataset
-from pipelines.ledger import FAILED, REJECTED, is_worth_a_retry
+from pipelines.ledger import FAILED, REJECTED
 from pipelines.outcomes import (
     OUTCOME_SCHEMA,
     NotStored,
@@ -89,57 +89,21 @@ def stage_images(
         # The one whose partition this is comes last: until it is marked, all is done again.
         for number, each in reversed(list(enumerate(builds))):
             staged = without_removed_images(fetched[number], build.tombstones)
-            staged = staged.with_columns(_round(0))
+            staged = staged.with_columns(in_round(0))
             pictures = None
             if trays:
                 pictures = without_taken_down(trays[number].frame(), build.tombstones)
             images = images_path(folder, number)
             pace = (time.monotonic() - started_at, num_asked)
-            _leave(each, partition, staged, folder, images, round=0, pictures=pictures, pace=pace)
+            leave(each, partition, staged, folder, images, round=0, pictures=pictures, pace=pace)
 
 
-def retry_images(build: Build, partition: int, round: int) -> None:
-    """Fetch again the partition's rows whose failure may have passed; all others are left alone.
-
-    The images of this ``round`` and the rows of all are left behind a ``StagedMarker`` that
-    carries what the partition had come to. Without such rows, or when it has been done, nothing
-    happens.
-    """
-    with build.task(f"retried-{partition:05d}") as folder:
-        staged, part = build.read(StagedMarker, partition), build.read(PartMarker, partition)
-        if staged is None or part is None or staged.round >= round:
-            return
-        rows = pl.read_parquet(build.fetch_staged(staged.rows, folder))
-        retried = rows.filter(is_worth_a_retry())
-        if retried.is_empty():
-            return
-        todo = retried.drop(*OUTCOME_SCHEMA, "round").with_columns(
-            pl.lit(None, dtype=pl.String).alias("reason")
-        )
-        with ListedBodies(build.config.fetch, build.tars) as bodies:
-            (again,) = fetch_rows(todo, [build.config], bodies, folder)
-        again = without_removed_images(again, build.tombstones)
-        again = again.with_columns(_round(round)).select(rows.columns)
-        rows = pl.concat([rows.filter(~is_worth_a_retry()), again])
-        images = images_path(folder, 0)
-        _leave(
-            build,
-            partition,
-            rows,
-            folder,
-            images,
-            round=round,
-            carried=part,
-            kept=staged.pictures,
-            pace=(staged.seconds, staged.num_asked),
-        )
-
-
-def _round(number: int) -> pl.Expr:
+def in_round(number: int) -> pl.Expr:
+    """The column that says in which round a row was fetched."""
     return pl.lit(number, dtype=pl.Int32).alias("round")
 
 
-def _leave(
+def leave(
     build: Build,
     partition: int,
     rows: pl.DataFrame,

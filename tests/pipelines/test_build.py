@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,15 @@ from infra.manifest import DatasetManifest, publish_manifest, verify_dataset
 from pipelines.build import Build, PartMarker, ReadMarker, StagedMarker
 from pipelines.card import card
 from pipelines.decoder import Decoder
+from pipelines.inputs import Unit
 from pipelines.plan import CurationPlan, plan_curation
 from pipelines.publish import assemble_manifest, funnel_of
 from pipelines.read_rows import Slots, read_rows, seeds
 from pipelines.rejected import of_build, publish_rejected
 from pipelines.report import write_report
+from pipelines.retry_images import retry_images
 from pipelines.shards import read_shard
-from pipelines.stage_images import retry_images, stage_images
+from pipelines.stage_images import stage_images
 from pipelines.write_shards import staged_images, write_shards
 
 
@@ -60,18 +62,25 @@ def run(plan: CurationPlan, backwards: bool = False) -> DatasetManifest:
 
 def fetch(plan: CurationPlan, backwards: bool = False) -> None:
     """The first half: the plan's partitions are fetched and staged."""
-    build = plan.build
-    slots = Slots(plan.partitions, build.num_partitions)
-    at_slot: dict[int, list[pa.RecordBatch]] = defaultdict(list)
     direction = -1 if backwards else 1
-    for unit in plan.units[::direction]:
+    at_slot = spread(plan.build, plan.units[::direction], plan.partitions)
+    for slot, partition in list(enumerate(plan.partitions))[::direction]:
+        stage_images(plan.build, partition, at_slot[slot][::direction])
+
+
+def spread(
+    build: Build, units: Sequence[Unit], partitions: Sequence[int]
+) -> dict[int, list[pa.RecordBatch]]:
+    """Place of a partition -> the rows of ``units`` that are its own."""
+    slots = Slots(tuple(partitions), build.num_partitions)
+    at_slot: dict[int, list[pa.RecordBatch]] = defaultdict(list)
+    for unit in units:
         for batch in [seeds(slots), *read_rows(build, unit, slots)]:
             frame = pl.DataFrame(pl.from_arrow(batch))
             for (slot,), rows in frame.group_by("slot"):
                 table = rows.to_arrow().cast(batch.schema)
                 at_slot[int(str(slot))].extend(table.to_batches())
-    for slot, partition in list(enumerate(plan.partitions))[::direction]:
-        stage_images(build, partition, at_slot[slot][::direction])
+    return at_slot
 
 
 def ledger(build: Build, manifest: DatasetManifest) -> pl.DataFrame:

@@ -12,9 +12,11 @@ import pytest
 from infra import storage
 from infra.manifest import DatasetManifest, load_manifest
 from infra.sessions import ClusterConfig, spark_session, stop_spark
+from pipelines.clean import clean
 from pipelines.companions import companions_of
 from pipelines.config import CurationConfig
 from pipelines.curate import curate, plan_curation
+from tests.pipelines.test_build import heal
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -136,3 +138,38 @@ def test_killed_between_two_sizes_all_converge(
         assert plan_curation(name, each, broken).decision == "RESUME"
         uri = curate(name, each, broken, spark, others=datasets).manifest_uri
         assert load_manifest(uri) == whole[name]
+
+
+@pytest.mark.slow
+def test_a_retry_asks_once_for_all_sizes(
+    trap_world: Any,
+    spark: Callable[[], SparkSession],
+    tmp_path: Path,
+    http_response: Any,
+    encode: Any,
+    make_picture: Any,
+) -> None:
+    config = trap_world.config()
+    datasets = {"photos": config, "photos-128": sized(config, 128)}
+    alone, store = (tmp_path / "alone").as_uri(), (tmp_path / "together").as_uri()
+    for name, each in datasets.items():
+        curate(name, each, alone, spark)
+        curate(name, each, store, spark, others=datasets)
+    # One size has lost its working files.
+    clean(plan_curation("photos-128", datasets["photos-128"], store).build.dataset_root,
+          with_work=True)  # fmt: skip
+    heal(trap_world, http_response, encode, make_picture)
+    expected = {
+        name: curate(name, each, alone, spark, retry_failed=True).version
+        for name, each in datasets.items()
+    }
+    gets(trap_world)
+    first = curate("photos", config, store, spark, retry_failed=True, others=datasets)
+    assert gets(trap_world) == {"/w/2": 1, "/w/7": 1, "/w/8": 1}
+    assert first.version == expected["photos"]
+    second = curate("photos-128", datasets["photos-128"], store, spark, retry_failed=True)
+    assert not gets(trap_world)
+    assert second.version == expected["photos-128"]
+    for name, each in datasets.items():
+        again = curate(name, each, store, no_spark, retry_failed=True)
+        assert (again.decision, again.version) == ("SKIP", expected[name])
