@@ -318,6 +318,9 @@ def _train(session: Session, step: StepStatus, plan: StagePlan, context: PlanCon
     with progress(f"training {plan.spec.stage}", plan.spec.steps, "steps") as bar:
 
         def report(at: StageProgress) -> None:
+            if at.is_encoding:
+                session.report(step, at.shards_encoded, at.shards, "shards encoded")
+                return
             bar.update(at.step, at.steps or None)
             session.report(
                 step, at.step, at.steps, "steps", loss=at.loss,

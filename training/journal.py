@@ -47,9 +47,17 @@ class Tracker(Protocol):
 class ProgressFile:
     """Writes the latest progress about once a second, from a thread."""
 
-    def __init__(self, uri: str | None, steps: int, attempt: int = 1) -> None:
+    def __init__(
+        self,
+        uri: str | None,
+        steps: int,
+        attempt: int = 1,
+        before: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``before`` is what an earlier start wrote, if that is to stay."""
         self._uri = uri
-        self._latest: dict[str, Any] = {"step": 0, "steps": steps, "attempt": attempt}
+        fresh = {"step": 0, "steps": steps, "attempt": attempt}
+        self._latest: dict[str, Any] = dict(before or fresh)
         self._written: dict[str, Any] | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="progress-file", daemon=True)

@@ -6,8 +6,8 @@ helper that reports need: 9 CPU seconds. On a shared cluster the helpers that cl
 dead controller and watch for preemption stay.
 
 Retries: a lost worker, storage that was away and unknown errors are tried again from the last
-checkpoint, ``MAX_FAILURES`` times without a newer one in between; a ``UserError`` (a diverged
-loss, a bad configuration) is final at once. Checkpoints are the run's own
+checkpoint, ``MAX_FAILURES`` times without a newer one, or another shard's tokens, in between; a
+``UserError`` (a diverged loss, a bad configuration) is final at once. Checkpoints are the run's own
 (``training.checkpoint_store``); Ray keeps none.
 """
 
@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import ray
 import ray.exceptions
 from ray._private.ray_logging import stdout_deduplicator
-from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import (
     PlacementGroupCleanerCallback,
@@ -49,8 +46,11 @@ from infra.run_filesystem import run_filesystem
 from infra.storage import StorageUnavailable
 from infra.tracking_server import TrackingUnavailable
 from training.checkpoint_store import CheckpointStore
+from training.group import TorchGroupConfig
+from training.progress import read_progress
 from training.room import NO_ROOM_ERRORS, check_room, why_none_came
 from training.suspects import suspect_of
+from training.waste import PROGRESS_NAME
 
 MAX_FAILURES = 3
 MAX_CONTROLLER_FAILURES = 3
@@ -60,9 +60,6 @@ TRANSIENT_ERRORS = (StorageUnavailable, TrackingUnavailable)
 # A worker that does not even say so is frozen, and is killed after this long; Ray's ten minutes of
 # a GPU that waits are too many. Training itself leaves the thread that answers alone.
 FROZEN_SECONDS = 120
-# NCCL's ten minutes would end all who wait for one that stores a checkpoint, and come before
-# ``max_step_minutes``, which says where a worker hangs. This is for what that clock does not watch.
-COLLECTIVE_PATIENCE = timedelta(hours=2)
 LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -107,12 +104,14 @@ class TrainingFailed(UserError):
 
 
 class RetryWhileItAdvances(DefaultFailurePolicy):
-    """Ray's retry budgets, anew after every checkpoint; a user's mistake is not repeated."""
+    """Ray's retry budgets, anew after every checkpoint, and every shard that was encoded before
+    the first one; a user's mistake is not repeated."""
 
     def __init__(self, failure_config: FailureConfig, run_uri: str) -> None:
         super().__init__(failure_config)
         self._run_uri = run_uri
         self._newest = (-1, -1)
+        self._shards_encoded = 0
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """RAISE for a ``UserError`` in any worker, else what Ray decides."""
@@ -130,108 +129,17 @@ class RetryWhileItAdvances(DefaultFailurePolicy):
         except UserError:
             return False
         newest = (found[0].generation, found[0].step) if found else (-1, -1)
-        has_advanced, self._newest = newest > self._newest, newest
+        progress = read_progress(storage.join(self._run_uri, PROGRESS_NAME))
+        shards_encoded = 0 if progress is None else progress.shards_encoded
+        has_advanced = newest > self._newest or shards_encoded > self._shards_encoded
+        self._newest = newest
+        self._shards_encoded = max(shards_encoded, self._shards_encoded)
         return has_advanced
 
 
 def is_final(failure: BaseException) -> bool:
     """Whether trying again would fail in the same way."""
     return isinstance(failure, UserError) and not isinstance(failure, TRANSIENT_ERRORS)
-
-
-class TorchGroupBackend(Backend):
-    """A torch process group over the workers, without torch in the controller."""
-
-    share_cuda_visible_devices = True
-
-    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Let every worker join; returns when all have."""
-        from ray.train._internal.utils import get_address_and_port
-
-        address, port = worker_group.execute_single(0, get_address_and_port)
-        num_gpus = worker_group.get_resources_per_worker().get("GPU", 0)
-        backend = "nccl" if num_gpus else "gloo"
-        joining = [
-            worker_group.execute_single_async(
-                rank, _join_group, address, port, rank, len(worker_group), backend
-            )
-            for rank in range(len(worker_group))
-        ]
-        ray.get(joining)
-
-    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Leave the group, when there is more than one worker to leave."""
-        if len(worker_group) > 1:
-            ray.wait(worker_group.execute_async(_leave_group), timeout=5.0)
-
-
-@dataclass
-class TorchGroupConfig(BackendConfig):
-    """Chooses ``TorchGroupBackend``."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        """The backend's class."""
-        return TorchGroupBackend
-
-    @property
-    def train_func_context(self) -> Callable[[], AbstractContextManager[None]]:
-        """What training is wrapped in, in its own thread."""
-        return on_own_gpu
-
-
-@contextmanager
-def on_own_gpu() -> Iterator[None]:
-    """Make the GPU that Ray gave this worker this thread's current one.
-
-    CUDA's current device is each thread's own, and Ray trains on another thread than the one that
-    joined the group: there every worker of a machine would begin on the first GPU.
-    """
-    import torch
-
-    cuda: Any = torch.cuda
-    if cuda.is_available():
-        import ray.train.torch
-
-        cuda.set_device(ray.train.torch.get_device())
-    yield
-
-
-def _join_group(address: str, port: int, rank: int, world_size: int, backend: str) -> None:
-    """Runs in a worker."""
-    import ray.train
-    import torch.distributed
-
-    context = ray.train.get_context()
-    os.environ |= {
-        "LOCAL_RANK": str(context.get_local_rank()),
-        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
-        "NODE_RANK": str(context.get_node_rank()),
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-    }
-    if backend == "nccl":
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    else:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves in sight what it did not give
-    with on_own_gpu():
-        torch.distributed.init_process_group(
-            backend,
-            init_method="env://",
-            timeout=COLLECTIVE_PATIENCE,
-            rank=rank,
-            world_size=world_size,
-        )
-
-
-def _leave_group() -> None:
-    """Runs in a worker."""
-    import torch.distributed
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 class StageTrainer(DataParallelTrainer):

@@ -96,8 +96,14 @@ class MaskedRun:
         self._rank, self._world_size = session.rank, session.world_size
 
     @classmethod
-    def build(cls, job: Job, session: Session) -> MaskedRun:
-        """Fetch the parent, encode what is not encoded yet, and put everything together."""
+    def build(
+        cls,
+        job: Job,
+        session: Session,
+        tell: token_cache.Tell = lambda done, total: None,
+    ) -> MaskedRun:
+        """Fetch the parent, encode what is not encoded yet, and put everything together. ``tell``
+        learns how many shards are encoded, of how many."""
         config = StageConfig.model_validate(job.configs["stage"])
         network = NetworkConfig.model_validate(job.configs["network"])
         if job.init_uri is None or job.manifest_uri is None:
@@ -106,7 +112,7 @@ class MaskedRun:
         if job.init_sha256 is not None and folder.name != job.init_sha256:
             raise UserError(expected=f"checkpoint {job.init_sha256}", got=folder.name)
         networks = initial_networks(folder, network, config, job.parts)
-        return cls(config, networks, _open_dataset(job, config, folder, session), session)
+        return cls(config, networks, _open_dataset(job, config, folder, session, tell), session)
 
     @property
     def step(self) -> int:
@@ -328,37 +334,24 @@ class MaskedRun:
         )
 
 
-def _open_dataset(job: Job, config: StageConfig, folder: Path, session: Session) -> TokenDataset:
-    """The stage's tokens, those of datasets that are mixed in among them."""
-    own = _open_tokens(str(job.manifest_uri), job.manifest_sha256, config, folder, session)
-    if not job.mixed_in:
-        return own
-    parts = [Part(config.dataset, own, 1.0)]
-    for pin in job.mixed_in:
-        tokens = _open_tokens(pin["manifest_uri"], pin["version"], config, folder, session)
-        parts.append(Part(pin["name"], tokens, config.mixed_in[pin["name"]]))
-    return mixture(parts, config)
-
-
-def _open_tokens(
-    manifest_uri: str,
-    manifest_sha256: str | None,
-    config: StageConfig,
-    folder: Path,
-    session: Session,
+def _open_dataset(
+    job: Job, config: StageConfig, folder: Path, session: Session, tell: token_cache.Tell
 ) -> TokenDataset:
-    """A dataset's tokens; the workers share the shards that have none yet."""
-    plan = token_cache.plan_cache(
-        manifest_uri, str(folder), config.resolution_px, config.crop, manifest_sha256
-    )
-    if not token_cache.is_complete(plan):
-        for task in plan.tasks[session.rank :: session.world_size]:
-            token_cache.ensure_shard(task)
-        session.barrier()
-        if session.rank == 0:
-            token_cache.publish_cache(plan)
-        session.barrier()
-    return token_cache.open_tokens(plan.manifest_uri, config)
+    """The stage's tokens, those of datasets that are mixed in among them; the workers share the
+    shards that have none yet."""
+    pins = [(config.dataset, str(job.manifest_uri), job.manifest_sha256)]
+    pins += [(pin["name"], pin["manifest_uri"], pin["version"]) for pin in job.mixed_in]
+    plans = [
+        token_cache.plan_cache(uri, str(folder), config.resolution_px, config.crop, sha256)
+        for _, uri, sha256 in pins
+    ]
+    token_cache.fill_caches(plans, session, tell)
+    datasets = [token_cache.open_tokens(plan.manifest_uri, config) for plan in plans]
+    if len(datasets) == 1:
+        return datasets[0]
+    weights = [1.0, *(config.mixed_in[name] for name, _, _ in pins[1:])]
+    names = [name for name, _, _ in pins]
+    return mixture([Part(*each) for each in zip(names, datasets, weights, strict=True)], config)
 
 
 __all__: list[Any] = ["MaskedRun"]

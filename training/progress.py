@@ -25,7 +25,8 @@ USES = (
 @dataclass(frozen=True)
 class StageProgress:
     """``loss`` and the rates are None until they are known; ``eta_seconds`` is what is left, and
-    ``use`` what the first worker's machine does (``training.utilisation``)."""
+    ``use`` what the first worker's machine does (``training.utilisation``). Before its steps a
+    stage encodes shards: then ``shards_encoded`` is less than ``shards``."""
 
     step: int
     steps: int
@@ -33,6 +34,13 @@ class StageProgress:
     loss: float | None = None
     eta_seconds: float | None = None
     use: tuple[tuple[str, float], ...] = ()
+    shards_encoded: int = 0
+    shards: int = 0
+
+    @property
+    def is_encoding(self) -> bool:
+        """Whether shards are encoded, and no steps are made yet."""
+        return self.shards_encoded < self.shards
 
 
 OnProgress = Callable[[StageProgress], None]
@@ -105,4 +113,6 @@ def parse_progress(raw: Any) -> StageProgress | None:
             for name, value in sorted(raw.items())
             if name in USES and isinstance(value, int | float)
         ),
+        shards_encoded=int(number("shards_encoded") or 0),
+        shards=int(number("shards") or 0),
     )

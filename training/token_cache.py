@@ -9,64 +9,41 @@ off goes on with the shards that have no entry.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
 
 from infra import storage
 from infra.digests import code_digest, folder_sha256, sha256_bytes
 from infra.errors import UserError
 from infra.manifest import dataset_root, load_whole
 from infra.storage import DigestMismatch, ObjectMissing
-from model import VQTokenizer
 from training.config import CropPolicy, StageConfig
-from training.data import Captions, TokenDataset, TokenShard, select
+from training.data import TokenDataset, TokenShard, select
 from training.grids import grids_of
-from training.images import Crop, decode_image, fill, square_crop
-from training.publish import fetch_checkpoint
-from training.shards import ahead, crop_draws, read_samples
+from training.session import LocalSession, Session
+from training.token_encoding import (
+    ShardTask,
+    encode_shards,
+    find_vq,
+    let_go,
+    load_vq,
+)
 from training.token_format import (
-    CachedSample,
     CacheEntry,
     CacheManifest,
     load_cache_manifest,
     load_tokens,
     parse_entry,
-    write_tokens,
 )
 
-ENCODED_PIXELS = 1 << 20  # pixels in one pass of the tokenizer
-TOO_SMALL = "smaller_than_resolution"
-UNREADABLE = "unreadable_image"
-NO_CAPTION = "no_caption"
-VQ_FOLDER = "vqvae"
 ENCODING_CODE = ("model.vq", "model.vq_layers", "training.images")
+READERS = 32  # entries read at a time
+WAIT_SECONDS = 1.0  # between two looks at what other workers have done
 
-
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard to encode: all that a process elsewhere needs to know."""
-
-    shard_uri: str
-    shard_sha256: str
-    tokenizer: str
-    cache_uri: str
-    resolution_px: int
-    crop: CropPolicy
-    grid_height: int
-    grid_width: int
-
-    @property
-    def stem(self) -> str:
-        """The name of the shard's files in the cache."""
-        return self.shard_sha256[:32]
+Tell = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -79,35 +56,73 @@ class CachePlan:
     encoder_sha256: str
 
 
-Submit = Callable[[Callable[[ShardTask], CacheEntry], list[ShardTask]], Iterable[CacheEntry]]
-
-
-def in_turn(
-    function: Callable[[ShardTask], CacheEntry], tasks: list[ShardTask]
-) -> list[CacheEntry]:
-    """Encode shard after shard in this process."""
-    return [function(task) for task in tasks]
-
-
 def ensure_token_cache(
     dataset_manifest_uri: str,
     tokenizer: str,
     resolution_px: int,
     crop: CropPolicy = "center",
-    submit: Submit = in_turn,
     dataset_sha256: str | None = None,
 ) -> str:
-    """Encode what is missing and return the address of the cache's manifest.
+    """Encode what is missing in this process; returns the address of the cache's manifest.
 
     ``tokenizer`` is the address of a published checkpoint or a local model folder, with ``vqvae/``.
-    ``submit`` runs a function over shards, here or on other machines.
     """
     plan = plan_cache(dataset_manifest_uri, tokenizer, resolution_px, crop, dataset_sha256)
-    if not is_complete(plan):
-        for _ in submit(ensure_shard, plan.tasks):
-            continue
-        publish_cache(plan)
+    fill_caches([plan], LocalSession())
     return plan.manifest_uri
+
+
+def fill_caches(
+    plans: Sequence[CachePlan], session: Session, tell: Tell = lambda done, total: None
+) -> None:
+    """Encode what is missing of these caches and publish them; all workers share the work.
+
+    The largest shards come first, each to the next worker that is free. In the first worker,
+    ``tell`` learns how many shards are encoded, of how many. What was cut off goes on with the
+    shards that have no entry.
+    """
+    known = {}
+    if session.rank == 0:
+        known = {n: read_entries(p.tasks) for n, p in enumerate(plans) if not is_complete(p)}
+    missing = session.from_first(_missing(plans, known))
+    total = sum(len(plan.tasks) for plan in plans)
+    name = f"{plans[0].manifest_uri} of {len(plans)}"
+
+    def taken() -> Iterator[ShardTask]:
+        while (number := session.add(f"taken {name}", 1)) <= len(missing):
+            of_plan, of_task = missing[number - 1]
+            yield plans[of_plan].tasks[of_task]
+
+    def stored(now: int) -> int:
+        done = session.add(f"stored {name}", now)
+        if session.rank == 0 and missing:
+            tell(total - len(missing) + done, total)
+        return done
+
+    for _ in encode_shards(taken()):
+        stored(1)
+    if session.rank == 0:
+        while stored(0) < len(missing):
+            time.sleep(WAIT_SECONDS)
+        for number, entries in known.items():
+            publish_cache(plans[number], entries)
+    if missing:
+        let_go()
+    session.barrier()
+
+
+def _missing(
+    plans: Sequence[CachePlan], known: Mapping[int, Sequence[CacheEntry | None]]
+) -> list[tuple[int, int]]:
+    """(plan, task) of every shard without an entry, the largest first: what is begun last is then
+    over soon, and no worker waits long for another."""
+    found = [
+        (number, place)
+        for number, entries in known.items()
+        for place, entry in enumerate(entries)
+        if entry is None
+    ]
+    return sorted(found, key=lambda at: -plans[at[0]].tasks[at[1]].shard_bytes)
 
 
 def plan_cache(
@@ -138,6 +153,7 @@ def plan_cache(
             ShardTask(
                 shard_uri=storage.join(root, shard.path),
                 shard_sha256=shard.sha256,
+                shard_bytes=shard.num_bytes,
                 tokenizer=tokenizer,
                 cache_uri=cache_uri,
                 resolution_px=resolution_px,
@@ -169,9 +185,16 @@ def _folder_uri(manifest_uri: str) -> str:
     return manifest_uri.rsplit("/", 2)[0]
 
 
-def publish_cache(plan: CachePlan) -> CacheManifest:
-    """Write the manifest over the shards' entries; raises ``UserError`` when one is missing."""
-    entries = [read_entry(task) for task in plan.tasks]
+def publish_cache(plan: CachePlan, known: Sequence[CacheEntry | None] = ()) -> CacheManifest:
+    """Write the manifest over the shards' entries; raises ``UserError`` when one is missing.
+
+    ``known`` are entries that were read before, by task; the others are read now.
+    """
+    entries = list(known) or [None] * len(plan.tasks)
+    unread = [place for place, entry in enumerate(entries) if entry is None]
+    found = read_entries([plan.tasks[place] for place in unread])
+    for place, entry in zip(unread, found, strict=True):
+        entries[place] = entry
     missing = [task.stem for task, entry in zip(plan.tasks, entries, strict=True) if entry is None]
     if missing:
         raise UserError(
@@ -191,154 +214,34 @@ def publish_cache(plan: CachePlan) -> CacheManifest:
     return manifest
 
 
-# --- one shard -----------------------------------------------------------------------------------
+def read_entries(tasks: Sequence[ShardTask]) -> list[CacheEntry | None]:
+    """By task, the entry of a shard whose tokens are there in full size; None when they are not.
+
+    One listing says what is there; entries are read many at a time.
+    """
+    folders = {task.cache_uri for task in tasks}
+    sizes = {
+        info.uri: info.num_bytes for folder in folders for info in storage.list_objects(folder)
+    }
+    with ThreadPoolExecutor(READERS, "entries") as pool:
+        return list(pool.map(lambda task: _read_entry(task, sizes), tasks))
 
 
-def read_entry(task: ShardTask) -> CacheEntry | None:
-    """The entry of a shard whose tokens are there in full size; None when they are not."""
+def _read_entry(task: ShardTask, sizes: Mapping[str, int]) -> CacheEntry | None:
     uri = storage.join(task.cache_uri, f"{task.stem}.json")
+    if uri not in sizes:
+        return None
     try:
         entry = parse_entry(storage.read_json(uri), uri)
-        num_bytes = storage.stat(storage.join(task.cache_uri, entry.path)).num_bytes
     except ObjectMissing:
         return None
     grid = entry.grid_height, entry.grid_width
     is_same = (
         entry.shard_sha256 == task.shard_sha256
         and grid == (task.grid_height, task.grid_width)
-        and num_bytes == entry.num_bytes
+        and sizes.get(storage.join(task.cache_uri, entry.path)) == entry.num_bytes
     )
     return entry if is_same else None
-
-
-def ensure_shard(task: ShardTask) -> CacheEntry:
-    """The entry of a shard, encoded now unless it was before."""
-    return read_entry(task) or encode_shard(task)
-
-
-def encode_shard(task: ShardTask) -> CacheEntry:
-    """Encode a shard and store its tokens, then its entry."""
-    with tempfile.TemporaryDirectory(prefix="atelier-tokens-") as scratch:
-        path = Path(scratch) / "shard.tar"
-        storage.download(task.shard_uri, path, sha256=task.shard_sha256)
-        samples, tokens_NHW, left_out = _encode_samples(read_samples(path), task)
-    data = write_tokens(samples, tokens_NHW)
-    entry = CacheEntry(
-        path=f"{task.stem}.parquet",
-        num_bytes=len(data),
-        sha256=sha256_bytes(data),
-        num_samples=len(samples),
-        shard_sha256=task.shard_sha256,
-        grid_height=task.grid_height,
-        grid_width=task.grid_width,
-        left_out=left_out,
-        num_with_origin=_num_with_origin(samples),
-    )
-    storage.write_bytes(storage.join(task.cache_uri, entry.path), data)
-    storage.write_json(storage.join(task.cache_uri, f"{task.stem}.json"), asdict(entry))
-    return entry
-
-
-def _num_with_origin(samples: list[CachedSample]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for sample in samples:
-        for origin in {origin for origin, _ in sample.captions}:
-            counts[origin] = counts.get(origin, 0) + 1
-    return counts
-
-
-def _encode_samples(
-    pairs: Iterable[tuple[dict[str, Any], bytes]], task: ShardTask
-) -> tuple[list[CachedSample], np.ndarray[Any, np.dtype[np.uint16]], dict[str, int]]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    vq = load_vq(str(find_vq(task.tokenizer)), device)
-    size_px = task.grid_width * vq.downsample_factor, task.grid_height * vq.downsample_factor
-    batch_size = max(1, ENCODED_PIXELS // (size_px[0] * size_px[1]))
-    samples: list[CachedSample] = []
-    tokens = [np.empty((0, task.grid_height, task.grid_width), np.uint16)]
-    waiting: list[Crop] = []
-    left_out = {TOO_SMALL: 0, UNREADABLE: 0, NO_CAPTION: 0}
-    threads = len(os.sched_getaffinity(0))
-    for reason, sample, crop in ahead(lambda p: _prepare(*p, task.crop, size_px), pairs, threads):
-        if sample is None or crop is None:
-            left_out[reason] += 1
-            continue
-        samples.append(sample)
-        waiting.append(crop)
-        if len(waiting) == batch_size:
-            tokens.append(_encode(vq, waiting, device))
-            waiting = []
-    if waiting:
-        tokens.append(_encode(vq, waiting, device))
-    return samples, np.concatenate(tokens), left_out
-
-
-def _prepare(
-    known: dict[str, Any], data: bytes, policy: CropPolicy, size_px: tuple[int, int]
-) -> tuple[str, CachedSample | None, Crop | None]:
-    """(why not, the sample, its crop): the last two are None for a sample that is left out."""
-    sample_id = str(known["sample_id"])
-    captions = _captions(known)
-    if not captions:
-        return NO_CAPTION, None, None
-    try:
-        pixels = decode_image(data)
-    except (OSError, ValueError):
-        return UNREADABLE, None, None
-    if policy == "bucket":
-        crop = fill(pixels, *size_px)
-    else:
-        crop = square_crop(pixels, size_px[0], policy, crop_draws(sample_id))
-    if crop is None:
-        return TOO_SMALL, None, None
-    width_px = int(known.get("original_width_px") or pixels.shape[1])
-    height_px = int(known.get("original_height_px") or pixels.shape[0])
-    # Curation may have cut a part from the original; its offsets shrink with the image.
-    scale = max(size_px[0] / width_px, size_px[1] / height_px)
-    cut_top_px, cut_left_px = known.get("crop_top_px") or 0, known.get("crop_left_px") or 0
-    return (
-        "",
-        CachedSample(
-            sample_id=sample_id,
-            original_width_px=width_px,
-            original_height_px=height_px,
-            crop_top_px=crop.crop_top_px + round(cut_top_px * scale),
-            crop_left_px=crop.crop_left_px + round(cut_left_px * scale),
-            preference_score=known.get("preference_score"),
-            aesthetic_score=known.get("aesthetic_score"),
-            captions=captions,
-        ),
-        crop,
-    )
-
-
-def _captions(known: dict[str, Any]) -> Captions:
-    pairs = [(str(c["origin"]), str(c["text"])) for c in known.get("captions") or () if c["text"]]
-    if not pairs and known.get("caption"):
-        pairs = [("alt", str(known["caption"]))]
-    return tuple(pairs)
-
-
-def _encode(vq: VQTokenizer, crops: list[Crop], device: str) -> Any:
-    pixels = torch.from_numpy(np.stack([crop.pixels_HW3 for crop in crops])).to(device)
-    images_B3HW = pixels.permute(0, 3, 1, 2).float() / 255.0
-    return vq.encode(images_B3HW.contiguous()).cpu().numpy().astype(np.uint16)
-
-
-# --- the tokenizer -------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4)
-def find_vq(tokenizer: str) -> Path:
-    """The local ``vqvae`` folder of a model folder or of a published checkpoint's address."""
-    folder = fetch_checkpoint(tokenizer) if "://" in tokenizer else Path(tokenizer)
-    return folder / VQ_FOLDER
-
-
-@lru_cache(maxsize=4)
-def load_vq(folder: str, device: str) -> VQTokenizer:
-    """The tokenizer in float32, read once per process."""
-    return VQTokenizer.from_pretrained(folder).to(device)
 
 
 @lru_cache(maxsize=1)

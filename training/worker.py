@@ -15,6 +15,7 @@ from infra.errors import UserError
 from infra.tracking import RestTracker
 from model import ModelError
 from training.checkpoint_store import CheckpointStore, Loaded, load_together
+from training.encoding_news import EncodingNews
 from training.fit import fit
 from training.guard import WentBack
 from training.job import Job
@@ -42,7 +43,7 @@ def train(job: Job, session: Session, tracker: Tracker | None = None) -> None:
     """Run a stage to its end in this session; its last checkpoint holds ``export/``."""
     use_threads(job.cpus)
     try:
-        run = build_run(job, session)
+        run = build_run(job, session, tracker)
         store = CheckpointStore(job.run_uri)
         found = find_checkpoint(job, session, store)
         if found is not None:
@@ -111,10 +112,16 @@ def use_threads(cpus: int | None) -> None:
         torch.set_num_threads(given)
 
 
-def build_run(job: Job, session: Session) -> MaskedRun | TokenizerRun:
-    """The stage with its networks where they start."""
+def build_run(
+    job: Job, session: Session, tracker: Tracker | None = None
+) -> MaskedRun | TokenizerRun:
+    """The stage with its networks where they start, and all that it trains on encoded."""
     if job.kind == "masked":
-        return MaskedRun.build(job, session)
+        news = EncodingNews(job, int(job.configs["stage"]["steps"]), tracker)
+        try:
+            return MaskedRun.build(job, session, news.tell)
+        finally:
+            news.close()
     if session.world_size > 1:
         raise UserError("the tokenizer stage trains on one worker; set its number of workers to 1")
     return TokenizerRun.build(job)

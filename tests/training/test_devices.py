@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from infra import storage
-from training import fit, launch, masked_run, tokenizer_run
+from training import fit, group, masked_run, tokenizer_run
 from training.checkpoint import Checkpoint, TrainingState
 from training.config import (
     OptimizerConfig,
@@ -37,10 +37,10 @@ from training.config import (
 )
 from training.data import TokenShard, in_memory
 from training.devices import own_device
+from training.group import TorchGroupConfig
 from training.initial import Networks
 from training.job import Job
 from training.keeper import Keeper
-from training.launch import TorchGroupConfig
 from training.masked_run import MaskedRun
 from training.masked_stage import MaskedStage
 from training.networks import new_vq
@@ -264,10 +264,10 @@ def test_the_group_is_joined_on_the_gpu_that_the_worker_was_given(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     monkeypatch.setattr(ray.train, "get_context", _Context)
     monkeypatch.setattr(torch.distributed, "init_process_group", join)
-    launch._join_group("127.0.0.1", 1, 5, 8, "nccl")
+    group._join_group("127.0.0.1", 1, 5, 8, "nccl")
     assert joined == [("nccl", torch.device("cuda", 3), "0,1,2,3")]
     # A worker that asked for no GPU sees none, though Ray leaves them in sight.
-    launch._join_group("127.0.0.1", 1, 5, 8, "gloo")
+    group._join_group("127.0.0.1", 1, 5, 8, "gloo")
     assert joined[1][2] == ""
 
 

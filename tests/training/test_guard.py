@@ -102,7 +102,7 @@ def run_stage(
 
     def start(name: str, guard: GuardConfig, **fields: Any) -> dict[str, Any]:
         config = small_config(steps=STEPS, guard=guard, ema_decay=0.9, **fields)
-        monkeypatch.setattr("training.worker.build_run", lambda job, session: build(config))
+        monkeypatch.setattr("training.worker.build_run", lambda *told: build(config))
         uri = storage.file_uri(tmp_path / name)
         train(Job("masked", "s", "k" * 64, {}, run_uri=uri), LocalSession())
         stored = CheckpointStore(uri).complete()[0]

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from infra import storage
 from training.journal import Journal, ProgressFile
 from training.progress import read_progress
+from training.utilisation import HostUse
 
 
 class Notes:
@@ -89,3 +91,17 @@ def test_a_resumed_run_logs_at_the_same_steps() -> None:
     notes = Notes()
     _run(Journal(9, 4, notes), 6, 9)
     assert sorted(notes.points) == [8, 9]
+
+
+def test_a_gpu_whose_library_refuses_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML says of a part of a GPU, and in many a container, that it may not tell."""
+
+    def refuse() -> int:
+        raise type("NVMLError_NotSupported", (Exception,), {})("Not Supported")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**21)
+    monkeypatch.setattr(torch.cuda, "utilization", refuse)
+    found = HostUse().measure()
+    assert found["host/gpu_memory_mb"] == 2.0
+    assert "host/gpu_share" not in found

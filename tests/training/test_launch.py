@@ -6,10 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from infra import storage
 from infra.cluster import ClusterConfig
 from infra.errors import UserError
 from infra.sessions import ray_session
-from training.launch import Launch, explain, is_final, train
+from training.launch import (
+    MAX_FAILURES,
+    Launch,
+    RetryWhileItAdvances,
+    explain,
+    is_final,
+    train,
+)
 from training.replicas import ReplicasDiffer
 from training.room import Room, why_none_came
 
@@ -94,3 +102,21 @@ def test_workers_that_can_never_come_are_not_waited_for(tmp_path: Path) -> None:
         assert "could not begin: expected room for 5 workers" in str(explain(late, many))
         assert "\n" not in str(explain(late, many))
         assert "though there is room" in why_none_came(Launch("c", "file:///s", cpus_per_worker=1))
+
+
+def test_shards_that_are_encoded_renew_the_tries(tmp_path: Path) -> None:
+    """Hours of them come before the first checkpoint, and each stays."""
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision
+    from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    run_uri = tmp_path.as_uri()
+    policy = RetryWhileItAdvances(FailureConfig(max_failures=MAX_FAILURES), run_uri)
+
+    def decision(shards_encoded: int) -> FailureDecision:
+        progress = {"step": 0, "steps": 9, "shards_encoded": shards_encoded, "shards": 99}
+        storage.write_json(storage.join(run_uri, "progress.json"), progress)
+        return policy.make_decision(WorkerGroupError("lost", {0: RuntimeError("lost")}))
+
+    assert {decision(number) for number in range(1, 9)} == {FailureDecision.RETRY}
+    assert [decision(8) for _ in range(MAX_FAILURES)][-1] == FailureDecision.RAISE

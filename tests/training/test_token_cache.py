@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import io
 import tarfile
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +22,11 @@ from infra.storage import DigestMismatch
 from model import VQTokenizer
 from pipelines.buckets import buckets_of
 from pipelines.config import ResizeConfig
-from training import token_cache
+from training import token_cache, token_encoding
 from training.config import StageConfig
 from training.grids import bucket_grid
 from training.images import shrink, square_crop
+from training.session import LocalSession
 from training.token_cache import ensure_token_cache, open_tokens
 from training.token_format import CacheEntry, load_cache_manifest, load_tokens
 
@@ -77,15 +82,15 @@ def test_a_cut_off_cache_goes_on_and_a_finished_one_is_left_alone(
 ) -> None:
     dataset = curated(SIZES)
     encoded: list[str] = []
-    encode = token_cache.encode_shard
+    encode = token_encoding.encode_shard
 
-    def counting(task: token_cache.ShardTask) -> object:
+    def counting(task: token_encoding.ShardTask, path: Path) -> object:
         encoded.append(task.stem)
         if len(encoded) == 2:
             raise RuntimeError("the machine went away")
-        return encode(task)
+        return encode(task, path)
 
-    monkeypatch.setattr(token_cache, "encode_shard", counting)
+    monkeypatch.setattr(token_encoding, "encode_shard", counting)
     with pytest.raises(RuntimeError, match="went away"):
         ensure_token_cache(dataset, str(vq_folder), 16)
     uri = ensure_token_cache(dataset, str(vq_folder), 16)
@@ -160,18 +165,155 @@ def test_a_resolution_between_tokens_is_refused(curated: Curated, vq_folder: Pat
         ensure_token_cache(curated(SIZES), str(vq_folder), 18)
 
 
-def test_the_submitter_decides_where_shards_are_encoded(curated: Curated, vq_folder: Path) -> None:
-    seen: list[int] = []
+class Worker:
+    """One of several workers, which are threads here."""
 
-    def submit(
-        function: Callable[[token_cache.ShardTask], CacheEntry],
-        tasks: list[token_cache.ShardTask],
-    ) -> list[CacheEntry]:
-        seen.append(len(tasks))
-        return [function(task) for task in reversed(tasks)]
+    in_ray = False
 
-    ensure_token_cache(curated(SIZES), str(vq_folder), 16, submit=submit)
-    assert seen == [2]
+    def __init__(self, rank: int, shared: Shared) -> None:
+        self.rank, self.world_size = rank, shared.barrier.parties
+        self._shared = shared
+
+    def from_first(self, value: Any) -> Any:
+        if self.rank == 0:
+            self._shared.told.append(value)
+        self.barrier()
+        return self._shared.told[-1]
+
+    def add(self, name: str, amount: int) -> int:
+        with self._shared.lock:
+            self._shared.numbers[name] += amount
+            return self._shared.numbers[name]
+
+    def barrier(self) -> None:
+        self._shared.barrier.wait(timeout=60)
+
+    def is_preempted(self) -> bool:
+        return False
+
+
+class Shared:
+    """What they have in common."""
+
+    def __init__(self, num_workers: int) -> None:
+        self.barrier = threading.Barrier(num_workers)
+        self.lock = threading.Lock()
+        self.numbers: Counter[str] = Counter()
+        self.told: list[Any] = []
+
+
+class Others(threading.Event):
+    """What one worker waits for, and whether in vain."""
+
+    failed = False
+
+
+def test_a_worker_that_is_free_takes_the_next_shard_the_largest_first(
+    curated: Curated, vq_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker is held up by its first shard: the other does what is left, of both datasets."""
+    uris = [
+        curated([[(32, 32)] * n for n in (1, 6, 2, 4)]),
+        curated([[(24, 24)] * n for n in (3, 5)], "more"),
+    ]
+    plans = [token_cache.plan_cache(uri, str(vq_folder), 16, "center") for uri in uris]
+    encode, others_done = token_encoding.encode_shard, Others()
+    taken: dict[str, list[int]] = {}
+    told: list[tuple[int, int]] = []
+
+    def recorded(task: token_encoding.ShardTask, path: Path) -> object:
+        mine = taken.setdefault(threading.current_thread().name, [])
+        mine.append(task.shard_bytes)
+        if len(mine) == 1 and threading.current_thread().name == "held up":
+            others_done.failed = not others_done.wait(60)
+            assert not others_done.failed
+        return encode(task, path)
+
+    def work(rank: int) -> None:
+        threading.current_thread().name = "held up" if rank else "free"
+
+        def tell(done: int, total: int) -> None:
+            assert not others_done.failed  # who waits for the other would wait for ever
+            told.append((done, total))
+            if len(taken.get("free", ())) == 4:  # two are the other's: in work, and fetched
+                others_done.set()
+
+        token_cache.fill_caches(plans, Worker(rank, shared), tell)
+
+    shared = Shared(2)
+    monkeypatch.setattr(token_encoding, "encode_shard", recorded)
+    monkeypatch.setattr(token_cache, "WAIT_SECONDS", 0.01)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+    assert (len(taken["free"]), len(taken["held up"])) == (4, 2)
+    sizes = [size for mine in taken.values() for size in mine]
+    assert max(sizes) in (taken["free"][0], taken["held up"][0])
+    assert all(mine == sorted(mine, reverse=True) for mine in taken.values())
+    assert told[-1] == (6, 6)
+    assert told == sorted(told)
+    assert all(token_cache.is_complete(plan) for plan in plans)
+    assert [len(load_cache_manifest(plan.manifest_uri).shards) for plan in plans] == [4, 2]
+
+
+def test_the_next_shard_is_fetched_and_the_last_stored_meanwhile(
+    curated: Curated, vq_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetching: dict[str, threading.Event] = {}
+    fetch, encode, store = (
+        token_encoding._fetch, token_encoding.encode_shard, token_encoding._store,
+    )  # fmt: skip
+    encoded: list[str] = []
+    may_store = threading.Event()
+
+    def recorded_fetch(task: token_encoding.ShardTask, folder: Path) -> Path:
+        fetching.setdefault(task.stem, threading.Event()).set()
+        return fetch(task, folder)
+
+    def recorded_encode(task: token_encoding.ShardTask, path: Path) -> object:
+        encoded.append(task.stem)
+        others = [stem for stem in order if stem not in encoded][:1]
+        for stem in others:  # the next one is on its way, though this one is not encoded
+            assert fetching.setdefault(stem, threading.Event()).wait(60)
+        if len(encoded) == 2:
+            may_store.set()
+        return encode(task, path)
+
+    def recorded_store(task: token_encoding.ShardTask, entry: CacheEntry, data: bytes) -> object:
+        assert may_store.wait(60)  # which the second one's encoding does
+        return store(task, entry, data)
+
+    monkeypatch.setattr(token_encoding, "_fetch", recorded_fetch)
+    monkeypatch.setattr(token_encoding, "encode_shard", recorded_encode)
+    monkeypatch.setattr(token_encoding, "_store", recorded_store)
+    dataset = curated([[(32, 32)] * n for n in (4, 3, 2)])
+    plan = token_cache.plan_cache(dataset, str(vq_folder), 16, "center")
+    order = [task.stem for task in sorted(plan.tasks, key=lambda task: -task.shard_bytes)]
+    token_cache.fill_caches([plan], LocalSession())
+    assert encoded == order
+    assert token_cache.is_complete(plan)
+
+
+def test_entries_are_read_many_at_a_time_and_what_is_known_is_not_read_again(
+    curated: Curated, vq_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = curated([[(32, 32)]] * 2 + [[(24, 24)]] * 2 + [[(32, 24)]])
+    uri = ensure_token_cache(dataset, str(vq_folder), 16)
+    plan = token_cache.plan_cache(dataset, str(vq_folder), 16, "center")
+    together = threading.Barrier(len(plan.tasks))
+    read, asked = storage.read_json, list[str]()
+
+    def slow(address: str) -> object:
+        if address.startswith(uri.rsplit("/", 2)[0]) and "manifest" not in address:
+            asked.append(address)
+            together.wait(timeout=60)  # all of them, or none
+        return read(address)
+
+    monkeypatch.setattr(storage, "read_json", slow)
+    known = token_cache.read_entries(plan.tasks)
+    assert None not in known
+    assert len(asked) == len(plan.tasks)
+    token_cache.publish_cache(plan, known)
+    assert len(asked) == len(plan.tasks)
 
 
 def test_a_stage_sees_what_its_filters_pass(
@@ -227,7 +369,7 @@ def test_tokens_do_not_depend_on_the_passes_they_are_made_in(
 
     expected = made()
     assert len(expected) == 12
-    monkeypatch.setattr(token_cache, "ENCODED_PIXELS", 3 * 16 * 16)
+    monkeypatch.setattr(token_encoding, "ENCODED_PIXELS", 3 * 16 * 16)
     assert made() == expected
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from infra import storage
 from infra.errors import UserError
 from model import MaskedImageTransformer, TextToImage
+from training import token_cache
 from training.checkpoint import verify_folder
 from training.checkpoint_store import CheckpointStore
 from training.config import (
@@ -26,9 +27,11 @@ from training.config import (
     TokenizerConfig,
     TokenizerTrainingConfig,
 )
+from training.encoding_news import METRIC, EncodingNews
 from training.fit import Stopped
 from training.job import Job
 from training.keeper import Keeper
+from training.progress import StageProgress, parse_progress, read_progress_json
 from training.publish import publish_folder
 from training.session import LocalSession
 from training.waste import read_starts
@@ -183,8 +186,9 @@ def test_stages_start_from_each_other_and_the_last_one_paints(
     job = _masked_job("concepts", config, network_config, manifest_uri, published("tokenizer"))
     run_of.train(job, "concepts", notes)
 
-    assert [step for step, _ in notes.points][:3] == [2, 4, 6]
-    assert set(notes.points[0][1]) == {
+    points = [(step, point) for step, point in notes.points if METRIC not in point]
+    assert [step for step, _ in points][:3] == [2, 4, 6]
+    assert set(points[0][1]) == {
         "loss",
         "learning_rate",
         "grad_norm",
@@ -390,3 +394,49 @@ def test_a_parent_of_another_width_is_one_line(
     job = _masked_job("alignment", config, wide, manifest_uri, published("concepts"))
     with pytest.raises(UserError, match="num_attention_heads is 2, expected 4"):
         run_of.train(job, "alignment")
+
+
+def test_shards_that_are_encoded_first_are_told(
+    tmp_path: Path,
+    raw_job: Callable[[StageConfig], dict[str, Any]],
+    small_config: Callable[..., StageConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the progress that `atelier status` follows and in MLflow; what an earlier start wrote of
+    its steps stays, for the account of what was lost."""
+    raw = raw_job(small_config(steps=3))
+    job, notes = (
+        Job.parse({**raw, "cpus": 1, "run_uri": storage.file_uri(tmp_path / "run")}),
+        Notes(),
+    )
+    seen: list[dict[str, Any]] = []
+    before = {"step": 7, "steps": 9, "attempt": 0, "step_seconds": 0.5}
+    storage.write_json(raw["progress_uri"], before)
+
+    def open_tokens(uri: str, config: StageConfig) -> Any:
+        news[0].close()
+        seen.append(read_progress_json(raw["progress_uri"]))
+        return opened(uri, config)
+
+    news: list[EncodingNews] = []
+    opened, begun = token_cache.open_tokens, EncodingNews.__init__
+
+    def begin(self: EncodingNews, *arguments: Any) -> None:
+        news.append(self)
+        begun(self, *arguments)
+
+    monkeypatch.setattr(EncodingNews, "__init__", begin)
+    monkeypatch.setattr(token_cache, "open_tokens", open_tokens)
+    train(job, LocalSession(), notes)
+    assert seen == [{**before, "shards_encoded": 2, "shards": 2}]
+    assert parse_progress({**seen[0], "shards_encoded": 1}) == StageProgress(
+        step=7, steps=9, shards_encoded=1, shards=2
+    )
+    points = [(step, p[METRIC]) for step, p in notes.points if METRIC in p]
+    assert points[-1] == (2, 2)
+    last = read_progress_json(raw["progress_uri"])
+    assert (last["step"], last["attempt"]) == (3, 1)
+    assert "shards" not in last
+    train(replace(job, run_uri=storage.file_uri(tmp_path / "again")), LocalSession(), notes)
+    assert len(seen) == 2
+    assert "shards" not in seen[1]  # nothing was left to encode
