@@ -13,6 +13,8 @@ from app.status import DONE, FAILED, RUNNING, STOPPED, WAITING, RunStatus, StepS
 MARKS = {DONE: "ok", FAILED: "!!", RUNNING: ">>", STOPPED: "--", WAITING: "  "}
 NOTABLE_DROP = 0.02  # a score this much below the parent's is said to be lower
 MAX_REASON_CHARACTERS = 110
+MAX_NOTE_CHARACTERS = 240
+BEGAN = "started"  # the note of a worker's ordinary start
 MACHINE_SHARES = {
     "mfu": "of the peak",
     "host/gpu_share": "GPU",
@@ -93,6 +95,10 @@ def results(status: RunStatus) -> list[str]:
         title = "The oracle's scores, held-out prompts" if by_oracle else "Scores"
         lines += [title, *score_table(scored), ""]
     for step in status.steps:
+        for name, text in (step.notes or {}).items():
+            if name != BEGAN:
+                told = shortened(f"{name}: {text}", MAX_NOTE_CHARACTERS)
+                lines.append(f"Happened       {step.name}: {told}")
         for cause, lost in (step.waste or {}).items():
             what = f"{lost['steps']:g} steps and {duration(lost['seconds'])}"
             lines.append(f"Lost           {step.name}: {what}; {cause}, {lost['times']:g} times")

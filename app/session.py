@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from app.doctor import free_bytes
 from app.place import Place, connect
 from app.recipe import Recipe
-from app.report import step_line
+from app.report import BEGAN, step_line
 from app.status import DONE, StatusFile, StepStatus
 from app.verb import Output, stop_on_terminate
 from infra.errors import UserError
@@ -78,6 +78,17 @@ class Session:
             more["eta_seconds"] = (total - done) * (now - began_at) / (done - began_done)
         step.progress = {"done": done, "total": total, "unit": unit, **more}
         self.file.save()
+
+    def note(self, step: StepStatus, notes: Iterable[tuple[str, str]]) -> None:
+        """Keep what happened to a stage, and say what is new and not how it began."""
+        for name, text in notes:
+            known = step.notes or {}
+            if known.get(name) == text:
+                continue
+            step.notes = {**known, name: text}
+            self.file.save()
+            if name != BEGAN:
+                self.out.say(f"    {step.name}: {name}: {text}")
 
     def bars(self, step: StepStatus) -> Bars:
         """Bars for the parts of a step; how far they are is noted in its record too."""

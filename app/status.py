@@ -29,7 +29,8 @@ WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed"
 @dataclass
 class StepStatus:
     """One step. ``decision`` is SKIP, RESUME, INIT or RUN; ``key`` is what the result is filed
-    under; ``checkpoint_path`` is set where the store lies on this machine."""
+    under; ``checkpoint_path`` is set where the store lies on this machine; ``notes`` are what
+    happened to a stage in training, by name."""
 
     name: str
     kind: str
@@ -50,6 +51,7 @@ class StepStatus:
     output: str | None = None
     progress: dict[str, Any] | None = None
     waste: dict[str, dict[str, float]] | None = None
+    notes: dict[str, str] | None = None
 
     @property
     def is_made(self) -> bool:

@@ -322,6 +322,7 @@ def _train(session: Session, step: StepStatus, plan: StagePlan, context: PlanCon
                 session.report(step, at.shards_encoded, at.shards, "shards encoded")
                 return
             bar.update(at.step, at.steps or None)
+            session.note(step, at.notes)
             session.report(
                 step, at.step, at.steps, "steps", loss=at.loss,
                 images_per_second=at.images_per_second, eta_seconds=at.eta_seconds,

@@ -82,6 +82,7 @@ class CheckpointStore:
         """
         problems: list[str] = []
         self.let_go()
+        newest_damaged: int | None = None
         for stored in self.complete():
             if step is not None and stored.step != step:
                 continue
@@ -89,10 +90,11 @@ class CheckpointStore:
                 loaded = self.load_one(stored, config_sha256)
             except (CheckpointDamaged, ObjectMissing) as error:
                 self._damaged.add(stored.uri)
+                newest_damaged = stored.step if newest_damaged is None else newest_damaged
                 problems.append(f"step {stored.step}: {error}")
                 logger.warning("passed by a damaged checkpoint, %s: %s", stored.uri, error)
                 continue
-            return replace(loaded, passed_by=tuple(problems))
+            return replace(loaded, passed_by=tuple(problems), newest_damaged=newest_damaged)
         if problems:
             raise CheckpointDamaged(
                 f"all {len(problems)} checkpoints under {self.uri} are damaged; {problems[0]}"
@@ -165,13 +167,14 @@ class CheckpointStore:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint that was read, whether it is the run's last, and what was wrong with newer
-    ones, a line each."""
+    """A checkpoint that was read, whether it is the run's last, what was wrong with newer ones,
+    a line each, and the step of the newest of these."""
 
     stored: StoredCheckpoint
     checkpoint: Checkpoint
     is_finished: bool = False
     passed_by: tuple[str, ...] = ()
+    newest_damaged: int | None = None
 
 
 def load_together(

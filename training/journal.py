@@ -68,6 +68,10 @@ class ProgressFile:
         """What the file should say; None is "not known yet"."""
         self._latest = {**self._latest, **values}
 
+    def note(self, name: str, text: str) -> None:
+        """Something worth knowing; of each name the newest is kept."""
+        self._latest = {**self._latest, "notes": {**self._latest.get("notes", {}), name: text}}
+
     def close(self) -> None:
         """Write the last state and stop."""
         self._closing.set()
@@ -157,6 +161,8 @@ class Journal:
     def note(self, name: str, text: str) -> None:
         """Something worth knowing happened, once or several times."""
         logger.info("%s: %s", name, text)
+        if self.progress is not None:
+            self.progress.note(name, text)
         if self.tracker is not None:
             self.tracker.set_tag(name.replace(" ", "_"), text)
 

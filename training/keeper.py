@@ -340,5 +340,5 @@ class Keeper:
         """Go on from a checkpoint: its losses, and what is worth telling."""
         self.generation = found.stored.generation
         self._journal.losses.extend(found.checkpoint.state.losses)
-        for problem in found.passed_by:
-            self._journal.note("checkpoint passed by", problem)
+        if found.passed_by:
+            self._journal.note("checkpoint passed by", "; ".join(found.passed_by))

@@ -26,7 +26,8 @@ USES = (
 class StageProgress:
     """``loss`` and the rates are None until they are known; ``eta_seconds`` is what is left, and
     ``use`` what the first worker's machine does (``training.utilisation``). Before its steps a
-    stage encodes shards: then ``shards_encoded`` is less than ``shards``."""
+    stage encodes shards: then ``shards_encoded`` is less than ``shards``. ``notes`` are what
+    happened to it, by name."""
 
     step: int
     steps: int
@@ -34,6 +35,7 @@ class StageProgress:
     loss: float | None = None
     eta_seconds: float | None = None
     use: tuple[tuple[str, float], ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
     shards_encoded: int = 0
     shards: int = 0
 
@@ -102,6 +104,7 @@ def parse_progress(raw: Any) -> StageProgress | None:
         value = raw.get(name)
         return float(value) if isinstance(value, int | float) else None
 
+    notes = raw.get("notes")
     return StageProgress(
         step=raw["step"],
         steps=int(raw.get("steps") or 0),
@@ -115,4 +118,7 @@ def parse_progress(raw: Any) -> StageProgress | None:
         ),
         shards_encoded=int(number("shards_encoded") or 0),
         shards=int(number("shards") or 0),
+        notes=tuple((str(name), str(text)) for name, text in notes.items())
+        if isinstance(notes, dict)
+        else (),
     )

@@ -18,8 +18,8 @@ from training.stop import STOP_NAME
 
 STARTS_NAME = "starts.json"
 PROGRESS_NAME = "progress.json"
-STOPPED, WORKER_LOST, WORKER_HUNG, DRIVER_LOST, WENT_BACK = (
-    "stopped", "worker lost", "worker hung", "driver lost", "went back",
+STOPPED, WORKER_LOST, WORKER_HUNG, DRIVER_LOST, WENT_BACK, DAMAGED = (
+    "stopped", "worker lost", "worker hung", "driver lost", "went back", "checkpoint damaged",
 )  # fmt: skip
 LOST_WORKER = (WORKER_LOST, WORKER_HUNG)
 
@@ -37,15 +37,25 @@ class Start:
     lost_steps: int = 0
     lost_seconds: float = 0.0
     idle_seconds: float = 0.0
+    damaged_steps: int = 0
+    damaged_seconds: float = 0.0
 
 
-def record_start(run_uri: str, attempt: int, how: str, step: int, was_hung: bool = False) -> Start:
+def record_start(
+    run_uri: str,
+    attempt: int,
+    how: str,
+    step: int,
+    was_hung: bool = False,
+    newest_damaged: int | None = None,
+) -> Start:
     """Add this start to the run's account; before its first progress is written. ``was_hung`` says
-    that the worker before ended itself."""
+    that the worker before ended itself, ``newest_damaged`` is the step of the newest checkpoint
+    that was passed by."""
     starts = read_starts(run_uri)
     start = Start(attempt, how, step)
     if starts:
-        start = _after(run_uri, starts[-1], start)
+        start = _after(run_uri, starts[-1], start, newest_damaged)
         if was_hung and start.cause == WORKER_LOST:
             start = replace(start, cause=WORKER_HUNG)
     storage.write_json(
@@ -54,11 +64,13 @@ def record_start(run_uri: str, attempt: int, how: str, step: int, was_hung: bool
     return start
 
 
-def _after(run_uri: str, before: Start, start: Start) -> Start:
+def _after(run_uri: str, before: Start, start: Start, newest_damaged: int | None) -> Start:
     progress = read_progress_json(storage.join(run_uri, PROGRESS_NAME))
     known = progress if progress.get("attempt") == before.attempt else {}
-    reached = max(int(known.get("step", before.step)), before.step)
-    lost_steps = max(0, reached - start.step)
+    saved = start.step if newest_damaged is None else max(newest_damaged, start.step)
+    reached = max(int(known.get("step", before.step)), before.step, saved)
+    lost_steps = reached - saved
+    step_seconds = float(known.get("step_seconds") or 0.0)
     at = float(known.get("at", time.time()))
     return Start(
         attempt=start.attempt,
@@ -66,8 +78,10 @@ def _after(run_uri: str, before: Start, start: Start) -> Start:
         step=start.step,
         cause=_cause(run_uri, before, start),
         lost_steps=lost_steps,
-        lost_seconds=round(lost_steps * float(known.get("step_seconds") or 0.0), 3),
+        lost_seconds=round(lost_steps * step_seconds, 3),
         idle_seconds=round(max(0.0, time.time() - at), 3),
+        damaged_steps=saved - start.step,
+        damaged_seconds=round((saved - start.step) * step_seconds, 3),
     )
 
 
@@ -103,6 +117,8 @@ def waste_by_cause(
     for start in starts:
         if start.cause:
             add(start.cause, start.lost_steps, start.lost_seconds + start.idle_seconds)
+        if start.damaged_steps:
+            add(DAMAGED, start.damaged_steps, start.damaged_seconds)
     for event in events:
         if event.get("back_to") is not None:
             add(WENT_BACK, float(event["step"]) - float(event["back_to"]), 0.0)

@@ -102,7 +102,8 @@ def _record_start(
         how = f"INIT with {init['num_inherited']} parameters of {whose} and {num_new} new"
     else:
         how = f"INIT with {init.get('source')} weights"
-    return record_start(job.run_uri, job.attempt, how, run.step, was_hung)
+    damaged = None if found is None else found.newest_damaged
+    return record_start(job.run_uri, job.attempt, how, run.step, was_hung, damaged)
 
 
 def use_threads(cpus: int | None) -> None:

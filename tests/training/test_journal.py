@@ -8,7 +8,7 @@ import torch
 
 from infra import storage
 from training.journal import Journal, ProgressFile
-from training.progress import read_progress
+from training.progress import StageProgress, read_progress
 from training.utilisation import HostUse
 
 
@@ -105,3 +105,18 @@ def test_a_gpu_whose_library_refuses_ends_no_training(monkeypatch: pytest.Monkey
     found = HostUse().measure()
     assert found["host/gpu_memory_mb"] == 2.0
     assert "host/gpu_share" not in found
+
+
+def test_the_progress_says_what_happened(tmp_path: Path) -> None:
+    uri = storage.file_uri(tmp_path / "progress.json")
+    journal = Journal(4, 2, progress=ProgressFile(uri, 4))
+    journal.note("started", "attempt 2: RESUME")
+    journal.note("slow worker", "step 2: worker 1")
+    journal.stepped(1, 2.0, 3, 4, 0.5, {})
+    journal.note("slow worker", "step 3: worker 1")
+    journal.close()
+    found = read_progress(uri)
+    assert found is not None
+    assert dict(found.notes) == {"started": "attempt 2: RESUME", "slow worker": "step 3: worker 1"}
+    storage.write_json(uri, {"step": 1, "notes": ["odd"]})
+    assert read_progress(uri) == StageProgress(1, 0)

@@ -52,3 +52,15 @@ def test_an_account_that_does_not_read_begins_anew(run_uri: str) -> None:
     storage.write_json(storage.join(run_uri, "starts.json"), [{"odd": 1}])
     assert record_start(run_uri, 1, "INIT", 0).cause == ""
     assert len(read_starts(run_uri)) == 1
+
+
+def test_steps_that_were_saved_and_damaged_have_a_cause_of_their_own(run_uri: str) -> None:
+    record_start(run_uri, 1, "INIT", 0)
+    progress(run_uri, 1, 62, at=0.0)
+    start = record_start(run_uri, 2, "RESUME", 40, newest_damaged=60)
+    assert (start.cause, start.lost_steps, start.lost_seconds) == ("driver lost", 2, 1.0)
+    assert (start.damaged_steps, start.damaged_seconds) == (20, 10.0)
+    record_start(run_uri, 2, "RESUME", 62)
+    lost = waste_by_cause(read_starts(run_uri))
+    assert lost["checkpoint damaged"] == {"times": 1, "steps": 20, "seconds": 10.0}
+    assert lost["driver lost"]["steps"] == 2

@@ -21,6 +21,7 @@ from training import token_cache
 from training.checkpoint import verify_folder
 from training.checkpoint_store import CheckpointStore
 from training.config import (
+    GuardConfig,
     InitConfig,
     SampleGridConfig,
     StageConfig,
@@ -31,10 +32,15 @@ from training.encoding_news import METRIC, EncodingNews
 from training.fit import Stopped
 from training.job import Job
 from training.keeper import Keeper
-from training.progress import StageProgress, parse_progress, read_progress_json
+from training.progress import (
+    StageProgress,
+    parse_progress,
+    read_progress,
+    read_progress_json,
+)
 from training.publish import publish_folder
 from training.session import LocalSession
-from training.waste import read_starts
+from training.waste import read_starts, waste_by_cause
 from training.worker import train
 
 Curated = Callable[..., str]
@@ -378,6 +384,42 @@ def test_progress_is_written(
     assert progress["loss"] > 0
     assert progress["images_per_second"] > 0
     assert progress["num_workers"] == 1
+
+
+def test_a_damaged_checkpoint_is_told_and_has_its_price(
+    published: Callable[[str], str],
+    run_of: Runs,
+    manifest_uri: str,
+    network_config: Any,
+    small_config: Callable[..., StageConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = small_config(guard=GuardConfig(rewind_steps=2))  # saves steps 0, 2 and 4
+    job = _masked_job("concepts", config, network_config, manifest_uri, published("tokenizer"))
+    progress_uri = storage.file_uri(run_of.root / "damaged" / "progress.json")
+    job = replace(job, progress_uri=progress_uri)
+
+    def die(keeper: Keeper) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "finish", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_of.train(job, "damaged")
+    weights = run_of("damaged") / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    run_of.train(replace(job, attempt=2), "damaged")
+    progress = read_progress(progress_uri)
+    assert progress is not None
+    told = dict(progress.notes)["checkpoint passed by"]
+    assert told.startswith("step 4: ")
+    assert "weights.safetensors" in told
+    start = read_starts(run_of.uri("damaged"))[-1]
+    assert (start.step, start.damaged_steps) == (2, 2)
+    assert start.lost_steps == 2  # of the six that were made
+    assert set(waste_by_cause([start])) == {"driver lost", "checkpoint damaged"}
 
 
 def test_a_parent_of_another_width_is_one_line(
