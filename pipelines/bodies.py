@@ -15,6 +15,7 @@ from pipelines.connection import Failed
 from pipelines.fetch import shared_fetcher
 from pipelines.guard import Rejected
 from pipelines.tar_samples import SCHEME, place_of
+from pipelines.tombstones import Tombstones
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,11 +34,13 @@ class ListedBodies:
     """The web, as the recipe has it, and ``tars`` (name -> address); for many threads.
 
     Keeps at most ``_MAX_OPEN`` tars open until the block ends. A body is read by its range, and is
-    held to the bound on bodies from the web.
+    held to the bound on bodies from the web. Of the web, nothing that ``tombstones`` bar is asked.
     """
 
-    def __init__(self, config: FetchConfig, tars: Mapping[str, str]) -> None:
-        self._web = shared_fetcher(config)
+    def __init__(
+        self, config: FetchConfig, tars: Mapping[str, str], tombstones: Tombstones
+    ) -> None:
+        self._web = shared_fetcher(config, tombstones)
         self._max_bytes = config.max_bytes
         self._tars = tars
         self._open: dict[str, pa.NativeFile] = {}

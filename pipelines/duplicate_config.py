@@ -26,7 +26,7 @@ class PerceptualConfig(StrictModel):
 class DuplicateConfig(StrictModel):
     """Which samples count as the same. The highest aesthetic score stays, then the smallest id."""
 
-    same_url: bool = semantic(True, "rows with the same URL")
+    same_url: bool = semantic(True, "rows with the same URL, however it is spelled")
     same_bytes: bool = semantic(True, "images with the same sha256 as fetched")
     perceptual: PerceptualConfig | None = semantic(
         None, "images that look the same: {} for the defaults, null: not asked"

@@ -14,6 +14,7 @@ import polars as pl
 
 from pipelines.config import CurationConfig
 from pipelines.duplicate_config import PerceptualConfig
+from pipelines.spelling import one_addresses
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
@@ -41,8 +42,9 @@ _REFERENCES = {CONTAMINATED_IMAGE: f"{REFERENCE}0-", DUPLICATE_OF_OTHER: f"{REFE
 def row_duplicates(rows: pl.DataFrame, *, same_url: bool) -> pl.Series:
     """Per row ``duplicate_row`` (URL and caption seen), ``duplicate_url`` or null.
 
-    Rows with a ``reason`` already do not take part. Rows alike in URL, caption and score are told
-    apart by their other columns, so that the survivor does not depend on the input's order.
+    A URL is seen whatever its spelling. Rows with a ``reason`` already do not take part. Rows alike
+    in URL, caption and score are told apart by their other columns, so that the survivor does not
+    depend on the input's order.
     """
     others = [
         name
@@ -61,7 +63,10 @@ def row_duplicates(rows: pl.DataFrame, *, same_url: bool) -> pl.Series:
         )
         .with_columns(
             pl.col("sample_id").is_first_distinct().alias("first_of_row"),
-            pl.col("url").is_first_distinct().alias("first_of_url"),
+            pl.col("url")
+            .map_batches(one_addresses, return_dtype=pl.String)
+            .is_first_distinct()
+            .alias("first_of_url"),
         )
     )
     is_url_duplicate = ~pl.col("first_of_url") & pl.lit(same_url)

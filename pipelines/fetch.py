@@ -23,6 +23,7 @@ from pipelines.connection import Connection, Deadline, Failed, connect, retry_af
 from pipelines.consent import MAX_POLICY_BYTES, Consent
 from pipelines.guard import Rejected, Target, check_addresses, parse_url, redirect_url
 from pipelines.hosts import Budgets, Lookup, Pool, Resolver, system_lookup
+from pipelines.tombstones import TAKEDOWN, Tombstones
 
 _REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 _REFUSED_TARGETS = frozenset({"url", "scheme", "port", "address"})
@@ -50,7 +51,8 @@ class Fetcher:
     """Downloads for one process; safe to call from many threads.
 
     Holds at most ``num_threads`` idle connections and, in its callers' threads, one body of at
-    most ``max_bytes`` each. ``lookup`` and ``tls`` exist for tests and private trust stores.
+    most ``max_bytes`` each. Nothing that ``tombstones`` bar is asked for, wherever a redirect
+    leads. ``lookup`` and ``tls`` exist for tests and private trust stores.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class Fetcher:
         config: FetchConfig,
         lookup: Lookup = system_lookup,
         tls: ssl.SSLContext | None = None,
+        tombstones: Tombstones | None = None,
     ) -> None:
         self._config = config
+        self._tombstones = tombstones or Tombstones()
         self._image = _Purpose(config.max_bytes, config.max_redirects)
         self._policy = _Purpose(
             MAX_POLICY_BYTES,
@@ -111,6 +115,9 @@ class Fetcher:
         """One attempt, hop by hop; a body in which nothing is wrong, or an exception."""
         seen = {target.url}
         for hop in range(purpose.max_redirects + 1):
+            if self._tombstones and self._tombstones.bar(target):
+                # A site's file behind such a redirect is one that cannot be had.
+                raise Rejected(TAKEDOWN if purpose.is_image else "redirect")
             try:
                 if purpose.is_image:
                     with deadline.paused():
@@ -251,18 +258,18 @@ _shared: dict[str, Fetcher] = {}
 _shared_lock = threading.Lock()
 
 
-def shared_fetcher(config: FetchConfig) -> Fetcher:
+def shared_fetcher(config: FetchConfig, tombstones: Tombstones) -> Fetcher:
     """This process's fetcher: what it learnt of hosts in one task serves the next.
 
-    One is kept; another configuration replaces it.
+    One is kept; another configuration, or other tombstones, replace it.
     """
-    key = config.model_dump_json()
+    key = config.model_dump_json() + tombstones.digest
     with _shared_lock:
         if key not in _shared:
             for fetcher in _shared.values():
                 fetcher.close()
             _shared.clear()
-            _shared[key] = Fetcher(config)
+            _shared[key] = Fetcher(config, tombstones=tombstones)
         return _shared[key]
 
 

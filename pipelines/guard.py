@@ -88,6 +88,14 @@ class Target:
 
 def parse_url(url: str, allowed_ports: Collection[int]) -> Target:
     """Take ``url`` apart, or raise ``Rejected`` with reason ``url``, ``scheme`` or ``port``."""
+    target = take_apart(url)
+    if target.port not in allowed_ports:
+        raise Rejected("port", str(target.port))
+    return target
+
+
+def take_apart(url: str) -> Target:
+    """``url`` in its parts, whatever its port; ``Rejected`` with reason ``url`` or ``scheme``."""
     if len(url) > MAX_URL_CHARS:
         raise Rejected("url", f"longer than {MAX_URL_CHARS} characters")
     if _FORBIDDEN_IN_URL.search(url):
@@ -104,8 +112,6 @@ def parse_url(url: str, allowed_ports: Collection[int]) -> Target:
         raise Rejected("url", "user information before the host")
     host = _ascii_host(parts.netloc, parts.hostname)
     port = DEFAULT_PORTS[scheme] if port is None else port
-    if port not in allowed_ports:
-        raise Rejected("port", str(port))
     path = quote(parts.path or "/", safe=_KEEP_IN_PATH)
     if parts.query:
         path += "?" + quote(parts.query, safe=_KEEP_IN_PATH)

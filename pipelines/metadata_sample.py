@@ -33,6 +33,7 @@ from pipelines.foreseen import BY_METADATA
 from pipelines.inputs import is_tar
 from pipelines.read_rows import without_removed
 from pipelines.sources import SOURCE_FORMATS
+from pipelines.spelling import one_addresses
 from pipelines.tombstones import Tombstones
 
 MAX_RECORDS_PER_GROUP = 20_000
@@ -199,7 +200,8 @@ def _judged(
     looked at."""
     table, num_records = draw_records(cluster, MAX_RECORDS_PER_GROUP, rng)
     layout = cluster.layout
-    key = pl.col("url") if config.duplicates.same_url else pl.struct("url", "caption")
+    address = pl.col("url").map_batches(one_addresses, return_dtype=pl.String)
+    key = address if config.duplicates.same_url else pl.struct("url", "caption")
     rows = canonical_rows(table, layout, config.source).with_columns(
         first_reason(metadata_filters(config.filters)), key.hash().alias("key")
     )

@@ -31,6 +31,7 @@ from pipelines.filters import Filter, first_reason, metadata_filters, unknown_ke
 from pipelines.inputs import Unit, metadata_batches, read_captions
 from pipelines.ledger import REJECTED, LedgerFile
 from pipelines.sources import SOURCE_FORMATS
+from pipelines.spelling import one_addresses
 from pipelines.tar_samples import SCHEME
 from pipelines.tombstones import TAKEDOWN, Tombstones
 
@@ -60,11 +61,12 @@ class Slots:
 
 
 def partitions_of(urls: pl.Series, num_partitions: int) -> npt.NDArray[np.int64]:
-    """The partition of each URL: the CRC-32 of its UTF-8 bytes modulo the number of partitions.
+    """The partition of each URL: the CRC-32 of its one spelling's bytes modulo their number.
 
-    One hash that every machine and version computes alike, unlike Polars' own.
+    Copies of an address meet, however each is spelled. One hash that every machine and version
+    computes alike, unlike Polars' own.
     """
-    texts = urls.cast(pl.Binary).to_list()
+    texts = one_addresses(urls).cast(pl.Binary).to_list()
     return np.fromiter(map(zlib.crc32, texts), np.int64, len(texts)) % num_partitions
 
 

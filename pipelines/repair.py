@@ -24,6 +24,7 @@ from pipelines.exclusive import refuse_while_removing
 from pipelines.repair_shards import RepairJob
 from pipelines.score import Bars
 from pipelines.stored import live_versions
+from pipelines.tombstones import load_tombstones
 from pipelines.units import run_units
 
 if TYPE_CHECKING:
@@ -77,7 +78,14 @@ def repair(
         config = _config(manifest, fetch)
         known_tars = {**_noted_tars(root), **(tars or {})}
         job = RepairJob(
-            root, manifest, damaged, others, config, known_tars, dict(environment or {})
+            root,
+            manifest,
+            damaged,
+            others,
+            config,
+            known_tars,
+            load_tombstones(root),
+            dict(environment or {}),
         )
         with Lease(storage.join(job.folder, "mending", "lease.json"), "repair"):
             refuse_while_removing(root)

@@ -41,6 +41,7 @@ from pipelines.shards import ShardWriter, read_shard, sample_members
 from pipelines.stage_images import decoder_for, images_of
 from pipelines.stored import live_versions
 from pipelines.takedown import Found
+from pipelines.tombstones import Tombstones
 
 if TYPE_CHECKING:
     pass
@@ -70,7 +71,7 @@ class RepairJob(Derivation):
     """The damaged shards of a version, by number; travels to the workers.
 
     ``others``: ledger files of other versions, which may hold the same samples in other shards;
-    ``tars``: where images lie that are not on the web.
+    ``tars``: where images lie that are not on the web. What ``tombstones`` bar is not fetched.
     """
 
     kind: ClassVar[str] = "repair"
@@ -81,6 +82,7 @@ class RepairJob(Derivation):
     others: tuple[FileEntry, ...]
     config: CurationConfig
     tars: Mapping[str, str] = field(default_factory=dict)
+    tombstones: Tombstones = field(default_factory=Tombstones)
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -331,7 +333,7 @@ class _Gathered:
         self._asked.update(todo)
         config = self._job.config
         with (
-            ListedBodies(config.fetch, self._job.tars) as source,
+            ListedBodies(config.fetch, self._job.tars, self._job.tombstones) as source,
             ThreadPoolExecutor(config.fetch.num_threads) as pool,
         ):
             for first in range(0, len(todo), config.fetch.num_threads):

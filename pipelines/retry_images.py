@@ -57,7 +57,7 @@ def retry_images(build: Build, partition: int, round: int, companions: Rounds = 
         waiting = [first, *(each for each in found if each is not None)]
         todo = pl.concat([_blank(each.retried) for each in waiting])
         todo = todo.unique("sample_id", keep="first", maintain_order=True)
-        with ListedBodies(build.config.fetch, build.tars) as bodies:
+        with ListedBodies(build.config.fetch, build.tars, build.tombstones) as bodies:
             fetched = fetch_rows(todo, [each.build.config for each in waiting], bodies, folder)
         # The one whose partition this is comes last: until it is marked, all is done again.
         for number, each in reversed(list(enumerate(waiting))):

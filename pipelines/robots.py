@@ -9,14 +9,12 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from urllib.parse import quote
+
+from pipelines.spelling import one_path
 
 MAX_RULES = 20_000
 _TOKEN = re.compile(r"[a-z_-]+|\*")
 _LINE_END = re.compile(r"\r\n|\r|\n")
-_PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
-_UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-_KEEP_IN_PATTERN = "%/:=&?~+!$,;'@()*[]|"
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class PathRules:
 
     def allow(self, request_path: str) -> bool:
         """Whether ``request_path`` (path and query, as sent) may be asked for."""
-        path = _normal(request_path)
+        path = one_path(request_path)
         longest, verdict = -1, True
         for rule in self.rules:
             length = len(rule.pattern)
@@ -109,17 +107,7 @@ def _records(text: str) -> Iterable[tuple[str, str]]:
 
 def _pattern(value: str) -> str:
     """Every owner who forgets the first slash means it."""
-    return _normal(value if value.startswith(("/", "*")) else "/" + value)
-
-
-def _normal(path: str) -> str:
-    """One spelling per path: what must be escaped is, what need not be is not."""
-
-    def unescaped(found: re.Match[str]) -> str:
-        character = chr(int(found.group(1), 16))
-        return character if character in _UNRESERVED else found.group().upper()
-
-    return _PERCENT.sub(unescaped, quote(path, safe=_KEEP_IN_PATTERN))
+    return one_path(value if value.startswith(("/", "*")) else "/" + value)
 
 
 def _matches(pattern: str, path: str) -> bool:

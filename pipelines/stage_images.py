@@ -83,7 +83,7 @@ def stage_images(
         rows = without_removed(rows, build.tombstones)
         num_asked = rows["reason"].null_count()
         trays = [Tray() for _ in builds if partition < NUM_PLACES]
-        with ListedBodies(build.config.fetch, build.tars) as bodies:
+        with ListedBodies(build.config.fetch, build.tars, build.tombstones) as bodies:
             fetched = fetch_rows(rows, [each.config for each in builds], bodies, folder, trays)
         _check_network(fetched[0], build.config, partition)
         # The one whose partition this is comes last: until it is marked, all is done again.

@@ -1,7 +1,8 @@
 """What was taken down and must not come back, as digests: never an address, a domain or an image.
 
 ``tombstones/`` under a dataset's root holds one file per takedown, named by its content. Every
-curation, retry and derived version of the dataset honours all of them, before any request is made.
+curation, retry and derived version of the dataset honours all of them, before any request is made
+and at every hop of a redirect. An address is known in every spelling that asks for the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pydantic import TypeAdapter
 from infra import storage
 from infra.digests import canonical_json, sha256_bytes
 from infra.errors import UserError
+from pipelines.guard import Target
+from pipelines.spelling import address_of, one_address
 
 TAKEDOWN = "takedown"
 FOLDER = "tombstones"
@@ -37,7 +40,11 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Tombstones:
-    """Hex sha256 of addresses and host names (lower case), of images as fetched; sample ids."""
+    """Hex sha256 of addresses and host names (lower case), of images as fetched; sample ids.
+
+    Of an address, what was asked for and its one spelling (``pipelines.spelling``). A list of
+    digests, or a takedown of an earlier version, may have only one of them.
+    """
 
     urls: frozenset[str] = frozenset()
     domains: frozenset[str] = frozenset()
@@ -55,7 +62,7 @@ class Tombstones:
     ) -> Tombstones:
         """From plain values."""
         return cls(
-            frozenset(map(digest_of, urls)),
+            frozenset(digest_of(each) for url in urls for each in _spellings(url)),
             frozenset(digest_of(domain.strip().strip(".").lower()) for domain in domains),
             frozenset(image.lower() for image in images),
             frozenset(sample.lower() for sample in samples),
@@ -91,7 +98,7 @@ class Tombstones:
         """
         found = pl.Series([False]).new_from_index(0, rows.height)
         if "url" in rows.columns and self.urls:
-            found |= _looked_up(rows["url"], lambda url: digest_of(url) in self.urls)
+            found |= _looked_up(rows["url"], self._is_url)
         if "url" in rows.columns and self.domains:
             hosts = rows.select(host=pl.col("url").str.extract(r"^[^/?#]*//([^/?#]*)"))["host"]
             found |= _looked_up(hosts, self._is_domain)
@@ -101,12 +108,25 @@ class Tombstones:
             found |= rows["sample_id"].is_in(list(self.samples)).fill_null(False)
         return found
 
+    def bar(self, target: Target) -> bool:
+        """Whether a request must not go there."""
+        return self._is_host(target.host) or any(
+            digest_of(url) in self.urls for url in {target.url, address_of(target)}
+        )
+
+    def _is_url(self, url: str) -> bool:
+        return any(digest_of(each) in self.urls for each in _spellings(url))
+
     def _is_domain(self, authority: str) -> bool:
         """Whether the host, or a domain it lies in, is taken down."""
         try:
             host = urlsplit(f"//{authority}").hostname or ""
+            host = host if host.isascii() else host.encode("idna").decode("ascii").lower()
         except ValueError:
             return False
+        return self._is_host(host)
+
+    def _is_host(self, host: str) -> bool:
         labels = host.strip(".").split(".")
         return any(
             digest_of(".".join(labels[start:])) in self.domains for start in range(len(labels))
@@ -162,6 +182,10 @@ def read_block_lists(uris: Iterable[str]) -> Tombstones:
 def digest_of(text: str) -> str:
     """The sha256 of a text, 64 hex digits."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _spellings(url: str) -> set[str]:
+    return {url, one_address(url) or url}
 
 
 def _looked_up(values: pl.Series, is_covered: Callable[[str], bool]) -> pl.Series:

@@ -21,6 +21,7 @@ from PIL import Image
 from pipelines.config import CurationConfig, FetchConfig
 from pipelines.fetch import Fetcher
 from pipelines.hosts import Lookup
+from pipelines.tombstones import Tombstones
 
 Route = Callable[[socket.socket, str], None]
 HOST = "evil.example"
@@ -105,11 +106,17 @@ class EvilWeb:
         }
         return FetchConfig(**(known | changes))
 
-    def fetcher(self, lookup: Lookup | None = None, tls: Any = None, **changes: Any) -> Fetcher:
+    def fetcher(
+        self,
+        lookup: Lookup | None = None,
+        tls: Any = None,
+        tombstones: Tombstones | None = None,
+        **changes: Any,
+    ) -> Fetcher:
         def refuse(host: str, port: int) -> list[str]:
             raise AssertionError(f"{host}:{port} was looked up")
 
-        fetcher = Fetcher(self.config(**changes), lookup=lookup or refuse, tls=tls)
+        fetcher = Fetcher(self.config(**changes), lookup or refuse, tls, tombstones)
         self._fetchers.append(fetcher)
         return fetcher
 

@@ -13,7 +13,7 @@ from infra import storage
 from infra.errors import UserError
 from pipelines.plan import plan_curation
 from pipelines.tombstones import digest_of, named_by, parse_list, read_block_lists
-from tests.pipelines.conftest import encoded, picture
+from tests.pipelines.conftest import encoded, picture, response
 from tests.pipelines.test_build import ledger, run, samples
 
 GOOD = "http://evil.example/good"
@@ -45,6 +45,43 @@ def test_what_is_listed_is_not_fetched_not_stored_and_not_told(
     stored = {hashlib.sha256(members["jpg"]).hexdigest() for members in
               samples(plan.build, manifest).values()}  # fmt: skip
     assert by_bytes not in stored
+
+
+def test_no_other_spelling_and_no_redirect_leads_to_what_is_listed(
+    trap_world: Any, tmp_path: Path
+) -> None:
+    web, host = trap_world.web, "evil.example"
+    for number, url in enumerate(
+        [f"{GOOD}/0.jpg#x", f"HTTP://{host}/good/0.jpg", f"http://{host}:80/good/0.jpg",
+         f"{GOOD}/0.jpg ", f"http://{host}/bad/../good/%30.jpg", f"http://{host}/to/url",
+         f"http://{host}/to/domain", f"http://{host}/to/good"]
+    ):  # fmt: skip
+        row = trap_world.rows[5] | {"URL": url, "TEXT": f"another picture {number}"}
+        trap_world.rows.append(row)
+    away = "http://listed.example/1.jpg"
+    for name, leads_to in (("url", f"{GOOD}/0.jpg#y"), ("domain", away), ("good", "/good/4.jpg")):
+        web.route(f"/to/{name}", response(b"", f"Location: {leads_to}", status="302 x"))
+    web.route("/1.jpg", response(encoded(picture(77))))
+    trap_world.write()
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{GOOD}/0.jpg\ndomain:listed.example\n")
+    config = trap_world.config(block=[str(listed)])
+    reached = {**config.fetch.connect_to, "listed.example:80": f"127.0.0.1:{web.port}"}
+    fetch = config.fetch.model_copy(update={"connect_to": reached})
+    config = config.model_copy(update={"fetch": fetch})
+    plan = plan_curation("traps", config, (tmp_path / "store").as_uri())
+    manifest = run(plan)
+    asked = {request.split(" ")[1] for request in web.requests}
+    assert {"/to/url", "/to/domain", "/good/4.jpg"} <= asked
+    assert not asked & {"/good/0.jpg", "/good/%30.jpg", "/1.jpg", "/bad/../good/%30.jpg"}
+    assert "listed.example" not in "".join(web.requests)
+    rows = ledger(plan.build, manifest)
+    gone = rows.filter(pl.col("reason") == "takedown")
+    # The row itself, its copy, its five other spellings, and two redirects.
+    assert gone.height == manifest.rejected["takedown"] == 9
+    assert gone["url"].str.starts_with("removed:").all()
+    led = rows.filter(pl.col("url").str.ends_with("/to/good"))["disposition"].to_list()
+    assert led == ["rejected"]  # the same bytes as /good/4.jpg
 
 
 def test_lists_are_known_by_what_they_name(trap_world: Any, tmp_path: Path) -> None:

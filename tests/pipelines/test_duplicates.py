@@ -71,3 +71,13 @@ def test_rows_that_were_rejected_do_not_displace_others() -> None:
     assert found.to_list() == [None, None, "duplicate_url", "duplicate_row"]
     found = row_duplicates(pl.DataFrame(rows, schema=SCHEMA), same_url=False)
     assert found.to_list() == [None, None, None, "duplicate_row"]
+
+
+def test_a_url_is_the_same_however_it_is_spelled() -> None:
+    spelled = ["http://a.example/1.jpg", "http://a.example:80/1.jpg", "http://A.example/1.jpg#top"]
+    rows = [
+        {"sample_id": str(number), "url": url, "aesthetic_score": float(number), "reason": None}
+        for number, url in enumerate([*spelled, "http://a.example/2.jpg"])
+    ]
+    found = row_duplicates(pl.DataFrame(rows, schema=SCHEMA), same_url=True)
+    assert found.to_list() == ["duplicate_url", "duplicate_url", None, None]

@@ -23,6 +23,7 @@ from pipelines.connection import Connection, Deadline, Failed, retry_after_secon
 from pipelines.consent import is_opted_out
 from pipelines.fetch import Fetcher
 from pipelines.guard import Rejected
+from pipelines.tombstones import Tombstones
 
 URL = "http://evil.example"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -287,6 +288,22 @@ def test_follows_redirects_and_counts_hops(evil_web: Any, http_response: Any) ->
     assert evil_web.fetcher(max_redirects=3).fetch(f"{URL}/1") == BODY
     assert rejection(evil_web.fetcher(max_redirects=2), f"{URL}/1").reason == "redirect"
     assert rejection(evil_web.fetcher(max_redirects=0), f"{URL}/1").reason == "redirect"
+
+
+def test_no_hop_leads_to_what_was_taken_down(evil_web: Any, http_response: Any) -> None:
+    evil_web.route("/1", http_response(b"", "Location: /2", status="302 x"))
+    evil_web.route(
+        "/2", http_response(b"", "Location: http://evil.example:80/3#top", status="302 x")
+    )
+    evil_web.route("/3", http_response(BODY))
+    evil_web.route("/robots.txt", http_response(b"", "Location: /rules", status="302 x"))
+    evil_web.route("/rules", http_response(b"User-agent: *\nDisallow: /"))
+    tombstones = Tombstones.of([f"{URL}/3", f"{URL}/rules"])
+    fetcher = evil_web.fetcher(tombstones=tombstones, opt_outs={"tdm_reservation": False})
+    for path in ("/1", "/3"):
+        assert rejection(fetcher, f"{URL}{path}").reason == "takedown"
+    asked = [request.split(" ")[1] for request in evil_web.requests]
+    assert asked == ["/robots.txt", "/1", "/2"]
 
 
 def test_a_redirect_loop_is_noticed(evil_web: Any, http_response: Any) -> None:

@@ -67,7 +67,7 @@ def rows_of(asked: CurationConfig) -> pl.DataFrame:
 
 
 def bodies_of(asked: CurationConfig) -> ListedBodies:
-    return ListedBodies(FetchConfig(), tars_of(find_inputs(asked)))
+    return ListedBodies(FetchConfig(), tars_of(find_inputs(asked)), Tombstones())
 
 
 def test_samples_become_rows_whose_images_are_where_they_say(tmp_path: Path) -> None:
@@ -234,7 +234,9 @@ def test_bodies_come_from_listed_tars_alone_and_are_bounded(tmp_path: Path) -> N
     path = write_tar(tmp_path / "s" / "a.tar", samples(2))
     url = rows_of(config(path))["url"][0]
     place = url.partition("?")[2]
-    with ListedBodies(FetchConfig(max_bytes=500), {"s/a.tar": path.as_uri()}) as bodies:
+    with ListedBodies(
+        FetchConfig(max_bytes=500), {"s/a.tar": path.as_uri()}, Tombstones()
+    ) as bodies:
         for other, reason in {
             f"tar://s/b.tar/000000000.jpg?{place}": "scheme",
             f"tar://s/../secret/x.jpg?{place}": "url",
@@ -252,7 +254,9 @@ def test_bodies_come_from_listed_tars_alone_and_are_bounded(tmp_path: Path) -> N
         with pytest.raises(Failed, match="short_body: 400 bytes missing") as failed:
             bodies.fetch(f"tar://s/a.tar/x.jpg?offset={path.stat().st_size}&bytes=400")
         assert failed.value.retryable
-    with ListedBodies(FetchConfig(), {"s/a.tar": (tmp_path / "gone.tar").as_uri()}) as bodies:
+    with ListedBodies(
+        FetchConfig(), {"s/a.tar": (tmp_path / "gone.tar").as_uri()}, Tombstones()
+    ) as bodies:
         with pytest.raises(Failed, match="storage") as failed:
             bodies.fetch(url)
         assert failed.value.retryable

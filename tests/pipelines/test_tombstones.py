@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra import storage
+from infra.digests import canonical_json, sha256_bytes
+from pipelines.guard import take_apart
 from pipelines.ledger import without_addresses
 from pipelines.plan import build_key
 from pipelines.tombstones import Tombstones, digest_of, load_tombstones, publish_tombstones
@@ -32,6 +34,8 @@ def rows(urls: list[str | None]) -> pl.DataFrame:
         ("https://user:word@a.example/1.jpg", True),
         ("//a.example/1.jpg", True),
         ("http://a.example./1.jpg", True),
+        ("http://\uff41.example\u3002/1.jpg", True),
+        ("http://b\u00fccher.example/1.jpg", True),
         ("http://nota.example/1.jpg", False),
         ("http://a.example.org/1.jpg", False),
         ("http://b.example/http://a.example/", False),
@@ -41,8 +45,51 @@ def rows(urls: list[str | None]) -> pl.DataFrame:
     ],
 )
 def test_a_domain_covers_its_hosts_and_no_others(url: str | None, is_covered: bool) -> None:
-    tombstones = Tombstones.of(domains=["A.Example"])
+    tombstones = Tombstones.of(domains=["A.Example", "xn--bcher-kva.example"])
     assert tombstones.covers(rows([url])).to_list() == [is_covered]
+
+
+SPELLINGS = [
+    "http://a.example/x/1.jpg",
+    "http://a.example/x/1.jpg#top",
+    "HTTP://A.EXAMPLE/x/1.jpg",
+    "http://a.example:80/x/1.jpg",
+    "http://a.example/x/1.jpg ",
+    "http://a.example./x/1.jpg",
+    "http://a.example/x/%31.jpg",
+    "http://a.example/x/1.jpg?",
+    "http://a.example/y/../x/./1.jpg",
+    "http://a.example/%2e%2e/x/1.jpg",
+]
+
+
+@pytest.mark.parametrize("asked", SPELLINGS)
+def test_an_address_is_known_in_every_spelling(asked: str) -> None:
+    others = ["https://a.example/x/1.jpg", "http://a.example/X/1.jpg", "http://a.example/x/1.jpg?a",
+              "http://a.example:8080/x/1.jpg", "http://a.example/x%2f1.jpg"]  # fmt: skip
+    tombstones = Tombstones.of([asked])
+    covered = tombstones.covers(rows([*SPELLINGS, *others])).to_list()
+    assert covered == [True] * len(SPELLINGS) + [False] * len(others)
+    assert all(tombstones.bar(take_apart(url)) for url in SPELLINGS)
+    assert not any(tombstones.bar(take_apart(url)) for url in others)
+
+
+def test_tombstones_of_earlier_versions_hold(store_uri: str) -> None:
+    """They have the digest of what was asked for, and nothing else."""
+    root = f"{store_uri}/datasets/d"
+    odd = "http://b.example:80/1.jpg"
+    old = {"urls": sorted(map(digest_of, [SPELLINGS[0], odd])), "domains": [], "images": [],
+           "samples": [], "schema_version": 1}  # fmt: skip
+    data = canonical_json(old)
+    storage.write_bytes(f"{root}/tombstones/{sha256_bytes(data)[:32]}.json", data)
+    found = load_tombstones(root)
+    assert found.covers(rows([*SPELLINGS, odd])).all()
+    assert found.bar(take_apart(SPELLINGS[3]))
+
+
+def test_what_is_no_web_address_is_known_as_it_is() -> None:
+    urls = ["tar://s/a.tar/k.jpg?offset=1&bytes=2", "http://u@a.example/", "", "x" * 5000]
+    assert Tombstones.of(urls).covers(rows([*urls, None])).to_list() == [True] * 4 + [False]
 
 
 @given(
