@@ -52,12 +52,17 @@ def takedown(
         Path | None, typer.Option("--file", help="such requests, one a line; # begins a comment")
     ] = None,
     dataset: Annotated[
-        list[str] | None, typer.Option("--dataset", help="only in this one; default: in all")
+        list[str] | None,
+        typer.Option("--dataset", help="only in this one; default: in all, later ones too"),
     ] = None,
     store: Annotated[
         str | None,
         typer.Option("--store", help="s3:// or file:// address; default: the newest run's store"),
     ] = None,
+    keep_copies: Annotated[
+        bool,
+        typer.Option("--keep-copies", help="leave the same bytes where other addresses have them"),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would go, change nothing")
     ] = False,
@@ -66,8 +71,10 @@ def takedown(
     """Remove images from every version, and keep them out.
 
     Affected shards are written again, old versions give way to new ones, and what no version lists
-    any more is deleted: shards, embeddings, scores, tokens. Digests stay, so that no later
-    curation brings it back. Models that were trained on it are named; they are not changed.
+    any more is deleted: shards, embeddings, scores, tokens. Digests stay, of the addresses and of
+    the bytes, so that no later curation of any dataset in the store brings it back, from wherever;
+    with --dataset they hold for these datasets alone. Samples that only look like it are named, and
+    so are models that were trained on it; neither are changed.
     """
     from app.takedown import Request, take_down_everywhere
 
@@ -75,4 +82,7 @@ def takedown(
     request = Request.of(
         url or (), domain or (), sha256 or (), sample or (), file, like or (), min_similarity
     )
-    out.result(take_down_everywhere(request, dataset or (), store, out, dry_run=dry_run))
+    done = take_down_everywhere(
+        request, dataset or (), store, out, dry_run=dry_run, keep_copies=keep_copies
+    )
+    out.result(done)

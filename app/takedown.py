@@ -6,12 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.place import Place, place_of
 from app.scoring import LazySpark
+from app.takedown_told import carried_out, foreseen, stays_out
 from app.upkeep import chosen_datasets
 from app.verb import Output
 from infra import storage
@@ -103,66 +104,50 @@ class Request:
 
 
 def take_down_everywhere(
-    request: Request, names: Collection[str], store: str | None, out: Output, *, dry_run: bool
+    request: Request,
+    names: Collection[str],
+    store: str | None,
+    out: Output,
+    *,
+    dry_run: bool,
+    keep_copies: bool = False,
 ) -> dict[str, Any]:
     """Carry it out, or with ``dry_run`` count, in these datasets or all; returns the JSON."""
     from infra.progress import progress
-    from pipelines.takedown import look_for, take_down
+    from pipelines.takedown import Takedown, look_for, take_down
     from pipelines.tombstones import Tombstones
 
     place = place_of(store, out.say)
     store_uri = place.store_uri
     out.say(f"store {store_uri}" + (", this machine's own" if place.is_local else ""))
-    done: list[dict[str, Any]] = []
-    withdrawn: list[str] = []
     with ExitStack() as stack:
         spark = LazySpark(ClusterConfig(), place, stack)
         chosen = chosen_datasets(store_uri, names)
         roots = {name: storage.join(store_uri, "datasets", name) for name in chosen}
-        likeness = None
+        near: dict[str, list[Neighbour]] = {name: [] for name in roots}
         if request.like:
-            environment = place.environment
-            likeness = _Likeness(request, store_uri, roots.values(), spark, environment)
-        for name, root in roots.items():
-            near = likeness.near(root, out) if likeness is not None else []
-            samples_near = [each.sample_id for each in near]
-            wanted = request.tombstones | Tombstones.of(samples=samples_near)
-            if dry_run:
-                counts = look_for(root, wanted, spark, progress, place.environment)
-                hit = {version: found for version, found in counts.items() if found[1]}
-                withdrawn += hit
-                samples, rows = max(hit.values(), default=(0, 0))
-                done.append(
-                    {
-                        "dataset": name,
-                        "versions": sorted(hit),
-                        "samples": samples,
-                        "near": [asdict(each) for each in near],
-                    }
-                )
-                out.say(f"{name}: would remove {samples:,} samples, {rows:,} rows in all")
-                continue
-            made = take_down(root, wanted, spark, progress, place.environment)
-            withdrawn += made.versions
-            done.append(
-                {
-                    "dataset": name,
-                    "versions": made.versions,
-                    "samples": made.num_samples,
-                    "rows": made.num_rows,
-                    "bytes_deleted": made.num_bytes,
-                }
-            )
-            out.say(
-                f"{name}: {made.num_samples:,} samples removed, {made.num_rows:,} rows in all, "
-                f"{len(made.versions)} versions replaced, {made.num_bytes / 1e6:,.1f} MB deleted"
-            )
-            for old, new in made.versions.items():
-                out.say(f"  {old[:12]} is now {new[:12]}")
+            likeness = _Likeness(request, store_uri, roots.values(), spark, place.environment)
+            near = {name: likeness.near(root, out) for name, root in roots.items()}
+        samples_near = [each.sample_id for found in near.values() for each in found]
+        takedown = Takedown(
+            tuple(roots.values()),
+            request.tombstones | Tombstones.of(samples=samples_near),
+            None if names else store_uri,
+            not keep_copies,
+        )
+        told: dict[str, Any] = {}
+        if dry_run:
+            looked = look_for(takedown, spark, progress, place.environment)
+            done = [foreseen(name, looked[root], near[name], out) for name, root in roots.items()]
+        else:
+            results, kept_out = take_down(takedown, spark, progress, place.environment)
+            done = [carried_out(made, out, keep_copies=keep_copies) for made in results]
+            told["stays_out"] = stays_out(takedown, kept_out, out)
+    withdrawn = [version for each in done for version in each["versions"]]
     models = _models_of(withdrawn, place, out, dry_run=dry_run)
     for model in models or ():
         out.say(f"trained on it: {model['model']} version {model['version']} ({model['stage']})")
-    return {"datasets": done, "models": models, "dry_run": dry_run}
+    return {"datasets": done, "models": models, "dry_run": dry_run, **told}
 
 
 class _Likeness:

@@ -101,6 +101,11 @@ def dataset_root(manifest_uri: str) -> str:
     return parts[0]
 
 
+def store_root(dataset_root_uri: str) -> str:
+    """``<store>`` of ``<store>/datasets/<name>``; itself for a dataset that lies elsewhere."""
+    return dataset_root_uri.rstrip("/").rsplit("/datasets/", 1)[0]
+
+
 def listed_files(manifest: DatasetManifest) -> list[ShardEntry | FileEntry]:
     """Every file the manifest lists, shards first."""
     return [*manifest.shards, *manifest.ledger]

@@ -10,12 +10,9 @@ a second attempt at the same work can never tear the first one's apart.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
 
 from infra import storage
 from infra.digests import sha256_file
@@ -23,10 +20,9 @@ from infra.manifest import FileEntry, ShardEntry
 from infra.storage_once import upload_once
 from pipelines.config import CurationConfig
 from pipelines.tombstones import Tombstones
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, read_marker, read_markers
 
 KEY_CHARS = 12
-_READ_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -145,21 +141,16 @@ class Build(Workspace):
 
     def read(self, kind: type[_Marker], index: int) -> _Marker | None:
         """The marker, or None when it is missing or unreadable. Does not look at its files."""
-        uri = self.marker_uri(kind, index)
-        try:
-            return TypeAdapter(kind).validate_json(storage.read_bytes(uri), strict=True)
-        except (storage.ObjectMissing, ValidationError):
-            return None
+        return read_marker(self.marker_uri(kind, index), kind)
 
     def read_all(self, kind: type[_Marker], count: int) -> dict[int, _Marker]:
         """Index -> marker for those of the first ``count`` that are written."""
         prefix = storage.join(self.folder, f"{_NAMES[kind]}-")
         listed = {info.uri for info in storage.list_objects(self.folder)}
         indices = [index for index in range(count) if f"{prefix}{index:05d}.json" in listed]
-        with ThreadPoolExecutor(_READ_THREADS) as pool:
-            markers = pool.map(lambda index: self.read(kind, index), indices)
-            found = dict(zip(indices, markers, strict=True))
-        return {index: marker for index, marker in found.items() if marker is not None}
+        markers = read_markers((f"{prefix}{index:05d}.json" for index in indices), kind)
+        found = zip(indices, markers, strict=True)
+        return {index: marker for index, marker in found if marker is not None}
 
     def forget_markers(self) -> None:
         """Nothing counts as done any more; the files stay for ``clean``."""

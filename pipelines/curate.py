@@ -27,6 +27,7 @@ from pipelines.plan import (
     plan_again,
     plan_curation,
     refuse_changed_inputs,
+    refuse_new_tombstones,
 )
 from pipelines.publish import assemble_manifest, funnel_of
 from pipelines.rejected import of_build, publish_rejected
@@ -108,6 +109,7 @@ def curate(
                 stack.enter_context(Lease(each.lease_uri, f"curation of {name}"))
             for each in (build, *builds):
                 refuse_while_removing(each.dataset_root)
+                refuse_new_tombstones(each)
             stack.enter_context(watching(plan, progress))
             if plan.retried is not None:
                 plan = _retried(plan, builds, spark)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import polars as pl
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from infra import storage
 from infra.digests import canonical_json, sha256_bytes
@@ -47,13 +46,12 @@ from pipelines.report import write_report
 from pipelines.shards import ShardWriter, read_shard
 from pipelines.tombstones import load_tombstones
 from pipelines.units import ProgressCallback, run_units, watching
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, read_markers
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 SHARDS, LEDGER = "shards", "ledger"
-_READ_THREADS = 8
 _WHOLE_SHARD = ShardConfig(max_samples=1 << 40, max_bytes=1 << 50)
 _ENDS = ("disposition", "reason", "shard")
 Members = dict[str, bytes]
@@ -70,6 +68,10 @@ class Derivation(Workspace):
     def key(self) -> str:
         """The sha256 over everything that decides the new version."""
         raise NotImplementedError
+
+    def affected(self) -> Sequence[int]:
+        """The numbers of the shards that ``decide`` is asked about; the others stay, unread."""
+        return range(len(self.manifest.shards))
 
     def decide(self, index: int, folder: Path) -> pl.DataFrame:
         """The samples of the n-th shard that leave or change; an empty frame keeps the shard.
@@ -214,27 +216,30 @@ def _finish(
 
 
 def finished_units(job: Derivation, kind: str, marker: type[Any]) -> dict[int, Any]:
-    """Index -> marker, for the units whose marker and files are all there in full size."""
+    """Index -> marker, for the units whose marker and files are all there in full size.
+
+    Shards that are not affected are done, as what they are.
+    """
     folders = (job.folder, *(storage.join(job.dataset_root, each) for each in (SHARDS, LEDGER)))
     listed = {
         info.uri: info.num_bytes for folder in folders for info in storage.list_objects(folder)
     }
-
-    def read(index: int) -> Any:
-        try:
-            data = storage.read_bytes(job.marker_uri(kind, index))
-            found = TypeAdapter(marker).validate_json(data, strict=True)
-        except (storage.ObjectMissing, ValidationError):
-            return None
-        is_whole = all(
+    asked = set(job.affected() if kind == SHARDS else range(len(job.manifest.ledger)))
+    noted = sorted(index for index in asked if job.marker_uri(kind, index) in listed)
+    markers = read_markers((job.marker_uri(kind, index) for index in noted), marker)
+    found: dict[int, Any] = {
+        index: made
+        for index, made in zip(noted, markers, strict=True)
+        if made is not None
+        and all(
             listed.get(storage.join(job.dataset_root, each.path)) == each.num_bytes
-            for each in found.files
+            for each in made.files
         )
-        return found if is_whole else None
-
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        markers = dict(enumerate(pool.map(read, range(len(sizes_of(job, kind))))))
-    return {index: marker for index, marker in markers.items() if marker is not None}
+    }
+    if kind == SHARDS:
+        shards = enumerate(job.manifest.shards)
+        found |= {n: DerivedShard([shard], None) for n, shard in shards if n not in asked}
+    return found
 
 
 def run_unit(job: Derivation, kind: str, index: int) -> None:
@@ -300,7 +305,8 @@ def _derive_ledger(job: Derivation, ledger: FileEntry, folder: Path) -> DerivedL
 def _with_changes(job: Derivation, rows: pl.DataFrame) -> pl.DataFrame:
     """The rows whose shard was written again, as they ended now."""
     here = set(rows["shard"].drop_nulls().unique())
-    for index, shard in enumerate(job.manifest.shards):
+    for index in job.affected():
+        shard = job.manifest.shards[index]
         if shard.path not in here:
             continue
         made = TypeAdapter(DerivedShard).validate_python(

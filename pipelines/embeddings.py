@@ -20,7 +20,14 @@ from infra.digests import canonical_json, sha256_bytes
 from infra.environment import applied
 from infra.errors import UserError
 from infra.lease import Lease
-from infra.manifest import DatasetManifest, FileEntry, ShardEntry, dataset_root, load_manifest
+from infra.manifest import (
+    DatasetManifest,
+    FileEntry,
+    ShardEntry,
+    dataset_root,
+    load_manifest,
+    store_root,
+)
 from infra.storage_probe import check_store
 from pipelines.clip_model import LIBRARIES, ClipIdentity, identify, publish_weights
 from pipelines.embed import EmbeddedShard, EmbedTask, embed_shard, embeddings_folder
@@ -95,7 +102,7 @@ class EmbeddingsResult:
 
 def store_of(manifest_uri: str) -> str:
     """``<store>`` of ``<store>/datasets/<name>/<version>/manifest.json``."""
-    return dataset_root(manifest_uri).rsplit("/datasets/", 1)[0]
+    return store_root(dataset_root(manifest_uri))
 
 
 def plan_embeddings(manifest_uri: str, config: ClipConfig) -> EmbeddingsJob:

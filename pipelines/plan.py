@@ -158,6 +158,17 @@ def refuse_changed_inputs(plan: CurationPlan) -> None:
         )
 
 
+def refuse_new_tombstones(build: Build) -> None:
+    """``UserError`` when something was taken down since the build was planned. To be asked by who
+    has the build's lease: of a takedown and a curation that begin together, one notices."""
+    if build.key != build_key(build.base_key, load_tombstones(build.dataset_root)):
+        raise UserError(
+            expected=f"nothing to be taken down while {build.dataset_root} was planned",
+            got="a takedown",
+            remedy="run the same command again",
+        )
+
+
 def verify_unless_unchanged(dataset_root: str, version: str) -> list[str]:
     """A version's problems. Of a large one, files found right before are read again only when they
     were written since: else its plan would take hours. ``atelier verify`` reads all of any.

@@ -171,12 +171,15 @@ def _mend(job: RepairJob, spark: Callable[[], SparkSession], bars: Bars) -> None
     noted = {info.uri for info in storage.list_objects(storage.join(job.folder, "found"))}
     own = range(len(job.manifest.ledger))
     for numbers in (own, range(len(own), len(ledgers))):
+        if numbers and numbers is not own:
+            job.note_ids()
         missing = [n for n in numbers if job.marker_uri("found", n) not in noted]
         num_rows = sum(ledgers[n].num_rows for n in missing)
         _run(job, missing, job.look, spark, on_driver=num_rows <= ROWS_ON_DRIVER)
     # One that was put back, and is damaged now, was damaged again.
     done = {index for index, each in job.mended().items() if not each.restored}
     missing = [n for n, index in enumerate(job.damaged) if index not in done]
+    job.note_clues(missing)
     with bars("mending", len(job.damaged), "shards") as bar:
         _run(job, missing, job.mend, spark, on_driver=len(missing) <= UNITS_ON_DRIVER)
         bar.update(len(job.damaged))

@@ -9,61 +9,39 @@ version is published: no byte changes in silence.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
 
 import polars as pl
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from infra import storage
 from infra.digests import canonical_json, sha256_bytes
 from infra.manifest import (
     DatasetManifest,
     FileEntry,
-    ShardEntry,
 )
-from pipelines.arrivals import fetch_body
-from pipelines.bodies import ListedBodies
-from pipelines.build import StagedMarker
-from pipelines.config import CurationConfig, ShardConfig
+from pipelines.build import PartMarker, StagedMarker
+from pipelines.config import CurationConfig
 from pipelines.derive import Derivation, Members
 from pipelines.embed import publish_file
-from pipelines.images import StoredImage
+from pipelines.gather import Clues, Gathered, Mended
 from pipelines.ledger import COMMITTED
-from pipelines.outcomes import NotStored
-from pipelines.salvage import Plausible, is_whole, salvaged, texts_agree
-from pipelines.shards import ShardWriter, read_shard, sample_members
-from pipelines.stage_images import decoder_for, images_of
+from pipelines.shards import read_shard
 from pipelines.stored import live_versions
-from pipelines.takedown import Found
+from pipelines.takedown_job import Found
 from pipelines.tombstones import Tombstones
-
-if TYPE_CHECKING:
-    pass
+from pipelines.workspace import read_marker, read_markers, read_tables
 
 REPAIR_VERSION = 1
 LOST = "lost"
 _NAMED = 100
-_WHOLE_SHARD = ShardConfig(max_samples=1 << 40, max_bytes=1 << 50)
 _COLUMNS = ["sample_id", "url", "sha256", "shard", "disposition"]
-
-
-@dataclass(frozen=True)
-class Mended:
-    """What became of a damaged shard: put back as it was, or ``stand_in``, a tar of what is left.
-
-    ``lost``: ids of samples that are not in it; ``unproven``: how many come from the damaged tar.
-    """
-
-    restored: bool
-    stand_in: FileEntry | None
-    lost: list[str]
-    unproven: int
 
 
 @dataclass(frozen=True)
@@ -111,7 +89,7 @@ class RepairJob(Derivation):
             if number < len(self.manifest.ledger):
                 rows = rows.filter(in_damaged)
             else:
-                ids = self.rows()["sample_id"].implode()
+                ids = pl.read_parquet(storage.read_bytes(self._ids_uri))["sample_id"].implode()
                 rows = rows.filter(pl.col("sample_id").is_in(ids) & ~in_damaged)
             entry = None
             if rows.height:
@@ -122,19 +100,74 @@ class RepairJob(Derivation):
             marker = Found(rows.height, entry)
             storage.write_json(self.marker_uri("found", number), asdict(marker))
 
-    def rows(self, *, elsewhere: bool = False) -> pl.DataFrame:
-        """The rows of the samples in damaged shards; or where else such samples are."""
-        first, last = 0, len(self.manifest.ledger)
-        if elsewhere:
-            first, last = last, last + len(self.others)
-        frames = [pl.DataFrame(schema=dict.fromkeys(_COLUMNS[:-1], pl.String()))]
-        for number in range(first, last):
-            data = storage.read_bytes(self.marker_uri("found", number))
-            found = TypeAdapter(Found).validate_json(data, strict=True)
-            if found.rows is not None:
-                uri = storage.join(self.dataset_root, found.rows.path)
-                frames.append(pl.read_parquet(storage.read_bytes(uri, found.rows.sha256)))
-        return pl.concat(frames)
+    def note_ids(self) -> None:
+        """Once its own ledger was looked through: whom to look for in the ledgers of others."""
+        made = io.BytesIO()
+        self._found_in(range(len(self.manifest.ledger))).select("sample_id").write_parquet(made)
+        storage.write_bytes(self._ids_uri, made.getvalue())
+
+    def note_clues(self, numbers: Iterable[int]) -> None:
+        """Once all ledgers were looked through: what there is to mend these damaged shards from.
+
+        Every note is read once for all shards, and every shard's task reads what concerns it.
+        """
+        own = range(len(self.manifest.ledger))
+        rows = self._found_in(own).with_columns(pl.lit(None, pl.String).alias("shard_sha256"))
+        listed = {
+            shard.path: shard.sha256
+            for manifest in live_versions(self.dataset_root)
+            for shard in manifest.shards
+        }
+        elsewhere = self._found_in(range(len(own), len(own) + len(self.others)))
+        elsewhere = elsewhere.with_columns(
+            pl.col("shard").replace_strict(listed, default=None, return_dtype=pl.String)
+            .alias("shard_sha256")
+        ).drop_nulls("shard_sha256")  # fmt: skip
+        staged = self._staged_rows()
+        with TemporaryDirectory(prefix="atelier-repair-") as folder:
+            for number in numbers:
+                path = self._damaged_paths[number]
+                mine = rows.filter(pl.col("shard") == path).sort("sample_id")
+                theirs = elsewhere.join(mine, on="sample_id", how="semi").sort("shard", "sample_id")
+                file = Path(folder) / "clues.parquet"
+                pl.concat([mine, theirs]).write_parquet(file)
+                relative = f"{self.relative}/rows"
+                num_rows = mine.height + theirs.height
+                entry = publish_file(file, self.dataset_root, relative, "parquet", num_rows)
+                clues = Clues(entry, staged.get(path, []))
+                storage.write_json(self.marker_uri("clues", number), asdict(clues))
+
+    def _found_in(self, numbers: Iterable[int]) -> pl.DataFrame:
+        """The rows that were found in these ledger files, each note and file read once."""
+        uris = [self.marker_uri("found", number) for number in numbers]
+        noted = zip(uris, read_markers(uris, Found), strict=True)
+        entries = []
+        for uri, found in noted:
+            if found is None:
+                raise storage.ObjectMissing(uri)
+            entries += [found.rows] if found.rows is not None else []
+        frames = read_tables(self.dataset_root, entries)
+        return pl.concat([pl.DataFrame(schema=dict.fromkeys(_COLUMNS[:-1], pl.String())), *frames])
+
+    def _staged_rows(self) -> dict[str, list[FileEntry]]:
+        """Damaged shard -> rows that builds left of its partition, with captions."""
+        work = storage.list_objects(storage.join(self.dataset_root, "work"))
+        uris = [info.uri for info in work if info.uri.rpartition("/")[2].startswith("part-")]
+        found: dict[str, list[FileEntry]] = {}
+        damaged = set(self._damaged_paths)
+        for uri, part in zip(uris, read_markers(uris, PartMarker), strict=True):
+            here = damaged & {shard.path for shard in part.shards} if part is not None else set()
+            folder, _, name = uri.rpartition("/")
+            staged_uri = storage.join(folder, name.replace("part-", "staged-"))
+            staged = read_marker(staged_uri, StagedMarker) if here else None
+            if staged is not None:
+                for path in here:
+                    found.setdefault(path, []).append(staged.rows)
+        return found
+
+    @property
+    def _ids_uri(self) -> str:
+        return storage.join(self.folder, "ids.parquet")
 
     @cached_property
     def _damaged_paths(self) -> list[str]:
@@ -146,29 +179,34 @@ class RepairJob(Derivation):
         """One task: put the n-th damaged shard back, or leave what stands in for it."""
         shard = self.manifest.shards[self.damaged[number]]
         with self.task(f"mended-{number:06d}") as folder:
-            rows = self.rows().filter(pl.col("shard") == shard.path).sort("sample_id")
-            gathered = _Gathered(self, shard, rows, folder)
+            data = storage.read_bytes(self.marker_uri("clues", number))
+            clues = TypeAdapter(Clues).validate_json(data, strict=True)
+            gathered = Gathered(self, shard, clues, folder)
             mended = gathered.put_back() or gathered.stand_in()
             storage.write_json(self.marker_uri("mended", number), asdict(mended))
 
     def mended(self) -> dict[int, Mended]:
         """Shard's number -> what became of it; of those that are done."""
-        found = {}
-        for number, index in enumerate(self.damaged):
-            try:
-                data = storage.read_bytes(self.marker_uri("mended", number))
-                found[index] = TypeAdapter(Mended).validate_json(data, strict=True)
-            except (storage.ObjectMissing, ValidationError):
-                continue
-        return found
+        uris = [self.marker_uri("mended", number) for number in range(len(self.damaged))]
+        found = zip(self.damaged, read_markers(uris, Mended), strict=True)
+        return {index: mended for index, mended in found if mended is not None}
+
+    def _mended(self, index: int) -> Mended | None:
+        if index not in self.damaged:
+            return None
+        return read_marker(self.marker_uri("mended", self.damaged.index(index)), Mended)
 
     # --- the version without what was lost -------------------------------------------------------
+
+    def affected(self) -> Sequence[int]:
+        """The damaged shards."""
+        return self.damaged
 
     def decide(self, index: int, folder: Path) -> pl.DataFrame:
         """All samples of a shard that has a stand-in: those that are lost leave."""
         kept: list[str] = []
         lost: list[str] = []
-        mended = self.mended().get(index) if index in self.damaged else None
+        mended = self._mended(index)
         if mended is not None and not mended.restored:
             lost = mended.lost
             kept = [key for key, members in self.samples(index) if members]
@@ -180,7 +218,7 @@ class RepairJob(Derivation):
 
     def samples(self, index: int) -> Iterable[tuple[str, Members]]:
         """The samples of a shard, or of what stands in for it; lost ones are empty."""
-        mended = self.mended().get(index) if index in self.damaged else None
+        mended = self._mended(index)
         if mended is None or mended.restored:
             return super().samples(index)
         found: dict[str, Members] = {key: {} for key in mended.lost}
@@ -205,161 +243,3 @@ class RepairJob(Derivation):
     def lost(self) -> list[str]:
         """The ids of the samples that could not be had again."""
         return sorted(key for each in self.mended().values() for key in each.lost)
-
-
-class _Gathered:
-    """The samples of one damaged shard, from wherever they can be had."""
-
-    def __init__(self, job: RepairJob, shard: ShardEntry, rows: pl.DataFrame, folder: Path) -> None:
-        self._job, self._shard, self._folder = job, shard, folder
-        self._rows = {row["sample_id"]: row for row in rows.iter_rows(named=True)}
-        self._pieces = self._of_torn()
-        self._torn = {key: found for key, found in self._pieces.items() if is_whole(found)}
-        self._elsewhere = self._of_others()
-        self._staged = self._of_staged()
-        self._fetched: dict[str, Members] = {}
-        self._asked: set[str] = set()
-
-    def put_back(self) -> Mended | None:
-        """The shard with its listed digest; asks the web for as little as it can."""
-        for sources in ((self._torn, self._elsewhere), (self._elsewhere, self._torn)):
-            known: dict[str, Members] = {}
-            for source in reversed(sources):
-                known |= source
-            self._fetch(key for key in self._rows if key not in known)
-            if self._packed_right({**self._fetched, **known}):
-                return Mended(True, None, [], 0)
-        self._fetch(self._rows)
-        if self._packed_right({**self._torn, **self._elsewhere, **self._fetched}):
-            return Mended(True, None, [], 0)
-        return None
-
-    def stand_in(self) -> Mended:
-        """A tar of what is proven (made again as it was, or in a whole shard) or plausible."""
-        proven = dict(self._elsewhere)
-        proven |= {key: made for key, made in self._fetched.items() if key in self._staged}
-        candidates = {**self._torn, **self._fetched}
-        plausible = Plausible()
-        try:
-            unproven = {
-                key: candidates[key]
-                for key in sorted(candidates.keys() - proven.keys())
-                if plausible(self._rows[key], candidates[key])
-            }
-        finally:
-            plausible.close()
-        kept = {**unproven, **proven}
-        lost = sorted(self._rows.keys() - kept.keys())
-        if not kept:
-            return Mended(False, None, lost, 0)
-        _, path = self._pack(kept)
-        relative = f"{self._job.relative}/stand-ins"
-        entry = publish_file(path, self._job.dataset_root, relative, "tar", len(kept))
-        return Mended(False, entry, lost, len(unproven))
-
-    def _packed_right(self, samples: Mapping[str, Members]) -> bool:
-        """Whether these are the shard; it is put back then."""
-        if samples.keys() != self._rows.keys():
-            return False
-        sha256, path = self._pack(samples)
-        if sha256 != self._shard.sha256:
-            return False
-        storage.upload(path, storage.join(self._job.dataset_root, self._shard.path))
-        return True
-
-    def _pack(self, samples: Mapping[str, Members]) -> tuple[str, Path]:
-        tried = self._folder / "tried"
-        with ShardWriter(_WHOLE_SHARD, storage.file_uri(tried), self._folder) as writer:
-            for key in sorted(samples):
-                writer.add(key, samples[key])
-            (made,) = writer.finish()
-        return made.sha256, tried / made.path
-
-    def _of_torn(self) -> dict[str, Members]:
-        try:
-            data = storage.read_bytes(storage.join(self._job.dataset_root, self._shard.path))
-        except storage.ObjectMissing:
-            return {}
-        return {key: found for key, found in salvaged(data).items() if key in self._rows}
-
-    def _of_others(self) -> dict[str, Members]:
-        """From shards of other versions, whole ones alone."""
-        found: dict[str, Members] = {}
-        elsewhere = self._job.rows(elsewhere=True)
-        elsewhere = elsewhere.filter(pl.col("sample_id").is_in(list(self._rows)))
-        listed = {
-            shard.path: shard.sha256
-            for manifest in live_versions(self._job.dataset_root)
-            for shard in manifest.shards
-        }
-        for (path,), rows in elsewhere.sort("shard").group_by("shard", maintain_order=True):
-            wanted = set(rows["sample_id"]) - found.keys()
-            if not wanted or str(path) not in listed:
-                continue
-            uri = storage.join(self._job.dataset_root, str(path))
-            try:
-                samples = dict(read_shard(storage.read_bytes(uri, listed[str(path)])))
-            except (storage.ObjectMissing, storage.DigestMismatch):
-                continue
-            found |= {key: samples[key] for key in wanted if key in samples}
-        return found
-
-    def _of_staged(self) -> dict[str, dict[str, Any]]:
-        """The rows that the build left, with captions, when its working files are there."""
-        root = self._job.dataset_root
-        for info in storage.list_objects(storage.join(root, "work")):
-            folder, _, name = info.uri.rpartition("/")
-            if not name.startswith("part-"):
-                continue
-            try:
-                part = json.loads(storage.read_bytes(info.uri))
-                if all(each["path"] != self._shard.path for each in part["shards"]):
-                    continue
-                uri = storage.join(folder, name.replace("part-", "staged-"))
-                marker = TypeAdapter(StagedMarker).validate_json(storage.read_bytes(uri))
-                uri = storage.join(root, marker.rows.path)
-                rows = pl.read_parquet(storage.read_bytes(uri, marker.rows.sha256))
-            except (storage.ObjectMissing, storage.DigestMismatch, ValueError, LookupError):
-                continue
-            mine = rows.filter(
-                pl.col("sample_id").is_in(list(self._rows)) & pl.col("offset").is_not_null()
-            )
-            return {row["sample_id"]: row for row in mine.iter_rows(named=True)}
-        return {}
-
-    def _fetch(self, keys: Iterable[str]) -> None:
-        """Ask the web, or the tars, for those of ``keys`` that were not asked for yet."""
-        todo = [key for key in keys if key not in self._asked and self._texts(key)]
-        self._asked.update(todo)
-        config = self._job.config
-        with (
-            ListedBodies(config.fetch, self._job.tars, self._job.tombstones) as source,
-            ThreadPoolExecutor(config.fetch.num_threads) as pool,
-        ):
-            for first in range(0, len(todo), config.fetch.num_threads):
-                some = todo[first : first + config.fetch.num_threads]
-                bodies = pool.map(lambda key: fetch_body(self._rows[key]["url"], source), some)
-                for key, body in zip(some, bodies, strict=True):
-                    members = None if isinstance(body, NotStored) else self._members(key, body)
-                    if members is not None:
-                        self._fetched[key] = members
-
-    def _texts(self, key: str) -> bool:
-        """Whether there are captions to put beside an image that comes again."""
-        if key in self._staged or key in self._elsewhere:
-            return True
-        return texts_agree(self._rows[key], self._pieces.get(key, {}))
-
-    def _members(self, key: str, body: bytes) -> Members | None:
-        """The sample with the body's image; None when the body is another one than it was."""
-        if sha256_bytes(body) != self._rows[key]["sha256"]:
-            return None
-        config = self._job.config
-        (image,) = images_of(body, decoder_for([config]), [config])
-        if not isinstance(image, StoredImage):
-            return None
-        extension = config.resize.encode_format
-        if key in self._staged:
-            return sample_members(self._staged[key], image.data, extension, config.preference)
-        known = self._elsewhere.get(key) or self._pieces[key]
-        return {"json": known["json"], "txt": known["txt"], extension: image.data}

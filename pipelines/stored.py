@@ -20,6 +20,13 @@ _STEM_CHARS = 32
 _READ_THREADS = 8
 
 
+def dataset_names(store_uri: str) -> list[str]:
+    """The datasets of which a store holds anything, sorted."""
+    root = storage.join(store_uri, "datasets") + "/"
+    listed = storage.list_objects(root)
+    return sorted({info.uri.removeprefix(root).partition("/")[0] for info in listed})
+
+
 def live_versions(dataset_root: str) -> list[DatasetManifest]:
     """The manifests under a dataset's root, in order of version."""
     found = []

@@ -1,49 +1,44 @@
 """Takedown: samples leave every version of a dataset, their bytes leave the store, digests stay.
 
-In this order, so that a kill at any moment costs only doing it again: the tombstones (from then on
-nothing that is taken down can come back), a new version for each that held such a sample, a note in
-place of the old ones, and at last the bytes that no version lists any more: shards, embeddings,
-scores, tokens, indexes and working files.
+What is named goes with all that has its bytes, whatever address that came from, and stays out of
+every dataset of the store, those made later included.
+
+In this order, so that a kill at any moment costs only doing it again: the tombstones of what was
+named and of its bytes (from then on nothing of it can come back), a new version for each that held
+such a sample, a note in place of the old ones, and at last the bytes that no version lists any
+more: shards, embeddings, scores, tokens, indexes and working files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
-from pydantic import TypeAdapter, ValidationError
 
 from infra import storage
-from infra.digests import canonical_json, sha256_bytes
 from infra.environment import applied
-from infra.manifest import (
-    MANIFEST_NAME,
-    DatasetManifest,
-    FileEntry,
-    successor_of,
-    withdraw,
-)
+from infra.manifest import MANIFEST_NAME, successor_of, withdraw
 from pipelines.build import KEY_CHARS
-from pipelines.derive import Derivation, derive
-from pipelines.embed import publish_file
+from pipelines.derive import derive
 from pipelines.exclusive import nobody_else
-from pipelines.ledger import COMMITTED, REJECTED, without_addresses
+from pipelines.ledger import COMMITTED, REMOVED
 from pipelines.plan import build_key
 from pipelines.rejected import forget_taken_down
 from pipelines.report import write_report
 from pipelines.score import Bars
 from pipelines.stored import (
+    dataset_names,
     listed_paths,
     live_versions,
     paths_beside,
     sizes_under,
 )
+from pipelines.takedown_job import ALIKE, COPY, NAMED, WENT, TakedownJob
 from pipelines.tombstones import (
-    TAKEDOWN,
     Tombstones,
     load_tombstones,
     publish_tombstones,
@@ -53,183 +48,222 @@ from pipelines.units import run_units
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-TAKEDOWN_VERSION = 1
+__all__ = ["Looked", "Sample", "Takedown", "TakedownResult", "look_for", "take_down"]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one ledger file holds that is to go: ``rows`` lists committed samples and shards."""
+class Takedown:
+    """What is to go from the datasets at ``roots``, and where it stays out.
 
-    num_rows: int
-    rows: FileEntry | None
+    ``store_uri``: out of every dataset of this store, also of those made later; None: out of
+    ``roots`` alone. ``with_copies``: whether the bytes of what is named go, too, wherever they
+    came from.
+    """
+
+    roots: tuple[str, ...]
+    wanted: Tombstones
+    store_uri: str | None = None
+    with_copies: bool = True
+
+    def publish(self, tombstones: Tombstones) -> None:
+        """Leave these where they hold."""
+        for home in self.roots if self.store_uri is None else [self.store_uri]:
+            if tombstones:
+                publish_tombstones(home, tombstones)
 
 
 @dataclass(frozen=True)
-class TakedownJob(Derivation):
-    """One version without what the tombstones cover; travels to the workers."""
+class Sample:
+    """A committed sample, and the address it came from."""
 
-    kind: ClassVar[str] = "takedown"
+    sample_id: str
+    url: str
 
-    dataset_root: str
-    manifest: DatasetManifest
-    tombstones: Tombstones
-    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+@dataclass(frozen=True)
+class Looked:
+    """What a version holds that is to go: samples and all rows, by number, and which these are.
+
+    ``copies``: those of the samples that only their bytes tell, or that would be; they stay where
+    the takedown is not ``with_copies``. ``alike``: samples that stay and that a row that goes was
+    rejected for being like.
+    """
+
+    job: TakedownJob
+    noted: pl.DataFrame
+    copies: tuple[Sample, ...] = ()
+    alike: tuple[Sample, ...] = ()
 
     @property
-    def key(self) -> str:
-        """The sha256 over everything that decides the new version."""
-        identity = {
-            "dataset": self.manifest.version,
-            "tombstones": self.tombstones.digest,
-            "version": TAKEDOWN_VERSION,
-        }
-        return sha256_bytes(canonical_json(identity))
+    def version(self) -> str:
+        return self.job.manifest.version
 
-    def look(self, index: int) -> None:
-        """One Spark task: note what the n-th ledger file holds that is to go."""
-        with self.task(f"found-{index:06d}") as folder:
-            rows = _ledger_rows(self.dataset_root, self.manifest.ledger[index])
-            covered = rows.filter(self._covers(rows))
-            committed = covered.filter(pl.col("disposition") == COMMITTED)
-            entry = None
-            if committed.height:
-                path = folder / "found.parquet"
-                committed.select("sample_id", "shard").write_parquet(path)
-                relative = f"{self.relative}/rows"
-                entry = publish_file(path, self.dataset_root, relative, "parquet", committed.height)
-            marker = Found(covered.height, entry)
-            storage.write_json(self.marker_uri("found", index), asdict(marker))
+    @property
+    def num_samples(self) -> int:
+        return self._going["shard"].count()
 
-    def found(self) -> dict[int, Found]:
-        """Ledger file's number -> what was noted of it."""
-        noted = {}
-        for index in range(len(self.manifest.ledger)):
-            try:
-                data = storage.read_bytes(self.marker_uri("found", index))
-                noted[index] = TypeAdapter(Found).validate_json(data, strict=True)
-            except (storage.ObjectMissing, ValidationError):
-                continue
-        return noted
+    @property
+    def num_rows(self) -> int:
+        return self._going.height
 
-    def decide(self, index: int, folder: Path) -> pl.DataFrame:
-        """The shard's samples that are to go."""
-        shard = self.manifest.shards[index].path
-        gone: list[str] = []
-        for each in self.found().values():
-            if each.rows is not None:
-                uri = storage.join(self.dataset_root, each.rows.path)
-                rows = pl.read_parquet(storage.read_bytes(uri, each.rows.sha256))
-                gone += rows.filter(pl.col("shard") == shard)["sample_id"].to_list()
-        samples = pl.Series("sample_id", sorted(gone), dtype=pl.String)
-        return samples.to_frame().with_columns(reason=pl.lit(TAKEDOWN))
-
-    def edit_ledger(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """Whatever else is covered, rejected or failed, ends as a takedown too, address and all."""
-        covered = self._covers(rows)
-        return without_addresses(
-            rows.with_columns(
-                pl.when(covered)
-                .then(pl.lit(REJECTED))
-                .otherwise("disposition")
-                .alias("disposition"),
-                pl.when(covered).then(pl.lit(TAKEDOWN)).otherwise("reason").alias("reason"),
-                pl.when(covered).then(pl.lit(False)).otherwise("retryable").alias("retryable"),
-                pl.when(pl.col("reason").eq_missing(TAKEDOWN) | covered)
-                .then(pl.lit(None, pl.String))
-                .otherwise("detail")
-                .alias("detail"),
-            )
-        )
-
-    def choices(self) -> dict[str, Any]:
-        """Which tombstones, by their digest alone."""
-        return {"tombstones": self.tombstones.digest}
-
-    def parents(self) -> list[dict[str, Any]]:
-        """What the version it came from was made of: that one is withdrawn."""
-        return self.manifest.parents
-
-    def _covers(self, rows: pl.DataFrame) -> pl.Series:
-        return self.tombstones.covers(rows) & rows["reason"].ne_missing(TAKEDOWN)
+    @property
+    def _going(self) -> pl.DataFrame:
+        return self.noted.filter(pl.col("what").is_in([NAMED, COPY]))
 
 
 @dataclass(frozen=True)
 class TakedownResult:
-    """Of one dataset: old version -> new one, samples and other rows that went, bytes freed."""
+    """Of one dataset: old version -> new one, samples and other rows that went, bytes freed, and
+    of all its versions what ``Looked`` says of ``copies`` and ``alike``."""
 
     dataset: str
     versions: dict[str, str]
     num_samples: int
     num_rows: int
     num_bytes: int
+    copies: tuple[Sample, ...]
+    alike: tuple[Sample, ...]
 
 
 def look_for(
-    dataset_root: str,
-    wanted: Tombstones,
+    takedown: Takedown,
     spark: Callable[[], SparkSession],
     bars: Bars,
     environment: Mapping[str, str] | None = None,
-) -> dict[str, tuple[int, int]]:
-    """Version -> (samples, all rows) that ``wanted`` and what was taken down before would remove.
+) -> dict[str, list[Looked]]:
+    """Root -> per version what the takedown, and what was taken down before, would remove.
 
-    Reads every ledger file, and changes nothing but working notes.
+    Reads every ledger file, again where other addresses may have brought the same bytes, and
+    changes nothing but working notes.
     """
     with applied(environment or {}):
-        tombstones = load_tombstones(dataset_root) | wanted
-        counts = {}
-        for manifest in live_versions(dataset_root):
-            job = TakedownJob(dataset_root, manifest, tombstones, dict(environment or {}))
-            missing = [n for n in range(len(manifest.ledger)) if n not in job.found()]
-            with bars("reading the ledger", len(manifest.ledger), "files") as bar:
-                if missing:
-                    run_units(spark(), job, len(missing), partial(_look, job, missing))
-                bar.update(len(manifest.ledger))
-            found = job.found().values()
-            samples = sum(each.rows.num_rows for each in found if each.rows is not None)
-            counts[manifest.version] = (samples, sum(each.num_rows for each in found))
-        return counts
+        first: dict[str, list[Looked]] = {}
+        for root in takedown.roots:
+            named = load_tombstones(root) | takedown.wanted
+            jobs = [
+                TakedownJob(root, manifest, named, named, environment=dict(environment or {}))
+                for manifest in live_versions(root)
+            ]
+            first[root] = [Looked(job, _noted(job, spark, bars)) for job in jobs]
+        digests = _digests_of(takedown.wanted, first)
+        found: dict[str, list[Looked]] = {}
+        for root, versions in first.items():
+            noted = [each.noted.filter(pl.col("what") == NAMED) for each in versions]
+            alike = frozenset(one for rows in noted for one in rows["like"].drop_nulls())
+            found[root] = []
+            for each in versions:
+                widened = each.job.tombstones | digests
+                job = replace(each.job, tombstones=widened, alike=alike)
+                again = bool(alike) or widened != each.job.tombstones
+                looked = Looked(job, _noted(job, spark, bars)) if again else each
+                chosen = looked if takedown.with_copies else each
+                copies = _samples(looked.noted, COPY)
+                found[root].append(
+                    replace(chosen, copies=copies, alike=_samples(looked.noted, ALIKE))
+                )
+        return found
 
 
 def take_down(
-    dataset_root: str,
-    wanted: Tombstones,
+    takedown: Takedown,
     spark: Callable[[], SparkSession],
     bars: Bars,
     environment: Mapping[str, str] | None = None,
-) -> TakedownResult:
-    """Remove ``wanted`` from every version of a dataset and from the store. Safe to repeat.
+) -> tuple[list[TakedownResult], Tombstones]:
+    """Carry it out; returns what was done per dataset, and what stays out. Safe to repeat.
 
-    Raises ``LeaseHeld`` while a curation or a scoring of the dataset is at work.
+    With ``store_uri``, datasets that came since ``roots`` were looked up are among them. Raises
+    ``LeaseHeld``, with nothing done, while a curation or a scoring of one of them is at work.
     """
-    with applied(environment or {}), nobody_else(dataset_root, "takedown"):
-        publish_tombstones(dataset_root, wanted)
-        tombstones = load_tombstones(dataset_root)
-        counts = look_for(dataset_root, tombstones, spark, bars, environment)
-        successors: dict[str, str] = {}
-        for manifest in live_versions(dataset_root):
-            if counts[manifest.version][1] == 0:
-                continue
-            job = TakedownJob(dataset_root, manifest, tombstones, dict(environment or {}))
-            with bars("rewriting", manifest.counts[COMMITTED], "samples") as bar:
-                made = derive(job, spark, bar.update)
-            successors[manifest.version] = made.manifest.version
-        for old, new in successors.items():
-            withdraw(dataset_root, old, new)
-        _point_builds(dataset_root, tombstones)
-        for manifest in live_versions(dataset_root):
-            if forget_taken_down(dataset_root, manifest.version, tombstones):
-                uri = storage.join(dataset_root, manifest.version, MANIFEST_NAME)
-                write_report(uri, manifest, spark, environment)
-        num_bytes = purge(dataset_root)
-        gone = [counts[old] for old in successors]
-        name = dataset_root.rstrip("/").rpartition("/")[2]
-        most = max(gone, default=(0, 0))
-        return TakedownResult(name, successors, *most, num_bytes)
+    with applied(environment or {}), ExitStack() as stack:
+        for root in takedown.roots:
+            stack.enter_context(nobody_else(root, "takedown"))
+        takedown.publish(takedown.wanted)
+        if takedown.store_uri is not None:
+            # Whoever begins later finds the tombstones; who began before is found here.
+            for name in dataset_names(takedown.store_uri):
+                root = storage.join(takedown.store_uri, "datasets", name)
+                if root not in takedown.roots:
+                    stack.enter_context(nobody_else(root, "takedown"))
+                    takedown = replace(takedown, roots=(*takedown.roots, root))
+        looked = look_for(takedown, spark, bars, environment)
+        kept_out = takedown.wanted
+        if takedown.with_copies:
+            digests = _digests_of(takedown.wanted, looked)
+            takedown.publish(digests)
+            kept_out |= digests
+        done = [_carry_out(root, looked[root], spark, bars, environment) for root in looked]
+        return done, kept_out
+
+
+def _carry_out(
+    dataset_root: str,
+    looked: list[Looked],
+    spark: Callable[[], SparkSession],
+    bars: Bars,
+    environment: Mapping[str, str] | None,
+) -> TakedownResult:
+    going = [each for each in looked if each.num_rows]
+    successors: dict[str, str] = {}
+    for each in going:
+        each.job.sort_out(each.noted)
+        with bars("rewriting", each.job.manifest.counts[COMMITTED], "samples") as bar:
+            made = derive(each.job, spark, bar.update)
+        successors[each.version] = made.manifest.version
+    for old, new in successors.items():
+        withdraw(dataset_root, old, new)
+    tombstones = load_tombstones(dataset_root)
+    _point_builds(dataset_root, tombstones)
+    for manifest in live_versions(dataset_root):
+        if forget_taken_down(dataset_root, manifest.version, tombstones):
+            uri = storage.join(dataset_root, manifest.version, MANIFEST_NAME)
+            write_report(uri, manifest, spark, environment)
+    num_bytes = purge(dataset_root)
+    return TakedownResult(
+        dataset_root.rstrip("/").rpartition("/")[2],
+        successors,
+        *max(((each.num_samples, each.num_rows) for each in going), default=(0, 0)),
+        num_bytes,
+        all_of(each.copies for each in looked),
+        all_of(each.alike for each in looked),
+    )
+
+
+def all_of(samples: Iterable[tuple[Sample, ...]]) -> tuple[Sample, ...]:
+    """Those of several versions, each once, by id."""
+    return tuple(sorted({one for some in samples for one in some}, key=lambda one: one.sample_id))
+
+
+def _noted(job: TakedownJob, spark: Callable[[], SparkSession], bars: Bars) -> pl.DataFrame:
+    """What is in the ledger files; those that were not looked through yet are, in Spark tasks."""
+    num_files = len(job.manifest.ledger)
+    found = job.looked()
+    missing = [number for number in range(num_files) if number not in found]
+    with bars("reading the ledger", num_files, "files") as bar:
+        if missing:
+            run_units(spark(), job, len(missing), partial(_look, job, missing))
+            found = job.looked()
+        bar.update(num_files)
+    return job.noted(found)
 
 
 def _look(job: TakedownJob, missing: list[int], number: int) -> None:
     job.look(missing[number])
+
+
+def _digests_of(wanted: Tombstones, looked: Mapping[str, list[Looked]]) -> Tombstones:
+    """The bytes of the rows that go, and of those that went when the same was asked before."""
+    images: set[str] = set()
+    for each in (one for versions in looked.values() for one in versions):
+        asked = pl.col("url").str.strip_prefix(REMOVED).is_in(list(wanted.urls))
+        goes = pl.col("what").is_in([NAMED, COPY]) | ((pl.col("what") == WENT) & asked)
+        images.update(each.noted.filter(goes)["sha256"].drop_nulls())
+    return Tombstones(images=frozenset(images))
+
+
+def _samples(noted: pl.DataFrame, what: str) -> tuple[Sample, ...]:
+    rows = noted.filter((pl.col("what") == what) & pl.col("shard").is_not_null())
+    return tuple(Sample(*row) for row in rows.select("sample_id", "url").iter_rows())
 
 
 def _point_builds(dataset_root: str, tombstones: Tombstones) -> None:
@@ -270,9 +304,3 @@ def _is_note_of_work(path: str) -> bool:
     if not path.startswith("work/"):
         return False
     return name == "result.json" or folder in ("work/inputs", "work/verified")
-
-
-def _ledger_rows(dataset_root: str, entry: FileEntry) -> pl.DataFrame:
-    columns = ["sample_id", "url", "sha256", "shard", "disposition", "reason"]
-    data = storage.read_bytes(storage.join(dataset_root, entry.path), entry.sha256)
-    return pl.read_parquet(data, columns=columns)

@@ -1,8 +1,9 @@
 """What was taken down and must not come back, as digests: never an address, a domain or an image.
 
-``tombstones/`` under a dataset's root holds one file per takedown, named by its content. Every
-curation, retry and derived version of the dataset honours all of them, before any request is made
-and at every hop of a redirect. An address is known in every spelling that asks for the same.
+``tombstones/`` under a dataset's root, or under the store's for all its datasets, holds files named
+by their content. Every curation, retry, export and derived version honours all of them, before any
+request is made and at every hop of a redirect. An address is known in every spelling that asks for
+the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pydantic import TypeAdapter
 from infra import storage
 from infra.digests import canonical_json, sha256_bytes
 from infra.errors import UserError
+from infra.manifest import store_root
 from pipelines.guard import Target
 from pipelines.spelling import address_of, one_address
 
@@ -194,9 +196,10 @@ def _looked_up(values: pl.Series, is_covered: Callable[[str], bool]) -> pl.Serie
 
 
 def load_tombstones(dataset_root: str) -> Tombstones:
-    """All of a dataset's."""
+    """All that hold for a dataset: its own, and those of the store that it lies in."""
+    homes = dict.fromkeys([dataset_root, store_root(dataset_root)])
     found = Tombstones()
-    for info in storage.list_objects(storage.join(dataset_root, FOLDER)):
+    for info in [info for home in homes for info in storage.list_objects(_folder(home))]:
         data = storage.read_bytes(info.uri)
         name = info.uri.rpartition("/")[2].removesuffix(".json")
         if sha256_bytes(data)[: len(name)] != name:
@@ -207,8 +210,12 @@ def load_tombstones(dataset_root: str) -> Tombstones:
     return found
 
 
-def publish_tombstones(dataset_root: str, tombstones: Tombstones) -> str:
-    """Add a file; returns its address. The same ones twice are one file."""
-    uri = storage.join(dataset_root, FOLDER, f"{tombstones.digest[:32]}.json")
+def publish_tombstones(root: str, tombstones: Tombstones) -> str:
+    """Add a file to a dataset's or a store's; returns its address. The same ones are one file."""
+    uri = storage.join(_folder(root), f"{tombstones.digest[:32]}.json")
     storage.write_bytes(uri, tombstones.to_bytes())
     return uri
+
+
+def _folder(root: str) -> str:
+    return storage.join(root, FOLDER)

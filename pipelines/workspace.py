@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
+
+import polars as pl
+from pydantic import TypeAdapter, ValidationError
 
 from infra import storage
 from infra.errors import UserError
+from infra.manifest import FileEntry
 from infra.same_code import check_same_code
 from infra.spark_errors import trouble_of
 from infra.storage_errors import DISK_FULL_ERRNOS, disk_full
+
+READ_THREADS = 8
+_Marker = TypeVar("_Marker")
 
 
 class Workspace:
@@ -65,6 +73,31 @@ def _room() -> Iterator[Path]:
             if error.errno not in DISK_FULL_ERRNOS:
                 raise
             raise disk_full("write", f"working files under {Path(folder).parent}") from error
+
+
+def read_marker(uri: str, kind: type[_Marker]) -> _Marker | None:
+    """The marker, or None when it is missing or unreadable. Does not look at its files."""
+    try:
+        return TypeAdapter(kind).validate_json(storage.read_bytes(uri), strict=True)
+    except (storage.ObjectMissing, ValidationError):
+        return None
+
+
+def read_markers(uris: Iterable[str], kind: type[_Marker]) -> list[_Marker | None]:
+    """The markers at these addresses, in their order; each is read once, several at a time."""
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return list(pool.map(lambda uri: read_marker(uri, kind), uris))
+
+
+def read_tables(dataset_root: str, entries: Sequence[FileEntry]) -> list[pl.DataFrame]:
+    """The tables in these files, in their order, digests checked; several at a time."""
+
+    def read(entry: FileEntry) -> pl.DataFrame:
+        uri = storage.join(dataset_root, entry.path)
+        return pl.read_parquet(storage.read_bytes(uri, entry.sha256))
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return list(pool.map(read, entries))
 
 
 def noted_version(result_uri: str) -> str | None:

@@ -26,7 +26,7 @@ from pipelines.repair import repair
 from pipelines.restore import restore_empty, restore_ends, restore_rows
 from pipelines.retry_images import retry_images
 from pipelines.shards import read_shard
-from pipelines.takedown import take_down
+from pipelines.takedown import Takedown, take_down
 from pipelines.tombstones import Tombstones
 from pipelines.write_shards import staged_images
 from tests.pipelines.test_build import Crash, crash_after, heal, ledger, retry, run, samples, spread
@@ -214,7 +214,8 @@ def test_after_a_takedown_what_failed_is_asked_for_and_nothing_else(
         "a committed row": "http://evil.example/good/3.jpg",
         "a row that failed": "http://evil.example/w/2",
     }[covers]
-    done = take_down(traps.root, Tombstones.of([url]), spark, progress)
+    wanted = Takedown((traps.root,), Tombstones.of([url]))
+    (done,), _ = take_down(wanted, spark, progress)
     assert bool(done.versions) == (covers != "nothing")
     before = load_manifest(traps.uri(str(traps.plan.version)))
     result = traps.retried(spark)

@@ -25,7 +25,7 @@ from infra.sessions import ClusterConfig, spark_session, stop_spark
 from pipelines.config import CurationConfig
 from pipelines.curate import curate, plan_curation
 from pipelines.shards import read_shard
-from pipelines.takedown import look_for, take_down
+from pipelines.takedown import Takedown, look_for, take_down
 from pipelines.tombstones import Tombstones
 
 if TYPE_CHECKING:
@@ -113,13 +113,13 @@ def test_what_is_taken_down_is_gone_and_stays_out(
     assert by_url["url"] in texts_in(root)
 
     before = texts_in(root)
-    counts = look_for(root, wanted, spark, progress)
-    assert counts == {first.version: (3, counts[first.version][1])}
-    assert counts[first.version][1] >= 4
+    (foreseen,) = look_for(Takedown((root,), wanted), spark, progress)[root]
+    assert (foreseen.version, foreseen.num_samples) == (first.version, 3)
+    assert foreseen.num_rows >= 4
     assert load_manifest(first.manifest_uri).version == first.version
     assert "tombstones" not in before
 
-    done = take_down(root, wanted, spark, progress)
+    (done,), _ = take_down(Takedown((root,), wanted), spark, progress)
     assert list(done.versions) == [first.version]
     (version,) = done.versions.values()
     uri = f"{root}/{version}/manifest.json"
@@ -127,7 +127,7 @@ def test_what_is_taken_down_is_gone_and_stays_out(
     assert verify_dataset(uri) == []
     assert manifest.counts["committed"] == first.counts["committed"] - 3
     assert manifest.counts["rows_in"] == first.counts["rows_in"]
-    assert manifest.rejected["takedown"] == done.num_rows == counts[first.version][1]
+    assert manifest.rejected["takedown"] == done.num_rows == foreseen.num_rows
     after = texts_in(root)
     for row in (by_url, by_bytes, by_id, rejected):
         assert row["url"] not in after
@@ -141,7 +141,7 @@ def test_what_is_taken_down_is_gone_and_stays_out(
         load_manifest(first.manifest_uri)
 
     # Untouched shards are the same files, and a second time changes nothing.
-    again = take_down(root, wanted, spark, progress)
+    (again,), _ = take_down(Takedown((root,), wanted), spark, progress)
     assert (again.versions, again.num_samples) == ({}, 0)
 
     # The same recipe takes the new version; another one never asks for what was taken down.
@@ -179,7 +179,9 @@ def test_killed_anywhere_the_same_command_ends_it(
     assert versions[0] == versions[1]
     rows = ledger_of(roots[0], versions[0]).filter(pl.col("disposition") == "committed")
     wanted = Tombstones.of([rows.sort("sample_id")["url"][0]])
-    take_down(roots[0], wanted, spark, progress)
+    stores = [root.removesuffix("/datasets/d") for root in roots]
+    orders = [Takedown((roots[n],), wanted, stores[n]) for n in range(2)]
+    take_down(orders[0], spark, progress)
 
     real = getattr(pipelines.takedown, killed_in)
 
@@ -190,11 +192,11 @@ def test_killed_anywhere_the_same_command_ends_it(
     with monkeypatch.context() as patch:
         patch.setattr(pipelines.takedown, killed_in, killed)
         with pytest.raises(KeyboardInterrupt):
-            take_down(roots[1], wanted, spark, progress)
-    take_down(roots[1], wanted, spark, progress)
+            take_down(orders[1], spark, progress)
+    take_down(orders[1], spark, progress)
     names = [
-        sorted(info.uri.removeprefix(root) for info in storage.list_objects(root)
+        sorted(info.uri.removeprefix(store) for info in storage.list_objects(store)
                if "lease" not in info.uri and "/inputs/" not in info.uri)
-        for root in roots
+        for store in stores
     ]  # fmt: skip
     assert names[0] == names[1]
