@@ -214,8 +214,10 @@ def search_dataset(query: Query, out: Output) -> dict[str, Any]:
     exported = None
     if query.export is not None:
         asked = {"text": query.words, "image": _sha256_of(query.image), "k": query.k}
-        exported = export_hits(hits, index, store_uri, query.export, asked)
-        out.say(f"published {len(hits)} samples as {exported}")
+        made = export_hits(hits, index, store_uri, query.export, asked)
+        exported = made.manifest_uri
+        gone = f", without {made.num_taken_down} that were taken down" * bool(made.num_taken_down)
+        out.say(f"published {made.num_samples} samples as {exported}{gone}")
     return {
         "dataset": name,
         "version": embeddings.dataset_version,

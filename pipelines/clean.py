@@ -27,9 +27,9 @@ from infra.progress import Progress, Silent
 from infra.storage_probe import PROBE_PREFIX
 from pipelines.exclusive import nobody_else
 from pipelines.ledger_counts import FOLDER as COUNTS_FOLDER
-from pipelines.search import LATEST
 from pipelines.stored import (
     BY_SHARD,
+    LATEST,
     VERSION,
     listed_paths,
     live_versions,

@@ -17,18 +17,22 @@ import polars as pl
 from infra import storage
 from infra.digests import canonical_json, sha256_bytes
 from infra.errors import UserError
+from infra.lease import Lease
 from infra.manifest import SHARD_SIZES, DatasetManifest, load_manifest, publish_manifest
 from pipelines.clip_model import ClipEncoder
 from pipelines.columns import CANONICAL_SCHEMA
 from pipelines.config import ShardConfig
 from pipelines.embed import read_rows
 from pipelines.embeddings import EmbeddingsManifest, load_embeddings
-from pipelines.ledger import COMMITTED, LedgerFile
+from pipelines.exclusive import refuse_while_removing
+from pipelines.ledger import COMMITTED, REJECTED, LedgerFile
 from pipelines.report import write_report
 from pipelines.shards import ShardWriter, read_shard
+from pipelines.stored import LATEST, live_versions
+from pipelines.tombstones import TAKEDOWN, Tombstones, load_tombstones
 from pipelines.vector_index import VectorIndex, Vectors
 
-LATEST = "embeddings/latest.json"
+EXPORTED = "search"  # the attribute that exports have
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -122,6 +126,15 @@ def find(index: VectorIndex, query: Vectors, k: int) -> list[Hit]:
     return sorted(hits, key=lambda hit: (-hit.cosine, hit.sample_id))
 
 
+@dataclass(frozen=True)
+class Export:
+    """A version made of hits; ``num_taken_down`` of them stayed out."""
+
+    manifest_uri: str
+    num_samples: int
+    num_taken_down: int
+
+
 def export_hits(
     hits: Sequence[Hit],
     index: VectorIndex,
@@ -129,11 +142,13 @@ def export_hits(
     name: str,
     query: dict[str, Any],
     shards: ShardConfig | None = None,
-) -> str:
+) -> Export:
     """Publish the hits as a version of dataset ``name``: shards, ledger, manifest.
 
-    Samples are copied as they are; ``query`` (JSON) is kept in the manifest with the dataset they
-    come from. Returns the manifest's address.
+    Samples are copied as they are, but for those that were taken down, from the dataset searched,
+    from ``name`` or from the store: they are rows of the ledger. ``query`` (JSON) is kept in the
+    manifest with the dataset they come from. ``UserError`` for a name whose dataset is no export,
+    and ``LeaseHeld`` while a takedown or a cleaning is at work on it.
     """
     source = index.embeddings
     origin = storage.join(index.dataset_root, source.dataset_version, "manifest.json")
@@ -145,36 +160,80 @@ def export_hits(
     root = storage.join(store_uri, "datasets", name)
     if root == index.dataset_root:
         raise UserError(f"--export {name} is the dataset that was searched; give another name")
-    samples = _samples_of(hits, index, parent)
-    with TemporaryDirectory(prefix="atelier-export-") as folder:
+    _refuse_other_datasets(root, name)
+    with (
+        Lease(storage.join(root, "work", "export", "lease.json"), f"export of {name}") as lease,
+        TemporaryDirectory(prefix="atelier-export-") as folder,
+    ):
+        refuse_while_removing(root)
+        rows, samples = _without_taken_down(
+            _samples_of(hits, index, parent),
+            load_tombstones(index.dataset_root) | load_tombstones(root),
+        )
+        if not samples:
+            raise UserError(f"all {len(hits)} samples that were found were taken down")
         with ShardWriter(shards or ShardConfig(), root, Path(folder)) as writer:
             for key in sorted(samples):
                 writer.add(key, samples[key])
             entries = writer.finish()
+        placed = pl.col("sample_id").replace_strict(
+            writer.shard_of, default=None, return_dtype=pl.String
+        )
         with LedgerFile(Path(folder), "export") as ledger:
-            ledger.add(_ledger_rows(samples, writer.shard_of))
+            ledger.add(rows.with_columns(placed.alias("shard")))
             in_ledger = ledger.publish(root)
-    selection = {"dataset": source.dataset, "query": query, "embeddings": source.sha256}
-    manifest = DatasetManifest(
-        name=name,
-        recipe_fingerprint=sha256_bytes(canonical_json(selection)),
-        shards=entries,
-        ledger=[] if in_ledger is None else [in_ledger],
-        counts={
-            "rows_in": len(samples),
-            "committed": len(samples),
-            "rejected": 0,
-            "failed": 0,
-        },
-        parents=[{"dataset": source.dataset, "version": source.dataset_version}],
-        attributes={
-            **{key: value for key, value in parent.attributes.items() if key != SHARD_SIZES},
-            "search": selection,
-        },
+        num_gone = rows.height - len(samples)
+        selection = {"dataset": source.dataset, "query": query, "embeddings": source.sha256}
+        manifest = DatasetManifest(
+            name=name,
+            recipe_fingerprint=sha256_bytes(canonical_json(selection)),
+            shards=entries,
+            ledger=[] if in_ledger is None else [in_ledger],
+            counts={
+                "rows_in": rows.height,
+                "committed": len(samples),
+                "rejected": num_gone,
+                "failed": 0,
+            },
+            rejected={TAKEDOWN: num_gone} if num_gone else {},
+            parents=[{"dataset": source.dataset, "version": source.dataset_version}],
+            attributes={
+                **{key: value for key, value in parent.attributes.items() if key != SHARD_SIZES},
+                EXPORTED: selection,
+            },
+        )
+        lease.check()
+        uri = publish_manifest(root, manifest)
+        write_report(uri, manifest)
+    return Export(uri, len(samples), num_gone)
+
+
+def _refuse_other_datasets(root: str, name: str) -> None:
+    """An export adds a version; among those of a curation it would be taken for one of them."""
+    versions = live_versions(root)
+    is_other = any(EXPORTED not in version.attributes for version in versions)
+    if not versions:  # a curation may be under way
+        work = storage.list_objects(storage.join(root, "work"))
+        is_other = any(not info.uri.endswith("lease.json") for info in work)
+    if is_other:
+        raise UserError(
+            expected="a new name after --export, or that of an earlier export",
+            got=f"{name}, a dataset of another kind",
+        )
+
+
+def _without_taken_down(
+    samples: dict[str, dict[str, bytes]], tombstones: Tombstones
+) -> tuple[pl.DataFrame, dict[str, dict[str, bytes]]]:
+    """The ledger's rows of these samples, and the samples that stay."""
+    rows = _ledger_rows(samples)
+    gone = tombstones.covers(rows)
+    rows = rows.with_columns(
+        pl.when(gone).then(pl.lit(REJECTED)).otherwise(pl.lit(COMMITTED)).alias("disposition"),
+        pl.when(gone).then(pl.lit(TAKEDOWN)).otherwise(pl.lit(None, pl.String)).alias("reason"),
     )
-    uri = publish_manifest(root, manifest)
-    write_report(uri, manifest)
-    return uri
+    kept = set(rows.filter(~gone)["sample_id"])
+    return rows, {key: members for key, members in samples.items() if key in kept}
 
 
 def _samples_of(
@@ -195,19 +254,15 @@ def _samples_of(
     return samples
 
 
-def _ledger_rows(samples: dict[str, dict[str, bytes]], shard_of: dict[str, str]) -> pl.DataFrame:
-    """One committed row per sample, from what its ``.json`` says."""
+def _ledger_rows(samples: dict[str, dict[str, bytes]]) -> pl.DataFrame:
+    """One row per sample, by id, from what its ``.json`` says."""
     columns = [name for name in CANONICAL_SCHEMA.names if name != "caption"]
     rows = []
     for key in sorted(samples):
         known = json.loads(samples[key]["json"])
         known["width_px"] = known.get("original_width_px")
         known["height_px"] = known.get("original_height_px")
-        row = {name: known.get(name) for name in columns}
-        rows.append(
-            row | {"disposition": COMMITTED, "sha256": known.get("sha256"), "shard": shard_of[key]}
-        )
+        rows.append({name: known.get(name) for name in [*columns, "sha256"]})
     canonical = pl.Schema(CANONICAL_SCHEMA)
     types: dict[str, Any] = {name: canonical[name] for name in columns}
-    types |= dict.fromkeys(("disposition", "sha256", "shard"), pl.String)
-    return pl.DataFrame(rows, schema=types)
+    return pl.DataFrame(rows, schema={**types, "sha256": pl.String})

@@ -11,10 +11,10 @@ from typing import Any
 from infra import storage
 from infra.manifest import MANIFEST_NAME, WITHDRAWN_NAME, DatasetManifest, load_manifest
 from pipelines.ledger_counts import counts_path
-from pipelines.search import LATEST
 from pipelines.tombstones import FOLDER
 
 VERSION = re.compile(r"[0-9a-f]{64}")
+LATEST = "embeddings/latest.json"
 BY_SHARD = ("captions", "embeddings", "scores", "tokens")
 _STEM_CHARS = 32
 _READ_THREADS = 8

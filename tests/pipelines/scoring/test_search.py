@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from PIL import Image
 
@@ -28,6 +29,7 @@ from pipelines.near_duplicates import near_duplicates, publish_near_duplicates
 from pipelines.scores import ScoresJob, finished_scores, publish_scores, score_shard
 from pipelines.scoring_config import ClipConfig, IndexConfig, RefilterConfig
 from pipelines.search import (
+    Export,
     export_hits,
     find,
     image_query,
@@ -37,6 +39,8 @@ from pipelines.search import (
     text_query,
 )
 from pipelines.shards import read_shard
+from pipelines.stored import live_versions
+from pipelines.tombstones import Tombstones, publish_tombstones
 from pipelines.vector_index import VectorIndex, choose_kind, open_index
 from pipelines.verdicts import job_of, preview
 
@@ -109,7 +113,8 @@ def test_what_was_found_becomes_a_dataset(
     found = embedded(dataset, clip_folder, tmp_path)
     index = found.index()
     hits = find(index, text_query(found.encoder, "a thing"), 7)
-    uri = export_hits(hits, index, found.store, "things", {"text": "a thing", "k": 7})
+    asked = {"text": "a thing", "k": 7}
+    uri = export_hits(hits, index, found.store, "things", asked).manifest_uri
     assert verify_dataset(uri) == []
     manifest = load_manifest(uri)
     assert manifest.counts == {"rows_in": 7, "committed": 7, "rejected": 0, "failed": 0}
@@ -121,11 +126,65 @@ def test_what_was_found_becomes_a_dataset(
     }
     assert samples == {hit.sample_id: dataset.images[hit.sample_id] for hit in hits}
     assert manifest.attributes["search"]["query"] == {"text": "a thing", "k": 7}
-    assert export_hits(hits[::-1], index, found.store, "things", {"text": "a thing", "k": 7}) == uri
+    again = export_hits(hits[::-1], index, found.store, "things", asked)
+    assert again == Export(uri, 7, 0)
     with pytest.raises(UserError, match="give another name"):
         export_hits(hits, index, found.store, "small", {})
     with pytest.raises(UserError, match="expected a dataset name"):
         export_hits(hits, index, found.store, "../things", {})
+
+
+def test_what_was_taken_down_is_not_exported(
+    new_dataset: Callable[..., Any], clip_folder: Path, tmp_path: Path, home: Path
+) -> None:
+    dataset = new_dataset(tmp_path.as_uri())
+    found = embedded(dataset, clip_folder, tmp_path)
+    index = found.index()
+    hits = find(index, text_query(found.encoder, "a thing"), 4)
+    root = storage.join(found.store, "datasets", "things")
+    # From all datasets of the store, from the new one, and from the one that was searched.
+    publish_tombstones(found.store, Tombstones.of(samples=[hits[0].sample_id]))
+    publish_tombstones(root, Tombstones.of(samples=[hits[1].sample_id]))
+    publish_tombstones(dataset.root, Tombstones.of(samples=[hits[2].sample_id]))
+    made = export_hits(hits, index, found.store, "things", {})
+    assert (made.num_samples, made.num_taken_down) == (1, 3)
+    assert verify_dataset(made.manifest_uri) == []
+    manifest = load_manifest(made.manifest_uri)
+    assert manifest.counts == {"rows_in": 4, "committed": 1, "rejected": 3, "failed": 0}
+    assert manifest.rejected == {"takedown": 3}
+    (shard,) = manifest.shards
+    assert set(dict(read_shard(storage.read_bytes(storage.join(root, shard.path))))) == {
+        hits[3].sample_id
+    }
+    told = storage.read_bytes(storage.join(root, manifest.ledger[0].path))
+    rows = pl.read_parquet(told).filter(pl.col("disposition") == "rejected")
+    assert rows["url"].str.starts_with("removed:").all()
+    with pytest.raises(UserError, match="all 1 samples that were found were taken down"):
+        export_hits(hits[:1], index, found.store, "others", {})
+
+
+def test_an_export_is_no_version_of_a_curated_dataset(
+    new_dataset: Callable[..., Any], clip_folder: Path, tmp_path: Path, home: Path
+) -> None:
+    dataset = new_dataset(tmp_path.as_uri())
+    found = embedded(dataset, clip_folder, tmp_path)
+    index = found.index()
+    hits = find(index, text_query(found.encoder, "a thing"), 2)
+    datasets = storage.join(found.store, "datasets")
+    curated = load_manifest(dataset.manifest_uri)
+    for info in list(storage.list_objects(dataset.root)):
+        if info.uri.endswith((".tar", ".parquet", "manifest.json")):
+            path = info.uri.removeprefix(dataset.root).strip("/")
+            storage.write_bytes(
+                storage.join(datasets, "curated", path), storage.read_bytes(info.uri)
+            )
+    storage.write_json(storage.join(datasets, "under-way", "work", "0123", "read-00000.json"), {})
+    for name in ("curated", "under-way"):
+        with pytest.raises(UserError, match=f"got {name}, a dataset of another kind"):
+            export_hits(hits, index, found.store, name, {})
+    assert [each.version for each in live_versions(storage.join(datasets, "curated"))] == [
+        curated.version
+    ]
 
 
 def test_the_newest_embeddings_are_the_ones_searched(
