@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from app.recipe import ServicesConfig
 from app.status import recorded_services
 from infra.config import atelier_home
+from infra.environment import credentials
 from infra.errors import UserError
 from infra.tracking_server import TrackingServer
 
@@ -78,7 +79,7 @@ def connect(config: ServicesConfig, home: Path, say: Say | None) -> Place:
     of this process and of its children.
     """
     if config.store_uri is not None and config.tracking_uri is not None:
-        environment = _given_environment()
+        environment = credentials(os.environ)
         environment["MLFLOW_TRACKING_URI"] = config.tracking_uri
         os.environ.update(environment)
         return Place(home, config.store_uri, config.tracking_uri, False, environment)
@@ -113,7 +114,7 @@ def place_of(address: str | None, say: Say | None = None) -> Place:
             return connect(services, home, say)
     if f"{store}/".startswith(f"{STORE_URI}/") and not is_others:
         return replace(connect(ServicesConfig(), home, say), store_uri=store)
-    environment = _given_environment()
+    environment = credentials(os.environ)
     tracking_uri = environment.get("MLFLOW_TRACKING_URI")
     return Place(home, store, tracking_uri, False, environment, is_recorded=False)
 
@@ -133,11 +134,6 @@ def _recorded(home: Path) -> Iterator[ServicesConfig]:
 
 def _is_same(store: str, other: str) -> bool:
     return store.rstrip("/") == other.rstrip("/")
-
-
-def _given_environment() -> dict[str, str]:
-    names = [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_"))]
-    return {name: os.environ[name] for name in names}
 
 
 def _names_another_account(home: Path) -> bool:

@@ -1,10 +1,21 @@
-"""Environment variables for a while."""
+"""Environment variables: for a while, and those that are credentials."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+CREDENTIALS = ("AWS_", "MLFLOW_")  # how the names of keys to a store and to MLflow begin
+
+
+def credentials(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of ``environment`` that say whose store and MLflow are meant, with what keys.
+
+    They belong in no log: what workers elsewhere need of them is handed to them, not named in
+    Ray's runtime environment, which its agents write down.
+    """
+    return {k: v for k, v in environment.items() if k.startswith(CREDENTIALS)}
 
 
 @contextmanager

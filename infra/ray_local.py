@@ -25,8 +25,9 @@ from typing import Any
 
 from infra.cluster import ClusterConfig
 from infra.config import PROJECT_ROOT, atelier_home
-from infra.environment import applied
+from infra.environment import applied, credentials
 from infra.errors import UserError
+from infra.same_code import code_expected
 
 HOST = "127.0.0.1"
 KNOCK_SECONDS = 5.0
@@ -47,6 +48,9 @@ LEAN = {
 @contextmanager
 def ray_session(cluster: ClusterConfig, environment: Mapping[str, str]) -> Iterator[None]:
     """A connected Ray whose workers see ``environment``; its processes end with the block.
+
+    In a Ray elsewhere they do not see its credentials: whoever has work done there hands them over
+    (``infra.ray_task``, ``training.group``).
 
     Without ``cluster.ray_address`` a Ray is started here, guarded by a random token, and
     ``environment`` holds in this process too while the block runs. Raises ``UserError`` when a Ray
@@ -69,10 +73,13 @@ def _remote_ray(address: str, environment: Mapping[str, str]) -> Iterator[None]:
 
     _refuse_second(ray)
     _knock(address)
+    hidden = credentials(environment)
+    told = {name: value for name, value in environment.items() if name not in hidden}
+    told |= code_expected("infra", "model", "training")
     try:
         ray.init(
             address=address,
-            runtime_env={"env_vars": dict(environment)},
+            runtime_env={"env_vars": told},
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

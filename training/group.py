@@ -6,9 +6,9 @@ Ray Train's own does this too, with torch in its controller.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -34,7 +34,14 @@ class TorchGroupBackend(Backend):
         backend = "nccl" if num_gpus else "gloo"
         joining = [
             worker_group.execute_single_async(
-                rank, _join_group, address, port, rank, len(worker_group), backend
+                rank,
+                _join_group,
+                getattr(backend_config, "environment", {}),
+                address,
+                port,
+                rank,
+                len(worker_group),
+                backend,
             )
             for rank in range(len(worker_group))
         ]
@@ -48,7 +55,9 @@ class TorchGroupBackend(Backend):
 
 @dataclass
 class TorchGroupConfig(BackendConfig):
-    """Chooses ``TorchGroupBackend``."""
+    """Chooses ``TorchGroupBackend``; every worker gets ``environment``, which no log has."""
+
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -78,13 +87,21 @@ def on_own_gpu() -> Iterator[None]:
     yield
 
 
-def _join_group(address: str, port: int, rank: int, world_size: int, backend: str) -> None:
+def _join_group(
+    environment: Mapping[str, str],
+    address: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    backend: str,
+) -> None:
     """Runs in a worker."""
     import ray.train
     import torch.distributed
 
     context = ray.train.get_context()
     os.environ |= {
+        **environment,
         "LOCAL_RANK": str(context.get_local_rank()),
         "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
         "MASTER_ADDR": address,

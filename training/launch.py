@@ -40,7 +40,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from infra import storage
-from infra.environment import applied
+from infra.environment import applied, credentials
 from infra.errors import UserError
 from infra.run_filesystem import run_filesystem
 from infra.storage import StorageUnavailable
@@ -107,9 +107,11 @@ class RetryWhileItAdvances(DefaultFailurePolicy):
     """Ray's retry budgets, anew after every checkpoint, and every shard that was encoded before
     the first one; a user's mistake is not repeated."""
 
-    def __init__(self, failure_config: FailureConfig, run_uri: str) -> None:
+    def __init__(
+        self, failure_config: FailureConfig, run_uri: str, environment: Mapping[str, str]
+    ) -> None:
         super().__init__(failure_config)
-        self._run_uri = run_uri
+        self._run_uri, self._environment = run_uri, environment
         self._newest = (-1, -1)
         self._shards_encoded = 0
 
@@ -124,6 +126,7 @@ class RetryWhileItAdvances(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
     def _has_advanced(self) -> bool:
+        os.environ.update(self._environment)
         try:
             found = CheckpointStore(self._run_uri).complete()
         except UserError:
@@ -156,7 +159,10 @@ class StageTrainer(DataParallelTrainer):
         self._run_uri = run_uri
         self._is_local = is_local
         self._on_start = on_start
-        super().__init__(*arguments, backend_config=TorchGroupConfig(), **options)
+        # What is started here has this process's environment already.
+        self._environment = {} if is_local else credentials(os.environ)
+        group = TorchGroupConfig(self._environment)
+        super().__init__(*arguments, backend_config=group, **options)
 
     def _create_default_callbacks(self) -> list[Any]:
         unused: tuple[type, ...] = (DatasetsCallback,)
@@ -167,7 +173,7 @@ class StageTrainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         config: Any = self.run_config.failure_config
-        options["failure_policy"] = RetryWhileItAdvances(config, self._run_uri)
+        options["failure_policy"] = RetryWhileItAdvances(config, self._run_uri, self._environment)
         return super()._initialize_and_run_controller(**options)
 
     def _register_sigint_handler(self, controller: Any) -> None:

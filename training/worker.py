@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from infra.errors import UserError
+from infra.same_code import check_same_code
 from infra.tracking import RestTracker
 from model import ModelError
 from training.checkpoint_store import CheckpointStore, Loaded, load_together
@@ -36,6 +37,7 @@ def train_worker(raw: dict[str, Any]) -> None:
     A configuration or a model that does not fit, and a loss that is not finite, raise
     ``UserError``: trying again would end the same.
     """
+    check_same_code()
     train(Job.parse(raw), RaySession())
 
 

@@ -210,21 +210,30 @@ def test_a_running_ray_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
 import sys
 import ray
 from infra.sessions import ClusterConfig, ray_session
-with ray_session(ClusterConfig(ray_address=sys.argv[1]), {"CANARY": "joined"}):
+hidden = {"AWS_SECRET_ACCESS_KEY": sys.argv[2]}
+with ray_session(ClusterConfig(ray_address=sys.argv[1]), {"CANARY": "joined", **hidden}):
     import os
-    @ray.remote
+    from infra.ray_task import call_in_ray
     def task():
-        return os.environ["CANARY"]
-    print(ray.get(task.remote()))
+        return os.environ["CANARY"], os.environ.get("AWS_SECRET_ACCESS_KEY")
+    print(ray.get(ray.remote(task).remote()))
+    print(call_in_ray(task, environment=hidden, num_gpus=0) == ("joined", sys.argv[2]))
 """
     import ray
+
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
 
     with ray_session(ClusterConfig(), {}):
         address = ray.get_runtime_context().gcs_address
         done = subprocess.run(
-            [sys.executable, "-c", code, address], capture_output=True, text=True, timeout=120
-        )
-    assert done.stdout == "joined\n", done.stderr
+            [sys.executable, "-c", code, address, SECRET],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        logs = [path.read_bytes() for path in (session_folder() / "logs").glob("*")
+                if path.is_file()]  # fmt: skip
+    assert done.stdout == "('joined', None)\nTrue\n", done.stderr
+    assert any(b"CANARY" in log for log in logs)
+    assert not any(SECRET.encode() in log for log in logs)
 
 
 def test_a_stranger_without_the_token_is_refused() -> None:

@@ -264,10 +264,10 @@ def test_the_group_is_joined_on_the_gpu_that_the_worker_was_given(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     monkeypatch.setattr(ray.train, "get_context", _Context)
     monkeypatch.setattr(torch.distributed, "init_process_group", join)
-    group._join_group("127.0.0.1", 1, 5, 8, "nccl")
+    group._join_group({}, "127.0.0.1", 1, 5, 8, "nccl")
     assert joined == [("nccl", torch.device("cuda", 3), "0,1,2,3")]
     # A worker that asked for no GPU sees none, though Ray leaves them in sight.
-    group._join_group("127.0.0.1", 1, 5, 8, "gloo")
+    group._join_group({}, "127.0.0.1", 1, 5, 8, "gloo")
     assert joined[1][2] == ""
 
 

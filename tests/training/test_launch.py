@@ -111,7 +111,7 @@ def test_shards_that_are_encoded_renew_the_tries(tmp_path: Path) -> None:
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     run_uri = tmp_path.as_uri()
-    policy = RetryWhileItAdvances(FailureConfig(max_failures=MAX_FAILURES), run_uri)
+    policy = RetryWhileItAdvances(FailureConfig(max_failures=MAX_FAILURES), run_uri, {})
 
     def decision(shards_encoded: int) -> FailureDecision:
         progress = {"step": 0, "steps": 9, "shards_encoded": shards_encoded, "shards": 99}

@@ -20,7 +20,7 @@ from infra import storage
 from infra.cluster import ClusterConfig
 from infra.sessions import ray_session
 from training.config import StageConfig
-from training.launch import Launch, Trained, train
+from training.launch import Launch, Trained, TrainingFailed, train
 from training.progress import read_progress_json
 from training.waste import WORKER_LOST, read_starts
 from training.worker import train_worker
@@ -124,3 +124,31 @@ def test_a_lost_node_is_survived(
     assert 0 < starts[1].step < STEPS
     found = _weights(trained, tmp_path / "two")
     assert all(torch.equal(found[name], value) for name, value in undisturbed.items())
+
+
+def test_keys_reach_the_workers_and_no_log(
+    tmp_path: Path, two_nodes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's agents write down what a runtime environment names, on every node, for all to read."""
+    secret = secrets.token_hex(16)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    seen = tmp_path / "seen"
+    seen.mkdir()
+
+    def keep(raw: dict[str, Any]) -> None:
+        import os
+        from pathlib import Path
+
+        import ray.train
+
+        rank = ray.train.get_context().get_world_rank()
+        Path(raw["seen"], str(rank)).write_text(os.environ.get("AWS_SECRET_ACCESS_KEY", ""))
+
+    how = Launch("keys", tmp_path.as_uri(), num_workers=2, cpus_per_worker=1, is_local=False)
+    with pytest.raises(TrainingFailed, match="without a result"):  # it trained nothing
+        train({"seen": str(seen)}, how, keep)
+    assert [(seen / str(rank)).read_text() for rank in range(2)] == [secret] * 2
+    folder = Path(two_nodes.head_node.get_session_dir_path())
+    logs = [path for path in folder.rglob("*") if path.is_file()]
+    assert any("runtime_env_agent" in path.name for path in logs)
+    assert not [path for path in logs if secret.encode() in path.read_bytes()]
