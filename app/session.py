@@ -126,6 +126,13 @@ class Session:
         return self.place.server
 
     @cached_property
+    def evaluation_key(self) -> str:
+        """``app.steps.evaluation_key``; judges are read for it, once a run and not once a stage."""
+        from app.steps import evaluation_key
+
+        return evaluation_key(self.recipe)
+
+    @cached_property
     def tracked_run_id(self) -> str:
         """The MLflow run that stands for this run; the stages' runs are its children."""
         status = self.file.status

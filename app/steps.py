@@ -241,8 +241,8 @@ def plan_context(session: Session, pins: Mapping[str, DatasetPin]) -> PlanContex
     """Where training looks for what is there."""
     from training.plan import PlanContext
 
-    key = evaluation_key(session.recipe)
-    return PlanContext(session.server, session.place.store_uri, dict(pins), key)
+    store_uri = session.place.store_uri
+    return PlanContext(session.server, store_uri, dict(pins), session.evaluation_key)
 
 
 def evaluation_key(recipe: Recipe) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from infra import storage
 from infra.errors import UserError
 from model import MaskedImageTransformer, TextToImage
+from tests.training.notes import Notes
 from training import token_cache
 from training.checkpoint import verify_folder
 from training.checkpoint_store import CheckpointStore
@@ -44,32 +45,6 @@ from training.waste import read_starts, waste_by_cause
 from training.worker import train
 
 Curated = Callable[..., str]
-
-
-class Notes:
-    """A tracker that remembers."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[int, dict[str, float]]] = []
-        self.tags: dict[str, str] = {}
-        self.artifacts: dict[str, bytes] = {}
-        self.is_closed = False
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        self.points.append((step, dict(metrics)))
-
-    def set_tag(self, key: str, value: str) -> None:
-        self.tags[key] = value
-
-    def log_artifact(self, data: bytes, path: str) -> None:
-        self.artifacts[path] = data
-
-    def flush(self, timeout_seconds: float = 5.0) -> bool:
-        return True
-
-    def close(self, timeout_seconds: float = 30.0) -> int:
-        self.is_closed = True
-        return 0
 
 
 @dataclass
